@@ -1,0 +1,99 @@
+"""Refusing bad arguments at construction, with one voice.
+
+Hyperparameters may be traced (``optax.inject_hyperparams`` makes arrays of them inside a jitted
+step), and a tracer has no value to look at. Every check here therefore judges concrete numbers
+and lets tracers through.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_concrete(value: Any) -> bool:
+    """Tell whether ``value`` is a number that can be looked at, not a tracer or a schedule."""
+    return not isinstance(value, jax.core.Tracer) and not callable(value)
+
+
+def check_interval(
+    name: str,
+    value: Any,
+    low: float = -np.inf,
+    high: float = np.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    remedy: str = "",
+) -> None:
+    """Raise ``ValueError`` unless a concrete ``value`` lies between ``low`` and ``high``.
+
+    Args:
+      name: the argument's name, as the caller wrote it.
+      value: a number, a 0-d array, a tracer or a schedule; the last two always pass.
+      low: lower end of the interval.
+      high: upper end of the interval.
+      open_low: whether ``low`` itself is refused.
+      open_high: whether ``high`` itself is refused.
+      remedy: a sentence that tells the user what to pass instead.
+
+    Raises:
+      TypeError: ``value`` is not a number.
+      ValueError: ``value`` lies outside the interval or is NaN.
+    """
+    if not is_concrete(value):
+        return
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}. {remedy}".rstrip()) from None
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
+    if not (above and below):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name} must lie in {interval}, got {value!r}. {remedy}".rstrip())
+
+
+def check_count(name: str, value: Any, low: int = 1, *, remedy: str = "") -> None:
+    """Raise unless a concrete ``value`` is a whole number of at least ``low``."""
+    if not is_concrete(value):
+        return
+    try:
+        whole = float(value) == int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(
+            f"{name} must be a whole number, got {value!r}. {remedy}".rstrip()
+        ) from None
+    if not whole or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}. {remedy}".rstrip())
+    if int(value) < low:
+        raise ValueError(f"{name} must be at least {low}, got {value!r}. {remedy}".rstrip())
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
+
+
+def require_extra(extras: dict[str, Any], name: str, method: str, remedy: str = "") -> Any:
+    """Return ``extras[name]``, or raise a ``TypeError`` that says which call supplies it.
+
+    Args:
+      extras: the keyword arguments that reached ``update``.
+      name: the extra wanted, one of the vocabulary of ``value_grad_and_extras``.
+      method: the transformation that wants it, as the user wrote it.
+      remedy: overrides the sentence that says how to supply the extra.
+    """
+    value = extras.get(name)
+    if value is None:
+        remedy = remedy or (
+            "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call "
+            "value, grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, "
+            "params, **extras)."
+        )
+        raise TypeError(
+            f"{method} needs the extra argument {name!r}, which update did not get. {remedy}"
+        )
+    return value

@@ -1,0 +1,1 @@
+"""When training changes its rule: two stages, phase schedulers, SWATS."""

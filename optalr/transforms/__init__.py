@@ -1,0 +1,1 @@
+"""One method family a file, each a composable optax transformation."""

@@ -1,0 +1,23 @@
+"""Settings for every test: strict rank promotion and eight simulated CPU devices."""
+
+import os
+
+# Read when jax starts its backend, so it must stand before anything imports jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Switch float64 on for one test."""
+    with jax.enable_x64(True):
+        yield
