@@ -1,0 +1,54 @@
+"""Inverse roots through the eigendecomposition: any power, also a traced one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.linalg import _spd
+
+
+class MethodResult(NamedTuple):
+    """What a method returns for a normalized stack."""
+
+    root: jax.Array  # (..., n, n)
+    residual: jax.Array  # (...)
+    condition: jax.Array  # (...), λ_max/λ_min, at most 1/ε
+    num_steps: jax.Array  # (...) int32
+
+
+def floor_spectrum(values: jax.Array) -> jax.Array:
+    """Raise eigenvalues to at least ε times the largest: below that they are rounding noise."""
+    largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    return jnp.maximum(values, jnp.finfo(values.dtype).eps * largest)
+
+
+def root_from_eigenbasis(
+    matrix: jax.Array, values: jax.Array, vectors: jax.Array, p: Any
+) -> MethodResult:
+    """Return ``V λ^{-1/p} Vᵀ`` and how far it is from the root."""
+    values = floor_spectrum(values)
+    inverse = jnp.power(values, jnp.asarray(-1 / p, values.dtype))
+    root = _spd.matmul(vectors * inverse[..., None, :], _spd.transpose(vectors))
+    whole = _spd.whole_number(p)
+    if whole is not None:
+        residual = _spd.root_residual(matrix, root, whole)
+    else:
+        # X^p is not a finite product. The same eigenpairs must whiten A: W = V λ^{-1/2}.
+        whitened = vectors * jax.lax.rsqrt(values)[..., None, :]
+        gram = _spd.matmul(_spd.transpose(whitened), _spd.matmul(matrix, whitened))
+        residual = _spd.frobenius(gram - _spd.identity_like(gram))
+    condition = values.max(-1) / values.min(-1)
+    return MethodResult(root, residual, condition, jnp.ones(residual.shape, jnp.int32))
+
+
+def eigh_root(matrix: jax.Array, p: Any) -> MethodResult:
+    """Return the inverse p-th root of a normalized stack by a full eigendecomposition."""
+    values, vectors = eigh(matrix)
+    return root_from_eigenbasis(matrix, values, vectors, p)
+
+
+def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return eigenvalues, ascending, and eigenvectors of exactly symmetric matrices."""
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
