@@ -1,0 +1,219 @@
+"""Curvature products against dense matrices in float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
+
+from optalr.signals.curvature import (
+    gauss_newton_product,
+    hessian_product,
+    output_hessian_product,
+    sigmoid_product,
+    softmax_product,
+    squared_error_product,
+)
+
+
+def make_mlp(seed=0, sizes=(4, 5, 3)):
+    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
+    return [
+        {"w": jax.random.normal(k, (m, n)) / np.sqrt(m), "b": 0.1 * jax.random.normal(k, (n,))}
+        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
+    ]
+
+
+def predict(params, x):
+    for layer in params[:-1]:
+        x = jnp.tanh(x @ layer["w"] + jnp.broadcast_to(layer["b"], (*x.shape[:-1], 5)))
+    last = params[-1]
+    return x @ last["w"] + jnp.broadcast_to(last["b"], (*x.shape[:-1], last["b"].size))
+
+
+def softmax_loss(outputs, y):
+    return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(outputs), axis=-1))
+
+
+def squared_loss(outputs, y):
+    return 0.5 * jnp.sum((outputs - y) ** 2) / outputs.shape[0]
+
+
+def sigmoid_loss(outputs, y):
+    return jnp.mean(jax.nn.softplus(outputs) - y * outputs)
+
+
+LOSSES = {"softmax": softmax_loss, "squared": squared_loss, "sigmoid": sigmoid_loss}
+
+
+def problem(shape=(6,), seed=1):
+    params = make_mlp()
+    kx, ky = jax.random.split(jax.random.key(seed))
+    x = jax.random.normal(kx, (*shape, 4))
+    y = jax.nn.softmax(jax.random.normal(ky, (*shape, 3)))
+    return params, x, y
+
+
+def dense(product, params):
+    flat, unravel = ravel_pytree(params)
+    column = jax.jit(jax.vmap(lambda e: ravel_pytree(product(unravel(e)))[0], out_axes=1))
+    return column(jnp.eye(flat.size, dtype=flat.dtype))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=["batch", "batch x time"])
+def test_products_equal_the_dense_matrices(loss, shape):
+    params, x, y = problem(shape)
+    flat, unravel = ravel_pytree(params)
+    outputs = predict(params, x)
+    J = jax.jit(jax.jacobian(lambda w: predict(unravel(w), x).ravel()))(flat)
+    H_L = jax.jit(jax.hessian(lambda z: loss(z.reshape(outputs.shape), y)))(outputs.ravel())
+    H = jax.jit(jax.hessian(lambda w: loss(predict(unravel(w), x), y)))(flat)
+    G = gauss_newton_product(lambda p: predict(p, x), lambda z: loss(z, y), params)
+    hessian = hessian_product(lambda p: loss(predict(p, x), y), params)
+    np.testing.assert_allclose(dense(G, params), J.T @ H_L @ J, atol=1e-13)
+    np.testing.assert_allclose(dense(hessian, params), H, atol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("loss", "product", "scale"),
+    [
+        (softmax_loss, softmax_product, 1 / 6),
+        (squared_loss, squared_error_product, 1 / 2),
+        (sigmoid_loss, sigmoid_product, 1 / 18),
+    ],
+)
+def test_closed_forms_equal_differentiation(loss, product, scale):
+    params, x, y = problem((2, 3))
+    outputs = 5 * predict(params, x)
+    u = jax.random.normal(jax.random.key(3), outputs.shape)
+    expected = output_hessian_product(lambda z: loss(z, y), outputs, u)
+    np.testing.assert_allclose(product(outputs, u, scale=scale), expected, atol=1e-15)
+    by_hand = gauss_newton_product(
+        lambda p: predict(p, x),
+        lambda z: loss(z, y),
+        params,
+        output_product=partial(product, scale=scale),
+    )
+    differentiated = gauss_newton_product(lambda p: predict(p, x), lambda z: loss(z, y), params)
+    v = jax.tree.map(jnp.cos, params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), by_hand(v), differentiated(v))
+
+
+def test_closed_forms_survive_extreme_scores():
+    outputs = jnp.array([[1e4, -1e4, 0.0]])
+    u = jnp.ones((1, 3))
+    for product in (softmax_product, sigmoid_product):
+        assert bool(jnp.all(jnp.isfinite(product(outputs, u))))
+    # Far from the threshold 1 − σ would round to zero.
+    assert float(sigmoid_product(jnp.array([20.0]), jnp.ones(1))[0]) == pytest.approx(np.exp(-20.0))
+
+
+def test_weights_mask_padded_positions():
+    _, x, y = problem((2, 3))
+    outputs = x[..., :3]
+    mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])[..., None]
+
+    def masked_loss(z):
+        return -jnp.sum(mask * y * jax.nn.log_softmax(z)) / 3
+
+    u = jnp.sin(outputs)
+    np.testing.assert_allclose(
+        softmax_product(outputs, u, scale=mask / 3),
+        jax.jit(partial(output_hessian_product, masked_loss))(outputs, u),
+        atol=1e-7,
+    )
+
+
+def test_outputs_may_be_a_pytree_and_aux_is_dropped():
+    params, x, y = problem()
+
+    def two_heads(p):
+        z = predict(p, x)
+        return {"a": z, "b": z[:, :1] ** 2}, {"mean": jnp.mean(z)}
+
+    def loss(z):
+        return softmax_loss(z["a"], y) + jnp.sum(z["b"] ** 2)
+
+    product = gauss_newton_product(two_heads, loss, params, has_aux=True)
+    v = jax.tree.map(jnp.ones_like, params)
+    flat, unravel = ravel_pytree(params)
+    z, unravel_z = ravel_pytree(two_heads(params)[0])
+    J = jax.jit(jax.jacobian(lambda w: ravel_pytree(two_heads(unravel(w))[0])[0]))(flat)
+    H_L = jax.jit(jax.hessian(lambda z: loss(unravel_z(z))))(z)
+    got = ravel_pytree(jax.jit(product)(v))[0]
+    np.testing.assert_allclose(got, J.T @ H_L @ J @ np.ones(flat.size), rtol=2e-4, atol=1e-5)
+
+
+def test_products_cross_jit_without_retracing():
+    params, x, y = problem()
+    traces = []
+
+    def bound_loss(x, y, p):
+        return softmax_loss(predict(p, x), y)
+
+    @jax.jit
+    def use(product, v):
+        traces.append(1)
+        return product(v)
+
+    v = jax.tree.map(jnp.ones_like, params)
+    for scale in (1.0, 2.0):
+        use(hessian_product(Partial(bound_loss, x * scale, y), params), v)
+    assert len(traces) == 1
+    traces.clear()
+    for scale in (1.0, 2.0):
+        use(gauss_newton_product(Partial(apply, x), Partial(cross_entropy, y * scale), params), v)
+    assert len(traces) == 1
+
+
+def apply(x, p):
+    return predict(p, x)
+
+
+def cross_entropy(y, z):
+    return softmax_loss(z, y)
+
+
+def test_direction_is_cast_to_the_parameters_dtype():
+    params, x, y = problem()
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    product = gauss_newton_product(Partial(apply, x), Partial(cross_entropy, y), half)
+    v = jax.tree.map(lambda p: jnp.ones(p.shape, jnp.float32), params)
+    out = product(v)
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
+    exact = gauss_newton_product(Partial(apply, x), Partial(cross_entropy, y), params)(v)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a.astype(np.float32), b, atol=0.05 * float(jnp.abs(b).max()))
+
+
+def test_one_linearization_serves_gradient_and_products():
+    """Flops of gradient + k products: the forward pass is counted once (floor 1 + 4k/3)."""
+    params = [
+        {"w": jnp.ones((256, 256)), "b": jnp.zeros(256)},
+        {"w": jnp.ones((256, 256)), "b": jnp.zeros(256)},
+    ]
+    x, y = jnp.ones((64, 256)), jnp.ones((64, 256)) / 256
+
+    def net(p):
+        return jnp.tanh(x @ p[0]["w"]) @ p[1]["w"]
+
+    def with_products(p, k):
+        v = jax.grad(lambda q: softmax_loss(net(q), y))(p)
+        for _ in range(k):
+            v = gauss_newton_product(net, lambda z: softmax_loss(z, y), p)(v)
+        return v
+
+    def flops(k):
+        compiled = jax.jit(partial(with_products, k=k)).lower(params).compile()
+        return compiled.cost_analysis()["flops"]
+
+    # The gradient of two dense layers takes five matrix products (none for the input's cotangent);
+    # a product takes three of the linearized model and three of its transpose.
+    assert flops(1) / flops(0) < 1 + 6 / 5 * 1.1
+    assert flops(3) / flops(0) < 1 + 3 * 6 / 5 * 1.1
