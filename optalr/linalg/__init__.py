@@ -1,5 +1,34 @@
 """Linear algebra that is true without an optimizer: arrays or matvecs in, arrays out."""
 
+from optalr.linalg.bases import EigenBasis, eigenbasis, refresh_eigenbasis
+from optalr.linalg.kronecker import (
+    apply_eigenbasis_power,
+    apply_kronecker,
+    carry_first_moments,
+    carry_second_moments,
+    eigenbasis_power,
+    from_eigenbasis,
+    mean_eigenvalue,
+    split_damping,
+    to_eigenbasis,
+)
 from optalr.linalg.roots import InverseRoot, inverse_root
 
-__all__ = ["InverseRoot", "inverse_root"]
+__all__ = [  # noqa: RUF022  (sorted by theme)
+    # Inverse roots.
+    "InverseRoot",
+    "inverse_root",
+    # Kronecker-factored powers.
+    "EigenBasis",
+    "apply_eigenbasis_power",
+    "apply_kronecker",
+    "carry_first_moments",
+    "carry_second_moments",
+    "eigenbasis",
+    "eigenbasis_power",
+    "from_eigenbasis",
+    "mean_eigenvalue",
+    "refresh_eigenbasis",
+    "split_damping",
+    "to_eigenbasis",
+]

@@ -24,6 +24,7 @@ class Normalized(NamedTuple):
 
     matrix: jax.Array  # (..., n, n), largest entry in [1/2, 1); the identity where not usable
     scale: jax.Array  # (...), a power of two
+    finite: jax.Array  # (...) bool
     usable: jax.Array  # (...) bool: finite, and not zero
 
 
@@ -95,9 +96,8 @@ def normalize(matrix: jax.Array, damping: jax.Array) -> Normalized:
     down = jnp.ldexp(jnp.ones_like(damping), -exponent)
     half = matrix * column(down)
     damped = 0.5 * (half + transpose(half)) + column(damping * down) * eye
-    return Normalized(
-        jnp.where(column(usable), damped, eye), jnp.ldexp(jnp.ones_like(damping), exponent), usable
-    )
+    scale = jnp.ldexp(jnp.ones_like(damping), exponent)
+    return Normalized(jnp.where(column(usable), damped, eye), scale, finite, usable)
 
 
 def integer_power(matrix: jax.Array, power: int) -> jax.Array:

@@ -1,0 +1,250 @@
+"""Applying powers of a Kronecker-factored matrix, by its factors' roots or in their eigenbasis.
+
+With column-stacking ``vec`` and symmetric factors, A for the rows and B for the columns of G,
+
+    (B ⊗ A)^p vec(G) = vec(A^p G B^p)                     any p, and p may be traced
+    (B ⊗ A + λI)^p vec(G) = vec(Q_A [(a bᵀ + λ)^p ∘ (Q_Aᵀ G Q_B)] Q_Bᵀ)
+
+where ``A = Q_A diag(a) Q_Aᵀ`` and ``B = Q_B diag(b) Q_Bᵀ``. The second form damps the product
+exactly; damping each factor, ``(A + π√λ I)`` and ``(B + √λ/π I)``, adds cross terms. Everything
+here takes stacks: leading dimensions are those of independent layers. A factor that is ``None``
+stands for the identity, so one-sided preconditioners need no special case.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optalr.linalg import _spd
+from optalr.linalg._eigh import floor_spectrum
+from optalr.linalg.bases import EigenBasis
+
+
+def apply_kronecker(
+    matrix: jax.Array, left: jax.Array | None, right: jax.Array | None
+) -> jax.Array:
+    """Return ``left · G · right``, which is ``(right ⊗ left) vec(G)`` for symmetric factors.
+
+    Args:
+      matrix: ``(..., m, n)``, the gradient's matrix view.
+      left: ``(..., m, m)``, for instance ``A^{-1/2}``; None for the identity.
+      right: ``(..., n, n)``, for instance ``B^{-1/2}``; None for the identity.
+
+    Returns:
+      ``(..., m, n)``, in the widest dtype of the three and at least float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import apply_kronecker
+      >>> apply_kronecker(jnp.ones((2, 1)), jnp.diag(jnp.array([2.0, 3.0])), None).tolist()
+      [[2.0], [3.0]]
+    """
+    matrix = _at_least_float32(matrix)
+    if left is not None:
+        matrix = _spd.matmul(left, matrix)
+    if right is not None:
+        matrix = _spd.matmul(matrix, right)
+    return matrix
+
+
+def to_eigenbasis(matrix: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+    """Return ``Q_Aᵀ G Q_B``, the coordinates of G in the factors' eigenbases (vectors)."""
+    return apply_kronecker(matrix, None if left is None else _spd.transpose(left), right)
+
+
+def from_eigenbasis(
+    matrix: jax.Array, left: jax.Array | None, right: jax.Array | None
+) -> jax.Array:
+    """Return ``Q_A G Q_Bᵀ``, undoing ``to_eigenbasis``."""
+    return apply_kronecker(matrix, left, None if right is None else _spd.transpose(right))
+
+
+def eigenbasis_power(
+    left: jax.Array | None, right: jax.Array | None, power: Any, damping: Any = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Return ``(a bᵀ + λ)^p`` as a pair: an array of moderate numbers, and their common factor.
+
+    Args:
+      left: ``(..., m)`` eigenvalues of A, or None for ones.
+      right: ``(..., n)`` eigenvalues of B, or None for ones.
+      power: p, any real number; it may be traced.
+      damping: λ >= 0, absolute; a number, or one a matrix of the stack.
+
+    Returns:
+      ``(relative, factor)`` of shapes ``(..., m, n)`` and ``(..., 1, 1)``; their product is the
+      power. They come apart because ``a bᵀ`` itself leaves float32's range for tiny or huge
+      factors. Eigenvalues below ε times the largest of their factor count as that; where all of
+      ``a bᵀ + λ`` vanishes, ``relative`` is zero.
+    """
+    if left is None and right is None:
+        raise ValueError("left and right must not both be None: there is nothing to apply.")
+    dtype = jnp.result_type(*(values for values in (left, right) if values is not None))
+    relative_left, log_left = _relative_spectrum(left, dtype)
+    relative_right, log_right = _relative_spectrum(right, dtype)
+    relative = relative_left[..., :, None] * relative_right[..., None, :]
+    log_product = log_left + log_right
+    log_damping = jnp.log(jnp.broadcast_to(jnp.asarray(damping, dtype), log_product.shape))
+    largest = jnp.maximum(log_product, log_damping)
+    zero = jnp.isneginf(largest)
+    largest = jnp.where(zero, 0, largest)
+    relative = relative * _spd.column(jnp.exp(log_product - largest))
+    relative = relative + _spd.column(jnp.exp(log_damping - largest))
+    power = jnp.asarray(power, dtype)
+    powered = jnp.power(jnp.where(relative > 0, relative, 1), power)
+    return jnp.where(relative > 0, powered, 0), _spd.column(jnp.exp(power * largest))
+
+
+def _relative_spectrum(values: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Return eigenvalues over the largest, floored, and the logarithm of the largest."""
+    if values is None:
+        return jnp.ones((1,), dtype), jnp.zeros((), dtype)
+    values = floor_spectrum(values)
+    largest = jnp.max(values, -1)
+    divisor = jnp.where(largest > 0, largest, 1)
+    return values / divisor[..., None], jnp.log(largest)
+
+
+def apply_eigenbasis_power(
+    matrix: jax.Array,
+    left: EigenBasis | None,
+    right: EigenBasis | None,
+    power: Any,
+    damping: Any = 0.0,
+) -> jax.Array:
+    """Return ``(B ⊗ A + λI)^p vec(G)`` with exact damping, as a matrix.
+
+    Choose it where the damping should act on the product ``B ⊗ A`` itself, or where the power is
+    traced; four products instead of the two of ``apply_kronecker`` with ready-made roots.
+
+    Args:
+      matrix: ``(..., m, n)``, the gradient's matrix view G.
+      left: the eigenbasis of A ``(m, m)``, or None for the identity.
+      right: the eigenbasis of B ``(n, n)``, or None for the identity.
+      power: p, any real number; it may be traced.
+      damping: λ >= 0, absolute; a number, or one a matrix of the stack.
+
+    Returns:
+      ``(..., m, n)``. Zeros where ``B ⊗ A + λI`` is zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import apply_eigenbasis_power, eigenbasis
+      >>> a, b = eigenbasis(jnp.diag(jnp.array([4.0, 1.0]))), eigenbasis(jnp.diag(jnp.array([4.0])))
+      >>> apply_eigenbasis_power(jnp.ones((2, 1)), a, b, -0.5).tolist()
+      [[0.25], [0.5]]
+
+    Reference: George et al. 2018, "Fast Approximate Natural Gradient Descent in a
+    Kronecker-factored Eigenbasis", section 3, with any power instead of −1.
+    """
+    relative, factor = eigenbasis_power(
+        None if left is None else left.values,
+        None if right is None else right.values,
+        power,
+        damping,
+    )
+    bases = (None if left is None else left.vectors, None if right is None else right.vectors)
+    coordinates = to_eigenbasis(matrix, *bases)
+    return from_eigenbasis(coordinates * relative * factor, *bases)
+
+
+def mean_eigenvalue(matrix: jax.Array) -> jax.Array:
+    """Return ``tr(A)/n`` of each matrix in a stack, the unit of a relative damping."""
+    return jnp.mean(jnp.diagonal(matrix, axis1=-2, axis2=-1), -1)
+
+
+def split_damping(left: jax.Array, right: jax.Array, damping: Any) -> tuple[jax.Array, jax.Array]:
+    """Share the damping λ of ``B ⊗ A`` out between the factors, ``(π√λ, √λ/π)``.
+
+    ``π² = (tr(A)/m) / (tr(B)/n)``, which minimizes (a bound on) the cross terms that damping each
+    factor adds to ``B ⊗ A + λI``.
+
+    Args:
+      left: ``(..., m, m)``, A.
+      right: ``(..., n, n)``, B.
+      damping: λ >= 0 of the product; a number, or one a matrix of the stack.
+
+    Returns:
+      The damping of A and that of B; their product is λ. π is 1 where a trace is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import split_damping
+      >>> a, b = split_damping(4 * jnp.eye(2), jnp.eye(3), 1e-2)
+      >>> bool(jnp.isclose(a, 0.2)), bool(jnp.isclose(b, 0.05))
+      (True, True)
+
+    Reference: Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored
+    Approximate Curvature", section 6.3.
+    """
+    mean_left, mean_right = mean_eigenvalue(left), mean_eigenvalue(right)
+    positive = (mean_left > 0) & (mean_right > 0)
+    root_left = jnp.sqrt(jnp.where(positive, mean_left, 1))
+    root_right = jnp.sqrt(jnp.where(positive, mean_right, 1))
+    root = jnp.sqrt(jnp.asarray(damping, root_left.dtype))
+    return root * (root_left / root_right), root * (root_right / root_left)
+
+
+def carry_first_moments(
+    moment: jax.Array,
+    old: tuple[jax.Array | None, jax.Array | None],
+    new: tuple[jax.Array | None, jax.Array | None],
+) -> jax.Array:
+    """Return coordinates held in an ``old`` pair of bases in a ``new`` pair, exactly.
+
+    Args:
+      moment: ``(..., m, n)``, for instance the mean of ``Q_Aᵀ G Q_B``.
+      old: vectors of the left and the right basis it is held in; None for the identity.
+      new: vectors of the bases wanted, None where ``old`` is.
+    """
+    left, right = (_rotation(*pair) for pair in zip(old, new, strict=True))
+    return apply_kronecker(moment, left, None if right is None else _spd.transpose(right))
+
+
+def carry_second_moments(
+    moment: jax.Array,
+    old: tuple[jax.Array | None, jax.Array | None],
+    new: tuple[jax.Array | None, jax.Array | None],
+) -> jax.Array:
+    """Return second moments held in an ``old`` pair of bases in a ``new`` pair.
+
+    The diagonal ``v`` of a covariance that is diagonal in the old bases becomes, in the new ones,
+
+        v' = (R_A ∘ R_A) v (R_B ∘ R_B)ᵀ,   R = Q_newᵀ Q_old
+
+    Squared rotations are doubly stochastic, so the moments stay nonnegative and keep their sum; a
+    change of basis that only permutes or flips columns moves them exactly. (Keeping ``v`` in place,
+    as is common, assigns moments to the wrong coordinates once columns trade places.)
+
+    Args:
+      moment: ``(..., m, n)``, the mean of ``(Q_Aᵀ G Q_B)²``.
+      old: vectors of the left and the right basis it is held in; None for the identity.
+      new: vectors of the bases wanted, None where ``old`` is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import carry_second_moments
+      >>> swap = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+      >>> v = jnp.array([[1.0], [5.0]])
+      >>> carry_second_moments(v, (jnp.eye(2), None), (swap, None)).tolist()
+      [[5.0], [1.0]]
+    """
+    left, right = (_rotation(*pair) for pair in zip(old, new, strict=True))
+    return apply_kronecker(
+        moment,
+        None if left is None else jnp.square(left),
+        None if right is None else _spd.transpose(jnp.square(right)),
+    )
+
+
+def _rotation(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
+    """Return ``Q_newᵀ Q_old``."""
+    if old is None or new is None:
+        if old is not new:
+            raise ValueError("old and new must leave out (None) the same side.")
+        return None
+    return _spd.matmul(_spd.transpose(new), old)
+
+
+def _at_least_float32(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
