@@ -1,8 +1,29 @@
 """Adaptive learning rates and curvature for JAX, as composable optax transformations."""
 
 from optalr import linalg
+from optalr.diagnostics import metrics, state_bytes, wants_signals
+from optalr.phases import (
+    phase_schedule,
+    release_first_stage,
+    set_phase,
+    switch_at,
+    two_stage,
+)
+from optalr.transforms.learning_rate import scale_by_recorded_rate
 
 __all__ = [
+    # Lengths of a step.
+    "scale_by_recorded_rate",
+    # Phases: two stages, and when to switch.
+    "two_stage",
+    "switch_at",
+    "phase_schedule",
+    "set_phase",
+    "release_first_stage",
+    # Reading a state.
+    "metrics",
+    "wants_signals",
+    "state_bytes",
     # Linear algebra that is true without an optimizer.
     "linalg",
 ]

@@ -1,0 +1,206 @@
+"""Reading an optimizer state of any nesting."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optalr.phases.control import next_phase
+from optalr.phases.two_stage import TwoStageState
+from optalr.states import children, injects, is_named_tuple
+
+# Fields of state NamedTuples that are reported under their own name.
+REPORTED = (
+    "learning_rate",
+    "phase",
+    "steps_since_switch",
+    "damping",
+    "root_age",
+    "root_residual",
+    "failures",
+    "update_norm",
+    "lipschitz_constant",
+)
+# Fields of common optax states, and the name they are reported under.
+FOREIGN = {
+    "estim_lr": "learning_rate",
+    "total_notfinite": "failures",
+    "gradient_step": "step",
+    "count": "step",
+}
+# How several values of one name become one; the first found where nothing is said.
+_COMBINED = {
+    "failures": lambda values: sum(values[1:], values[0]),
+    "root_age": lambda values: _largest(values),
+    "root_residual": lambda values: _largest(values),
+    "step": lambda values: _largest(values),
+}
+
+
+def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
+    """Tell whether the next update will read captured signals.
+
+    Choose it as ``evaluate(params, batch, signals=optalr.wants_signals(opt_state))``: signals are
+    then captured only in steps that use them. Around a switch of phase the answer is that of the
+    next update's phase, so nothing is captured in vain and nothing is missed. (A phase scheduled by
+    a bare function is known one step late; ``phase_schedule`` makes it known in time.)
+
+    Args:
+      opt_state: any optimizer state, of optalr or not, at any nesting.
+
+    Returns:
+      A boolean scalar; a concrete False where no state in it can want signals.
+
+    Cost: a few scalar operations.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> bool(optalr.wants_signals(optax.adam(1e-3).init(jnp.ones(2))))
+      False
+    """
+    answers = list(_wishes(opt_state, None))
+    if not answers:
+        return np.bool_(False)
+    # A state under vmap answers for every member at once; one member's wish is enough.
+    return jnp.any(jnp.stack([jnp.any(answer) for answer in answers]))
+
+
+def metrics(opt_state: Any) -> dict[str, Any]:
+    """Collect what the states report of the last update into one flat dictionary.
+
+    Choose it for logging: the values are those applied, not those planned. It may be called inside
+    or outside ``jit``.
+
+    Args:
+      opt_state: any optimizer state, of optalr or optax, at any nesting. Read are the fields listed
+        in ``REPORTED`` and ``FOREIGN`` and the numbers under ``optax.inject_hyperparams``.
+
+    Returns:
+      A dict of scalars: ``"learning_rate"`` and, where they apply, ``"phase"``,
+      ``"steps_since_switch"``, ``"damping"``, ``"root_age"``, ``"root_residual"``, ``"failures"``,
+      ``"step"`` and more; always ``"state_bytes"``. Where several states report one name, there is
+      one entry for each, with the way to it (``"first/learning_rate"``), and the plain name holds
+      the learning rate of the stage in charge (between the stages, both weighted by the phase), the
+      sum of failures, the largest root age, residual and step, and otherwise the outermost value.
+      A rate that lives in a closure only, as in ``optax.sgd(0.1)``, cannot be read;
+      ``optax.inject_hyperparams(optax.sgd)(0.1)`` makes it visible.
+
+    Cost: a walk over the state; a few scalar operations.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> tx = optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.adam)(1e-3))
+      >>> report = optalr.metrics(tx.init(jnp.ones(2)))
+      >>> round(float(report["learning_rate"]), 6), int(report["state_bytes"])
+      (0.001, 44)
+    """
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for way, name, value in _reports(opt_state, ()):
+        found.setdefault(name, []).append(("/".join((*way, name)), value))
+    report: dict[str, Any] = {}
+    for name, entries in found.items():
+        values = [value for _, value in entries]
+        report[name] = _COMBINED[name](values) if name in _COMBINED else values[0]
+        if len(entries) > 1 and name != "step":
+            for i, (label, value) in enumerate(entries):
+                report.setdefault(label if label not in report else f"{label}_{i}", value)
+    rate = _rate_in_charge(opt_state)
+    if rate is not None:
+        report["learning_rate"] = rate
+    report["state_bytes"] = np.float32(state_bytes(opt_state))
+    return report
+
+
+def state_bytes(opt_state: Any) -> int:
+    """Return how many bytes the arrays of ``opt_state`` take.
+
+    Args:
+      opt_state: any pytree of arrays, or of their shapes (``jax.eval_shape(tx.init, params)``).
+
+    Returns:
+      The sum over leaves of size times bytes an element.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optalr
+      >>> optalr.state_bytes(jax.eval_shape(optax.adam(1e-3).init, jnp.ones(100)))
+      804
+    """
+    return sum(
+        math.prod(np.shape(leaf)) * _dtype(leaf).itemsize for leaf in jax.tree.leaves(opt_state)
+    )
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def _largest(values: list[Any]) -> jax.Array:
+    return jnp.max(jnp.stack([jnp.max(jnp.asarray(value)) for value in values]))
+
+
+def _wishes(node: Any, phase: Any) -> Iterator[jax.Array]:
+    """Yield the wishes of the states under ``node``; ``phase`` is that of the nearest two_stage."""
+    if injects(node, "phase"):
+        phase, node = next_phase(node), node.inner_state
+    if isinstance(node, TwoStageState):
+        phase = node.phase if phase is None else phase
+        for stage, in_charge in ((node.first, phase < 1), (node.second, phase > 0)):
+            yield from (in_charge & jnp.any(wish) for wish in _wishes(stage, None))
+    elif is_named_tuple(node) and hasattr(node, "wants_signals"):
+        yield node.wants_signals
+    else:
+        for _, child in children(node):
+            yield from _wishes(child, phase)
+
+
+def _reports(
+    node: Any, way: tuple[str, ...], phase_told: bool = False
+) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Yield ``(way to it, name, value)`` for all that is reported under ``node``.
+
+    ``phase_told``: the phase of the nearest ``two_stage`` was already read where it is injected.
+    """
+    hyperparams = getattr(node, "hyperparams", None) if is_named_tuple(node) else None
+    for name, value in (hyperparams or {}).items():
+        if _is_number(value):
+            yield way, name, value
+    if is_named_tuple(node):
+        for field in node._fields:
+            name = field if field in REPORTED else FOREIGN.get(field)
+            if name == "phase" and phase_told:
+                continue
+            if name and _is_number(value := getattr(node, field)):
+                yield way, name, value
+    for name, child in children(node):
+        if hyperparams is not None and name in ("hyperparams", "hyperparams_states"):
+            continue
+        if isinstance(node, TwoStageState | Mapping):
+            yield from _reports(child, (*way, name))
+        else:
+            yield from _reports(child, way, phase_told or "phase" in (hyperparams or {}))
+
+
+def _rate_in_charge(node: Any) -> Any:
+    """Return the learning rate last applied, or None where no state holds one."""
+    if isinstance(node, TwoStageState):
+        first, second = _rate_in_charge(node.first), _rate_in_charge(node.second)
+        if first is None and second is None:
+            return None
+        first, second = (jnp.nan if rate is None else rate for rate in (first, second))
+        share = jnp.where((node.phase > 0) & (node.phase < 1), node.phase, 0.5)
+        blend = (1 - share) * first + share * second
+        return jnp.where(node.phase <= 0, first, jnp.where(node.phase >= 1, second, blend))
+    if injects(node, "learning_rate"):
+        return node.hyperparams["learning_rate"]
+    for field in ("learning_rate", "estim_lr"):
+        if is_named_tuple(node) and field in node._fields and _is_number(getattr(node, field)):
+            return getattr(node, field)
+    rates = (_rate_in_charge(child) for _, child in children(node))
+    return next((rate for rate in rates if rate is not None), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or hasattr(value, "dtype")

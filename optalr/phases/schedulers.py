@@ -1,0 +1,176 @@
+"""Phase schedulers: which stage is in charge, as a number that stands in the optimizer's state.
+
+A phase is a float32 scalar: 0 for the first stage, 1 for the second, between them a blend. Each
+scheduler here is an ``optax.base.StatefulSchedule``, made for ``optax.inject_hyperparams``:
+
+    tx = optax.inject_hyperparams(
+        two_stage, static_args=("first", "second"), hyperparam_dtype=jnp.float32
+    )(first, second, phase=switch_at(2_000))
+
+so the phase in force can be read in ``opt_state.hyperparams["phase"]``, is saved with the rest of
+the state, and the state's structure never changes. The phase of the *next* update is decided at
+the end of each update and kept in the state: that is how ``optalr.wants_signals`` can tell, before
+the next gradient is taken, whether anyone will read its signals.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.arguments import check_count
+from optalr.states import count_up
+
+
+class PhaseState(NamedTuple):
+    """State of every phase scheduler.
+
+    Attributes:
+      scheduled: float32 scalar, what the schedule says for the next update.
+      override: float32 scalar, what ``set_phase`` says instead; NaN where it says nothing.
+      schedule: the schedule's own state.
+    """
+
+    scheduled: jax.Array
+    override: jax.Array
+    schedule: Any
+
+    @property
+    def next_phase(self) -> jax.Array:
+        """The phase that the next update will apply."""
+        return jnp.where(jnp.isnan(self.override), self.scheduled, self.override)
+
+
+class PhaseSchedule:
+    """A stateful schedule whose value is known one step ahead and can be overridden by hand."""
+
+    def __init__(self, schedule: Any):
+        self._schedule = schedule
+
+    def init(self) -> PhaseState:
+        """Return the state before the first update."""
+        inner = self._schedule.init()
+        return PhaseState(
+            scheduled=_as_phase(self._schedule(inner)),
+            override=jnp.full((), jnp.nan, jnp.float32),
+            schedule=inner,
+        )
+
+    def update(self, state: PhaseState, **extra_args: Any) -> PhaseState:
+        """Return the state after an update that received ``extra_args``."""
+        inner = self._schedule.update(state.schedule, **extra_args)
+        return PhaseState(
+            scheduled=_as_phase(self._schedule(inner, **extra_args)),
+            override=state.override,
+            schedule=inner,
+        )
+
+    def __call__(self, state: PhaseState, **extra_args: Any) -> jax.Array:
+        """Return the phase of the update at hand."""
+        del extra_args
+        return state.next_phase
+
+
+class CountState(NamedTuple):
+    """State of a phase that is a function of the step: int32 scalar, updates so far."""
+
+    count: jax.Array
+
+
+class _FunctionOfStep:
+    """A function of the step count, as a stateful schedule."""
+
+    def __init__(self, schedule_fn: Callable[[jax.Array], Any]):
+        self._schedule_fn = schedule_fn
+
+    def init(self) -> CountState:
+        return CountState(jnp.zeros((), jnp.int32))
+
+    def update(self, state: CountState, **extra_args: Any) -> CountState:
+        del extra_args
+        return CountState(count_up(state.count))
+
+    def __call__(self, state: CountState, **extra_args: Any) -> Any:
+        del extra_args
+        return self._schedule_fn(state.count)
+
+
+def phase_schedule(schedule: Any) -> PhaseSchedule:
+    """Make a phase scheduler of any schedule, so that ``set_phase`` can override it.
+
+    Choose it for a rule of your own. ``optax.inject_hyperparams`` takes bare functions too, but
+    ``set_phase`` cannot reach those and ``wants_signals`` sees their phase one step late.
+
+    Args:
+      schedule: a function of the step count (updates so far, 0 at the first), with values in
+        [0, 1]; or an object with ``init()``, ``update(state, **extra_args)`` and ``__call__(state,
+        **extra_args)``, as ``optax.base.StatefulSchedule``. The latter is called at the end of
+        each update, with that update's extra arguments, for the phase of the one after it.
+
+    Returns:
+      A stateful schedule for ``optax.inject_hyperparams``. Values are clipped to [0, 1].
+
+    Raises:
+      TypeError: ``schedule`` is neither.
+
+    Cost: a few scalar operations a step.
+
+    Example:
+      >>> import jax.numpy as jnp, optalr
+      >>> back_and_forth = optalr.phase_schedule(lambda step: (step // 10) % 2)
+      >>> state = back_and_forth.init()
+      >>> for _ in range(10):
+      ...     state = back_and_forth.update(state)
+      >>> float(back_and_forth(state))
+      1.0
+    """
+    if isinstance(schedule, PhaseSchedule):
+        return schedule
+    if all(callable(getattr(schedule, name, None)) for name in ("init", "update", "__call__")):
+        return PhaseSchedule(schedule)
+    if callable(schedule):
+        return PhaseSchedule(_FunctionOfStep(schedule))
+    raise TypeError(
+        f"schedule must be a function of the step or a stateful schedule, got {schedule!r}. For a "
+        "constant phase pass a function that returns it."
+    )
+
+
+def switch_at(step: int) -> PhaseSchedule:
+    """Switch to the second stage at a given step, the paper's tuned switchover point.
+
+    Choose it where the switch point is known: tuned before, or from the literature. The phase of
+    update ``t`` (0 at the first) is ``0 if t < step else 1``.
+
+    Args:
+      step: number of updates that the first stage makes, at least 0; epochs times steps an epoch.
+
+    Returns:
+      A stateful schedule for the ``phase`` of ``two_stage`` under ``optax.inject_hyperparams``.
+
+    Raises:
+      TypeError: ``step`` is not a whole number.
+      ValueError: ``step`` is negative.
+
+    Cost: a few scalar operations a step.
+
+    Example:
+      >>> import optalr
+      >>> schedule = optalr.switch_at(2)
+      >>> state, phases = schedule.init(), []
+      >>> for _ in range(4):
+      ...     phases.append(float(schedule(state)))
+      ...     state = schedule.update(state)
+      >>> phases
+      [0.0, 0.0, 1.0, 1.0]
+
+    Reference: Ida, Fujiwara, "Improving Generalization Performance of Adaptive Learning Rate by
+      Switching from Block Diagonal Matrix Preconditioning to SGD", 2020, Algorithm 1.
+    """
+    check_count("step", step, 0, remedy="Give the number of updates that the first stage makes.")
+    return phase_schedule(lambda count: count >= step)
+
+
+def _as_phase(value: Any) -> jax.Array:
+    return jnp.clip(jnp.asarray(value).astype(jnp.float32), 0.0, 1.0)

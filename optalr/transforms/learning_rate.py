@@ -1,0 +1,80 @@
+"""A learning rate that can be read in the state, whatever decided it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optalr.arguments import check_interval
+from optalr.states import count_up
+
+
+class RecordedRateState(NamedTuple):
+    """State of ``scale_by_recorded_rate``.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      learning_rate: float32 scalar, the rate applied by the last update; before the first, the one
+        that it will apply.
+    """
+
+    count: jax.Array
+    learning_rate: jax.Array
+
+
+def scale_by_recorded_rate(
+    learning_rate: float | Callable[[jax.Array], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply by minus the learning rate, and keep the rate where it can be read.
+
+    Choose it as the last link of a chain instead of ``optax.scale_by_learning_rate``, which keeps
+    a rate in a closure and turns bfloat16 updates into float32 ones when the rate is an array. The
+    update is ``u ← −η u``, computed in float32 at least and returned in the dtype it came in.
+
+    Args:
+      learning_rate: η, a number of at least 0 or a schedule: a function of the updates so far.
+
+    Returns:
+      A transformation whose state holds ``learning_rate``.
+
+    Raises:
+      ValueError: ``learning_rate`` is negative.
+
+    Cost: one multiplication an element.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> rate = optalr.scale_by_recorded_rate(lambda step: 0.5 / (1 + step))
+      >>> tx = optax.chain(optax.trace(0.9), rate)
+      >>> params = jnp.ones(2)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state)
+      >>> optax.apply_updates(params, updates).tolist()
+      [0.5, 0.5]
+      >>> float(optalr.metrics(state)["learning_rate"])
+      0.5
+    """
+    check_interval("learning_rate", learning_rate, 0.0, remedy="The sign is flipped for you.")
+
+    def rate_at(count: jax.Array) -> jax.Array:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        return jnp.asarray(rate).astype(jnp.float32)
+
+    def init_fn(params: Any) -> RecordedRateState:
+        del params
+        count = jnp.zeros((), jnp.int32)
+        return RecordedRateState(count, rate_at(count))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        del params, extras
+        rate = rate_at(state.count)
+
+        def scale(update: jax.Array) -> jax.Array:
+            dtype = jnp.promote_types(update.dtype, jnp.float32)
+            return (-rate.astype(jnp.finfo(dtype).dtype) * update).astype(update.dtype)
+
+        return jax.tree.map(scale, updates), RecordedRateState(count_up(state.count), rate)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
