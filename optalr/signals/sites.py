@@ -1,0 +1,367 @@
+"""The two kinds of product that make a layer, and how to measure the Gram matrices of each.
+
+A *site* is one equation of the traced loss that multiplies data by a parameter. It knows how to
+lay out the product's input and output cotangent as ``(stack, examples, positions, features)``,
+features in the leaf's own order; the rest is the same for every layer.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.signals.moments import LeafView
+from optalr.signals.views import Atom, Sides, View, axes_of, leaf_order, split_sides, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How much of a batch a measurement looks at.
+
+    Attributes:
+      every: look at one example in ``every``.
+      max_positions: look at no more than this many positions of an example; None for all.
+    """
+
+    every: int = 1
+    max_positions: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """One product of data and a parameter in the traced loss.
+
+    Attributes:
+      leaf: index of the parameter leaf.
+      equation: the traced equation.
+      kernel: which operand of the equation is the parameter, 0 or 1.
+      view: how that operand looks at the leaf.
+      sides: the leaf's axes by side of the product.
+      num_examples: N, the size of the input's first free axis.
+      groups: number of feature groups of a convolution, else 1.
+    """
+
+    leaf: int
+    equation: Any
+    kernel: int
+    view: View
+    sides: Sides
+    num_examples: int
+    groups: int = 1
+
+    @property
+    def leaf_view(self) -> LeafView:
+        """The leaf's matrix view that this product implies."""
+        stack, inputs, outputs = self.sides
+        if inputs[0] < outputs[0]:
+            return LeafView(stack, inputs, outputs, "rows")
+        return LeafView(stack, outputs, inputs, "cols")
+
+    def output_view(self) -> View:
+        """Return the site's output as a view, with the leaf's axes at the feature dimensions."""
+        raise NotImplementedError
+
+    def signals(
+        self, data: jax.Array, cotangent: jax.Array, sampling: Sampling, seed: jax.Array
+    ) -> tuple[jax.Array, jax.Array, float]:
+        """Lay out input and cotangent for the Gram products.
+
+        Args:
+          data: the product's other operand.
+          cotangent: the cotangent of the product.
+          sampling: which examples and positions to look at.
+          seed: uint32 scalar that places the sample.
+
+        Returns:
+          The inputs ``(S, R, m)``, the cotangents ``(S, R', n)``, and by how much the sum over the
+          sampled cotangents must be multiplied to estimate the sum over all.
+        """
+        raise NotImplementedError
+
+
+def comb(length: int, keep: int, seed: jax.Array) -> jax.Array:
+    """Return ``keep`` of ``length`` indices, evenly spaced from a random start.
+
+    Every index is as likely as every other, so means over the comb are unbiased.
+    """
+    start = (seed % jnp.uint32(length)).astype(jnp.int32)
+    return (start + (length // keep) * jnp.arange(keep)) % length
+
+
+def spread(seed: jax.Array) -> jax.Array:
+    """Mix the bits of a uint32 (the finalizer of MurmurHash3)."""
+    seed = (seed ^ (seed >> 16)) * jnp.uint32(0x85EBCA6B)
+    seed = (seed ^ (seed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return seed ^ (seed >> 16)
+
+
+def sampled_counts(examples: int, positions: int, sampling: Sampling) -> tuple[int, int]:
+    """Return how many examples and positions a measurement looks at."""
+    keep_examples = max(1, examples // sampling.every)
+    keep_positions = positions
+    if sampling.max_positions is not None:
+        keep_positions = min(positions, sampling.max_positions)
+    return keep_examples, keep_positions
+
+
+def _features(array: jax.Array, lead: int, dims: Sequence[tuple[Atom, ...]]) -> jax.Array:
+    """Flatten the dimensions after the first ``lead`` into features in the leaf's order."""
+    atoms = [atom for dim in dims for atom in dim]
+    order = leaf_order(atoms)
+    array = array.reshape(*array.shape[:lead], *(atom.size for atom in atoms))
+    array = jnp.transpose(array, (*range(lead), *(lead + i for i in order)))
+    return array.reshape(*array.shape[:lead], math.prod(array.shape[lead:]))
+
+
+class DotSite(Site):
+    """A ``dot_general`` of data and a kernel: dense layers, projections, einsums."""
+
+    @property
+    def _axes(self) -> tuple[Any, ...]:
+        contract, batch = self.equation.params["dimension_numbers"]
+        data = 1 - self.kernel
+        rank = len(self.equation.invars[data].aval.shape)
+        free = [a for a in range(rank) if a not in contract[data] and a not in batch[data]]
+        kernel_free = [
+            axis
+            for axis in range(len(self.view.shape))
+            if axis not in contract[self.kernel] and axis not in batch[self.kernel]
+        ]
+        return batch[data], free, contract[data], kernel_free
+
+    def output_view(self) -> View:
+        batch, free, _, kernel_free = self._axes
+        shape = self.equation.outvars[0].aval.shape
+        lead = [(Atom(-1 - i, 1, shape[i]),) for i in range(len(batch))]
+        data = [
+            (Atom(-100 - axis, 1, self.equation.invars[1 - self.kernel].aval.shape[axis]),)
+            for axis in free
+        ]
+        kernel = [self.view.dims[axis] for axis in kernel_free]
+        rest = [*kernel, *data] if self.kernel == 0 else [*data, *kernel]
+        return dataclasses.replace(whole(self, shape), dims=tuple([*lead, *rest]))
+
+    def signals(self, data, cotangent, sampling, seed):
+        batch, free, contract, kernel_free = self._axes
+        contract_kernel = self.equation.params["dimension_numbers"][0][self.kernel]
+        num_batch, num_free = len(batch), len(free)
+        data = jnp.transpose(data, (*batch, *free, *contract))
+        out_free = tuple(range(num_batch, num_batch + num_free))
+        if self.kernel == 0:
+            out_free = tuple(axis + len(kernel_free) for axis in out_free)
+        out_kernel = [
+            axis for axis in range(num_batch, cotangent.ndim) if axis not in out_free
+        ]
+        cotangent = jnp.transpose(cotangent, (*range(num_batch), *out_free, *out_kernel))
+        lead = num_batch + num_free
+        data = _features(data, lead, [self.view.dims[axis] for axis in contract_kernel])
+        cotangent = _features(cotangent, lead, [self.view.dims[axis] for axis in kernel_free])
+        stack = math.prod(data.shape[:num_batch])
+        free_shape = data.shape[num_batch:lead]
+        examples = free_shape[0] if free_shape else 1
+        positions = math.prod(free_shape[1:])
+        data = data.reshape(stack, examples, positions, data.shape[-1])
+        cotangent = cotangent.reshape(stack, examples, positions, cotangent.shape[-1])
+        if num_batch > 1:  # the kernel's batch dimensions, into the leaf's order
+            atoms = [self.view.dims[a][0] for a in _kernel_batch(self.equation, self.kernel)]
+            order = leaf_order(atoms)
+            sizes = [atom.size for atom in atoms]
+            data, cotangent = (
+                jnp.transpose(
+                    array.reshape(*sizes, *array.shape[1:]),
+                    (*order, *(len(sizes) + i for i in range(3))),
+                ).reshape(array.shape)
+                for array in (data, cotangent)
+            )
+        keep_examples, keep_positions = sampled_counts(examples, positions, sampling)
+        if keep_examples < examples:
+            index = comb(examples, keep_examples, seed)
+            data, cotangent = data[:, index], cotangent[:, index]
+        if keep_positions < positions:
+            index = comb(positions, keep_positions, spread(seed))
+            data, cotangent = data[:, :, index], cotangent[:, :, index]
+        scale = examples * positions / (keep_examples * keep_positions)
+        rows = keep_examples * keep_positions
+        return data.reshape(stack, rows, -1), cotangent.reshape(stack, rows, -1), scale
+
+
+class ConvSite(Site):
+    """A ``conv_general_dilated`` of data and a kernel; the input is the receptive-field patch.
+
+    A grouped convolution's groups share one A: they count as further positions of the input.
+    """
+
+    @property
+    def _numbers(self) -> Any:
+        return self.equation.params["dimension_numbers"]
+
+    def output_view(self) -> View:
+        shape = self.equation.outvars[0].aval.shape
+        dims = [(Atom(-1 - axis, 1, size),) for axis, size in enumerate(shape)]
+        dims[self._numbers.out_spec[1]] = self.view.dims[self._numbers.rhs_spec[0]]
+        return dataclasses.replace(whole(self, shape), dims=tuple(dims))
+
+    def signals(self, data, cotangent, sampling, seed):
+        params = self.equation.params
+        spec = self._numbers
+        kernel_shape = [self.view.shape[axis] for axis in spec.rhs_spec[2:]]
+        data = jnp.transpose(data, (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+        cotangent = jnp.transpose(
+            cotangent, (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+        )
+        examples, *out_shape, _ = cotangent.shape
+        positions = math.prod(out_shape)
+        keep_examples, keep_positions = sampled_counts(examples, positions, sampling)
+        if keep_examples < examples:
+            index = comb(examples, keep_examples, seed)
+            data, cotangent = data[index], cotangent[index]
+        padding = [
+            (low, high, dilation - 1)
+            for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True)
+        ]
+        data = jax.lax.pad(
+            data, jnp.zeros((), data.dtype), [(0, 0, 0), *padding, (0, 0, 0)]
+        )
+        cotangent = cotangent.reshape(keep_examples, positions, -1)
+        geometry = _Geometry(
+            kernel_shape, out_shape, params["window_strides"], params["rhs_dilation"]
+        )
+        if keep_positions < positions:
+            index = comb(positions, keep_positions, spread(seed))
+            cotangent = cotangent[:, index]
+            patches = _gather_patches(data, geometry, index)
+        else:
+            patches = _slice_patches(data, geometry)
+        # (examples, positions, kernel positions, channels) -> one row a position and group
+        patches = patches.reshape(*patches.shape[:3], self.groups, -1)
+        patches = jnp.moveaxis(patches, 3, 2)
+        patches = patches.reshape(
+            keep_examples * keep_positions * self.groups, *kernel_shape, patches.shape[-1]
+        )
+        dims = [self.view.dims[axis] for axis in (*spec.rhs_spec[2:], spec.rhs_spec[1])]
+        patches = _features(patches, 1, dims)
+        cotangent = cotangent.reshape(keep_examples * keep_positions, cotangent.shape[-1])
+        cotangent = _features(cotangent, 1, [self.view.dims[spec.rhs_spec[0]]])
+        scale = examples * positions / (keep_examples * keep_positions)
+        return patches[None], cotangent[None], scale
+
+
+class _Geometry(NamedTuple):
+    """Where a convolution's window stands: all per spatial axis."""
+
+    kernel: Sequence[int]
+    out: Sequence[int]
+    strides: Sequence[int]
+    dilation: Sequence[int]
+
+
+def _slice_patches(padded: jax.Array, geometry: _Geometry) -> jax.Array:
+    """Return every patch, ``(N, T, K, C)``, by one strided slice a kernel position."""
+    pieces = []
+    for flat in range(math.prod(geometry.kernel)):
+        offset = _unravel(flat, geometry.kernel)
+        start = [o * d for o, d in zip(offset, geometry.dilation, strict=True)]
+        limit = [
+            s + (out - 1) * stride + 1
+            for s, out, stride in zip(start, geometry.out, geometry.strides, strict=True)
+        ]
+        piece = jax.lax.slice(
+            padded,
+            (0, *start, 0),
+            (padded.shape[0], *limit, padded.shape[-1]),
+            (1, *geometry.strides, 1),
+        )
+        pieces.append(piece.reshape(padded.shape[0], -1, padded.shape[-1]))
+    return jnp.stack(pieces, axis=2)
+
+
+def _gather_patches(padded: jax.Array, geometry: _Geometry, index: jax.Array) -> jax.Array:
+    """Return the patches at the flat output positions ``index``, ``(N, P, K, C)``."""
+    size = math.prod(padded.shape[1:-1])
+    corner = jnp.zeros_like(index)
+    rest = index
+    pitch = size
+    pitches = []
+    for axis in range(len(geometry.out)):
+        pitch //= padded.shape[1 + axis]
+        pitches.append(pitch)
+    for axis in reversed(range(len(geometry.out))):
+        corner = corner + (rest % geometry.out[axis]) * geometry.strides[axis] * pitches[axis]
+        rest = rest // geometry.out[axis]
+    window = [
+        sum(
+            o * d * p
+            for o, d, p in zip(
+                _unravel(flat, geometry.kernel), geometry.dilation, pitches, strict=True
+            )
+        )
+        for flat in range(math.prod(geometry.kernel))
+    ]
+    flat_data = padded.reshape(padded.shape[0], size, padded.shape[-1])
+    places = corner[:, None] + jnp.array(window, corner.dtype)[None, :]
+    return jnp.take(flat_data, places, axis=1, mode="clip")
+
+
+def _unravel(flat: int, shape: Sequence[int]) -> list[int]:
+    index = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    return index[::-1]
+
+
+def _kernel_batch(equation: Any, kernel: int) -> tuple[int, ...]:
+    return equation.params["dimension_numbers"][1][kernel]
+
+
+def dot_site(equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]) -> Site | str:
+    """Return the site of a ``dot_general`` whose operand ``kernel`` is a parameter.
+
+    Returns:
+      The site, or a sentence that says why the product is no layer.
+    """
+    contract, batch = equation.params["dimension_numbers"]
+    stack = [atom for axis in batch[kernel] for atom in view.dims[axis]]
+    inputs = [atom for axis in contract[kernel] for atom in view.dims[axis]]
+    outputs = [
+        atom
+        for axis, dim in enumerate(view.dims)
+        if axis not in contract[kernel] and axis not in batch[kernel]
+        for atom in dim
+    ]
+    if any(len(view.dims[axis]) != 1 for axis in batch[kernel]) or len(set(axes_of(stack))) != len(
+        batch[kernel]
+    ):
+        return "stacked along part of an axis"
+    sides = split_sides(len(leaf_shape), view.scanned, stack, inputs, outputs)
+    if isinstance(sides, str):
+        return sides
+    data = equation.invars[1 - kernel].aval
+    free = [
+        axis
+        for axis in range(len(data.shape))
+        if axis not in contract[1 - kernel] and axis not in batch[1 - kernel]
+    ]
+    num_examples = data.shape[free[0]] if free else 1
+    return DotSite(int(view.source), equation, kernel, view, sides, num_examples)
+
+
+def conv_site(equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]) -> Site | str:
+    """Return the site of a ``conv_general_dilated`` whose kernel is a parameter, or why not."""
+    if kernel != 1:
+        return "a parameter in the place of a convolution's input"
+    if equation.params["batch_group_count"] != 1:
+        return "a convolution with batch groups"
+    spec = equation.params["dimension_numbers"].rhs_spec
+    outputs = view.dims[spec[0]]
+    inputs = [atom for axis in spec[1:] for atom in view.dims[axis]]
+    sides = split_sides(len(leaf_shape), view.scanned, (), inputs, outputs)
+    if isinstance(sides, str):
+        return sides
+    data = equation.invars[0].aval
+    num_examples = data.shape[equation.params["dimension_numbers"].lhs_spec[0]]
+    groups = equation.params["feature_group_count"]
+    return ConvSite(int(view.source), equation, kernel, view, sides, num_examples, groups)

@@ -1,0 +1,317 @@
+"""Recording Gram matrices of inputs and cotangents during the ordinary backward pass.
+
+The traced loss is evaluated as it stands, except that each layer's product is replaced by a twin
+with the same value and the same derivative, whose backward pass also hands the sums
+
+    Σ α αᵀ,  Σ β βᵀ,  Σ α,  the number of α
+
+to four arguments of the twin that are otherwise unused (all zeros), as if these were their
+cotangents. One ``jax.grad`` over parameters and these dummies then returns gradients and sums.
+Reverse mode adds the sums up over repeated uses and time steps, stacks them over scanned layers,
+and passes through remat, vmap and inner functions, with no bookkeeping of ours.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from optalr.signals.layers import Layers, Plan
+from optalr.signals.sites import Sampling, Site, spread
+
+
+class Sums(NamedTuple):
+    """Sums over all positions of all uses of one leaf, not yet divided by their number.
+
+    With ``stack`` the sizes of the leaf's stacked axes:
+
+      inputs:  ``(*stack, m, m)`` Σ α αᵀ, averaged over a convolution's groups
+      outputs: ``(*stack, n, n)`` Σ c cᵀ over cotangents c of the layer's output
+      mean:    ``(*stack, m)``    Σ α
+      total:   ``(*stack,)``      the number of positions, NT
+    """
+
+    inputs: jax.Array
+    outputs: jax.Array
+    mean: jax.Array
+    total: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """What the twins need: where to put their sums, and whether to compute them.
+
+    Attributes:
+      slots: the dummies of each slot (a leaf's index, or ``HEAD``).
+      slot_of: maps a site to its slot.
+      flag: None to measure always, else a traced bool.
+      sampling: which examples and positions to look at.
+    """
+
+    slots: dict[Any, Sums]
+    slot_of: Callable[[Site], Any]
+    flag: jax.Array | None
+    sampling: Sampling
+
+    def with_slots(self, slots: dict[Any, Sums]) -> "Recorder":
+        """Return the recorder with other dummies."""
+        return dataclasses.replace(self, slots=slots)
+
+
+def zero_sums(site: Site, leaf_shape: tuple[int, ...], dtype: Any) -> Sums:
+    """Return the dummies of a leaf that ``site`` taps."""
+    view = site.leaf_view
+    stack, m, n = view.matrix_shape(leaf_shape)
+    if view.input_side == "cols":
+        m, n = n, m
+    return Sums(
+        jnp.zeros((*stack, m, m), dtype),
+        jnp.zeros((*stack, n, n), dtype),
+        jnp.zeros((*stack, m), dtype),
+        jnp.zeros(stack, dtype),
+    )
+
+
+def run(closed: Any, layers: Layers, args: Sequence[Any], recorder: Recorder) -> list[Any]:
+    """Evaluate a traced loss with its layers tapped; return its flat outputs."""
+    return _run(closed.jaxpr, layers.plan, closed.consts, args, recorder)
+
+
+def _run(jaxpr: Any, plan: Plan, consts: Sequence[Any], args: Sequence[Any], recorder: Recorder):
+    env = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    last_use = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if _is_var(v)}
+    last_use.update({v: len(jaxpr.eqns) for v in jaxpr.outvars if _is_var(v)})
+
+    def read(var):
+        return env[var] if _is_var(var) else var.val
+
+    start = 0
+    for index, equation in enumerate(jaxpr.eqns):
+        if index not in plan.taps and index not in plan.nested:
+            continue
+        _stretch(jaxpr.eqns[start:index], index, last_use, env)
+        values = [read(var) for var in equation.invars]
+        if index in plan.taps:
+            outputs = [_tap(plan.taps[index], values, recorder)]
+        else:
+            outputs = _nest(equation, plan, index, values, recorder)
+        env.update(zip(equation.outvars, outputs, strict=True))
+        start = index + 1
+    _stretch(jaxpr.eqns[start:], len(jaxpr.eqns), last_use, env)
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _stretch(equations: Sequence[Any], end: int, last_use: dict, env: dict) -> None:
+    """Evaluate equations without a tap as one closed jaxpr, and store what is used later."""
+    if not equations:
+        return
+    defined = {v for e in equations for v in e.outvars}
+    free = dict.fromkeys(v for e in equations for v in e.invars if _is_var(v) and v not in defined)
+    inputs = list(free)
+    outputs = [v for v in defined if last_use.get(v, -1) >= end]
+    effects = frozenset().union(*(e.effects for e in equations))
+    jaxpr = jex_core.Jaxpr((), inputs, outputs, list(equations), effects)
+    values = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))(*(env[v] for v in inputs))
+    env.update(zip(outputs, values, strict=True))
+
+
+def _nest(equation: Any, plan: Plan, index: int, values: list[Any], recorder: Recorder):
+    """Rebuild an equation that holds jaxprs, with the inner plans applied."""
+    name, params = equation.primitive.name, equation.params
+    plans = plan.nested[index]
+    if name == "scan":
+        return _scan(params, plans[0], plan.sliced[index], values, recorder)
+    if name == "cond":
+        branches = [
+            lambda *args, b=branch, p=plan: tuple(_run(b.jaxpr, p, b.consts, args, recorder))
+            for branch, plan in zip(params["branches"], plans, strict=True)
+        ]
+        chosen, *operands = values
+        return jax.lax.switch(chosen, branches, *operands)
+    if name == "shard_map":
+        return _shard_map(params, plans[0], values, recorder)
+    inner = params["jaxpr"]
+    jaxpr, consts = (
+        (inner.jaxpr, inner.consts) if isinstance(inner, jex_core.ClosedJaxpr) else (inner, ())
+    )
+    if "policy" in params:  # remat
+
+        def body(slots, *args):
+            return _run(jaxpr, plans[0], consts, args, recorder.with_slots(slots))
+
+        return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(
+            recorder.slots, *values
+        )
+    return _run(jaxpr, plans[0], consts, values, recorder)
+
+
+def _scan(
+    params: dict[str, Any],
+    plan: Plan,
+    sliced: frozenset[int],
+    values: list[Any],
+    recorder: Recorder,
+):
+    """Rebuild a scan; leaves that it slices bring their dummies along, sliced likewise."""
+    inner = params["jaxpr"]
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    consts = values[:num_consts]
+    init = tuple(values[num_consts : num_consts + num_carry])
+    scanned = tuple(values[num_consts + num_carry :])
+    stacked = {site.leaf for site in plan.all_sites() if site.view.scanned}
+    own = {leaf: recorder.slots[leaf] for leaf in sliced & stacked}
+
+    def body(carry, step):
+        xs, slots = step
+        inside = recorder.with_slots({**recorder.slots, **slots})
+        outputs = _run(inner.jaxpr, plan, inner.consts, [*consts, *carry, *xs], inside)
+        return tuple(outputs[:num_carry]), tuple(outputs[num_carry:])
+
+    carry, ys = jax.lax.scan(
+        body,
+        init,
+        (scanned, own),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *ys]
+
+
+def _shard_map(params: dict[str, Any], plan: Plan, values: list[Any], recorder: Recorder):
+    """Rebuild a shard_map; the dummies enter replicated, so their sums come back summed."""
+    replicated = jax.sharding.PartitionSpec()
+
+    def body(slots, *args):
+        return tuple(_run(params["jaxpr"], plan, (), args, recorder.with_slots(slots)))
+
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=(replicated, *params["in_specs"]),
+        out_specs=tuple(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=frozenset(params["manual_axes"]),
+    )(recorder.slots, *values)
+
+
+def _tap(site: Site, values: list[Any], recorder: Recorder) -> jax.Array:
+    """Evaluate a site's product by its twin."""
+    data, kernel = values[1 - site.kernel], values[site.kernel]
+    sums = recorder.slots[recorder.slot_of(site)]
+    axes = _varying_axes(data) | _varying_axes(kernel)
+    sums = jax.tree.map(lambda dummy: _vary(dummy, axes), sums)
+    like = jax.tree.map(lambda dummy: jax.ShapeDtypeStruct(dummy.shape, dummy.dtype), sums)
+    return _twin(site, recorder.sampling, like)(data, kernel, sums, recorder.flag)
+
+
+def _twin(site: Site, sampling: Sampling, like: Sums) -> Callable[..., jax.Array]:
+    """Return the product of ``site`` with a backward pass that also measures sums ``like`` these."""
+    product = _product(site)
+
+    @jax.custom_vjp
+    def twin(data, kernel, sums, flag):
+        del sums, flag
+        return product(data, kernel)
+
+    def forward(data, kernel, sums, flag):
+        del sums
+        return product(data, kernel), (data, kernel, flag)
+
+    def backward(residuals, cotangent):
+        data, kernel, flag = residuals
+        (data_bar,) = jax.linear_transpose(lambda x: product(x, kernel), data)(cotangent)
+        (kernel_bar,) = jax.linear_transpose(lambda w: product(data, w), kernel)(cotangent)
+        measured = _measure_if(flag, site, sampling, data, cotangent, like)
+        return data_bar, kernel_bar, measured, None
+
+    twin.defvjp(forward, backward)
+    return twin
+
+
+def _product(site: Site) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return the equation of ``site`` as a function of data and kernel."""
+    equation = site.equation
+    jaxpr = jex_core.Jaxpr((), equation.invars, equation.outvars, [equation], equation.effects)
+    evaluate = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))
+
+    def product(data, kernel):
+        operands = (data, kernel) if site.kernel == 1 else (kernel, data)
+        return evaluate(*operands)[0]
+
+    return product
+
+
+def _measure_if(flag, site: Site, sampling: Sampling, data, cotangent, like: Sums) -> Sums:
+    """Measure, or return zeros where a traced ``flag`` is off (only this sits in a ``cond``)."""
+    axes = _varying_axes(cotangent)
+
+    def measure(data, cotangent):
+        sums = _measure(site, sampling, data, cotangent, like.total.dtype)
+        return jax.tree.map(lambda x, shape: _vary(x.reshape(shape.shape), axes), sums, like)
+
+    def skip(data, cotangent):
+        del data, cotangent
+        return jax.tree.map(lambda shape: _vary(jnp.zeros(shape.shape, shape.dtype), axes), like)
+
+    if flag is None:
+        return measure(data, cotangent)
+    return jax.lax.cond(flag, measure, skip, data, cotangent)
+
+
+def _measure(site: Site, sampling: Sampling, data, cotangent, dtype) -> Sums:
+    """Compute the four sums of one site, each an estimate of the sum over all positions."""
+    data, cotangent = _only_once((data, cotangent))
+    seed = jax.lax.bitcast_convert_type(jnp.sum(cotangent.astype(jnp.float32)), jnp.uint32)
+    inputs, outputs, scale = site.signals(data, cotangent, sampling, spread(seed))
+    inputs, outputs = inputs.astype(dtype), outputs.astype(dtype)
+    return Sums(
+        _gram(inputs) * (scale / site.groups),
+        _gram(outputs) * scale,
+        jnp.sum(inputs, axis=1) * (scale / site.groups),
+        jnp.full(inputs.shape[0], outputs.shape[1] * scale, dtype),
+    )
+
+
+def _gram(rows: jax.Array) -> jax.Array:
+    """Return ``Σ_r x_r x_rᵀ`` of ``(S, R, d)``, in full precision also where TF32 is the default."""
+    return jnp.einsum("srd,sre->sde", rows, rows, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def _only_once(signals):
+    """Pass signals on, and refuse to be differentiated: the sums are quadratic in them."""
+    return signals
+
+
+@_only_once.defjvp
+def _refuse(primals, tangents):
+    raise TypeError(
+        "value_grad_and_extras cannot be differentiated while it captures signals: their Gram "
+        "matrices are quadratic in the cotangent, so a second derivative through them would be "
+        "wrong. Pass signals=False, or use the matvecs extras['hessian'] and "
+        "extras['gauss_newton']."
+    )
+
+
+def _is_var(var: Any) -> bool:
+    return not isinstance(var, jex_core.Literal)
+
+
+def _varying_axes(array: Any) -> frozenset[str]:
+    """Return the mesh axes over which ``array`` varies inside a shard_map."""
+    return frozenset(getattr(jax.typeof(array), "vma", None) or ())
+
+
+def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Mark ``array`` as varying over ``axes``; the transpose of the mark is a sum over them."""
+    missing = tuple(sorted(axes - _varying_axes(array)))
+    if not missing:
+        return array
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, missing, to="varying")
+    return jax.lax.pvary(array, missing)

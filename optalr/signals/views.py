@@ -1,0 +1,172 @@
+"""Following a parameter through reshapes, transposes and casts.
+
+A layer's kernel rarely reaches its product untouched: it is cast, transposed, reshaped. A ``View``
+says, for each dimension of an intermediate array, which pieces (*atoms*) of which leaf axes it
+holds, so that a product found downstream can be traced back to axes of the leaf. The same algebra
+follows a layer's output to the place where its bias is added.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Atom(NamedTuple):
+    """A piece of one axis: ``size`` steps of ``stride`` elements along leaf axis ``axis``.
+
+    A negative ``axis`` is a dimension that is no axis of the leaf (broadcast, or data).
+    """
+
+    axis: int
+    stride: int
+    size: int
+
+
+Dims = tuple[tuple[Atom, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """An intermediate array that holds the entries of one source, rearranged.
+
+    Attributes:
+      source: the index of a parameter leaf (int) or the site whose output this is.
+      shape: the array's shape.
+      dims: for each dimension the atoms it holds, major first; none for a dimension of size 1.
+      scanned: leaf axes that an enclosing scan slices, outermost first.
+    """
+
+    source: Any
+    shape: tuple[int, ...]
+    dims: Dims
+    scanned: tuple[int, ...] = ()
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the source is a parameter leaf rather than a layer's output."""
+        return isinstance(self.source, int)
+
+    def with_dims(self, dims: Sequence[tuple[Atom, ...]]) -> "View":
+        """Return the view with other dimensions of the same source."""
+        dims = tuple(dims)
+        shape = tuple(math.prod(atom.size for atom in dim) for dim in dims)
+        return dataclasses.replace(self, shape=shape, dims=dims)
+
+
+def whole(source: Any, shape: tuple[int, ...]) -> View:
+    """Return the identity view of a source of this ``shape``."""
+    dims = tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape))
+    return View(source, tuple(shape), dims)
+
+
+def transpose(view: View, permutation: Sequence[int]) -> View:
+    """Permute dimensions."""
+    return view.with_dims([view.dims[axis] for axis in permutation])
+
+
+def squeeze(view: View, dimensions: Sequence[int]) -> View:
+    """Drop dimensions of size 1."""
+    return view.with_dims([dim for axis, dim in enumerate(view.dims) if axis not in dimensions])
+
+
+def broadcast(view: View, shape: Sequence[int], dimensions: Sequence[int]) -> View:
+    """Place dimension ``i`` at ``dimensions[i]`` of ``shape``; the others are new."""
+    dims: list[tuple[Atom, ...]] = []
+    for axis, size in enumerate(shape):
+        source = dimensions.index(axis) if axis in dimensions else None
+        if source is not None and view.shape[source] == size:
+            dims.append(view.dims[source])
+        else:
+            dims.append((Atom(-1 - axis, 1, size),) if size > 1 else ())
+    return dataclasses.replace(view, shape=tuple(shape), dims=tuple(dims))
+
+
+def reshape(view: View, shape: Sequence[int]) -> View | None:
+    """Regroup atoms into ``shape``, splitting an atom where a new dimension ends inside it.
+
+    Returns None where a new dimension would end inside an atom that does not divide.
+    """
+    shape = tuple(shape)
+    if shape == view.shape:
+        return view
+    pending = [atom for dim in view.dims for atom in dim if atom.size > 1]
+    dims: list[tuple[Atom, ...]] = []
+    for size in shape:
+        taken: list[Atom] = []
+        missing = size
+        while missing > 1:
+            if not pending:
+                return None
+            atom = pending.pop(0)
+            if missing % atom.size == 0:
+                taken.append(atom)
+                missing //= atom.size
+            elif atom.size % missing == 0:
+                minor = atom.size // missing
+                taken.append(Atom(atom.axis, atom.stride * minor, missing))
+                pending.insert(0, Atom(atom.axis, atom.stride, minor))
+                missing = 1
+            else:
+                return None
+        dims.append(tuple(taken))
+    return dataclasses.replace(view, shape=shape, dims=tuple(dims))
+
+
+def slice_leading(view: View) -> View | None:
+    """Return what one step of a scan sees of a scanned view: the view without its first axis."""
+    if len(view.dims[0]) != 1 or view.dims[0][0].axis < 0:
+        return None
+    axis, stride, _ = view.dims[0][0]
+    if stride != 1 or sum(a.axis == axis for dim in view.dims for a in dim) != 1:
+        return None
+    return dataclasses.replace(
+        view, shape=view.shape[1:], dims=view.dims[1:], scanned=(*view.scanned, axis)
+    )
+
+
+def leaf_order(atoms: Sequence[Atom]) -> list[int]:
+    """Return the permutation that puts ``atoms`` into the leaf's own (row-major) order."""
+    return sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, -atoms[i].stride))
+
+
+def axes_of(atoms: Sequence[Atom]) -> tuple[int, ...]:
+    """Return the leaf axes that ``atoms`` touch, ascending."""
+    return tuple(sorted({atom.axis for atom in atoms}))
+
+
+class Sides(NamedTuple):
+    """Which leaf axes lie on which side of a product."""
+
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def split_sides(
+    rank: int,
+    scanned: tuple[int, ...],
+    stack: Sequence[Atom],
+    inputs: Sequence[Atom],
+    outputs: Sequence[Atom],
+) -> Sides | str:
+    """Sort the leaf's axes by the side of the product they stand on.
+
+    Axes of size 1 that a reshape dropped join the input's side, or an output's side left empty.
+
+    Returns:
+      The sides, or a sentence that says why the leaf cannot be seen as a matrix here.
+    """
+    groups = [axes_of(stack), axes_of(inputs), axes_of(outputs)]
+    if any(axis < 0 for group in groups for axis in group):
+        return "broadcast before its product"
+    flat = [axis for group in groups for axis in group]
+    if len(flat) != len(set(flat)):
+        return "an axis is split between the input and the output of its product"
+    dropped = [axis for axis in range(rank) if axis not in flat and axis not in scanned]
+    if dropped and not groups[2]:
+        groups[2] = (dropped.pop(),)
+    groups[1] = tuple(sorted((*groups[1], *dropped)))
+    if not groups[1] or not groups[2]:
+        return "a vector or scalar, not a matrix"
+    return Sides((*scanned, *groups[0]), groups[1], groups[2])
