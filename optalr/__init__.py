@@ -9,9 +9,24 @@ from optalr.phases import (
     switch_at,
     two_stage,
 )
+from optalr.signals import (
+    Coverage,
+    LayerMoments,
+    LeafView,
+    composite_loss,
+    coverage,
+    value_grad_and_extras,
+)
 from optalr.transforms.learning_rate import scale_by_recorded_rate
 
 __all__ = [
+    # What a loss reveals.
+    "value_grad_and_extras",
+    "composite_loss",
+    "coverage",
+    "Coverage",
+    "LayerMoments",
+    "LeafView",
     # Lengths of a step.
     "scale_by_recorded_rate",
     # Phases: two stages, and when to switch.

@@ -1,8 +1,8 @@
 """What a loss reveals on the way to its gradient: layer signals and curvature products."""
 
-from optalr.signals.coverage import coverage
 from optalr.signals.extras import composite_loss, value_grad_and_extras
 from optalr.signals.moments import Coverage, LayerMoments, LeafView
+from optalr.signals.report import coverage
 
 __all__ = [
     "Coverage",

@@ -233,7 +233,9 @@ class _Problem:
     arrays: tuple[Any, ...]
 
     @classmethod
-    def of(cls, loss_fn: Callable[..., Any], has_aux: bool | None, params: Any, args: Any) -> "_Problem":
+    def of(
+        cls, loss_fn: Callable[..., Any], has_aux: bool | None, params: Any, args: Any
+    ) -> "_Problem":
         """Check the parameters and split the arguments."""
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             dtype = jnp.result_type(leaf) if _is_number(leaf) else type(leaf)
@@ -433,7 +435,7 @@ def _moments(
     moments: list[LayerMoments | None] = [None] * traced.num_leaves
     head = None
     for leaf, site in first.items():
-        total = sums[leaf] if leaf in sums else None
+        total = sums.get(leaf)
         if layers.head is not None and layers.head.leaf == leaf and _HEAD in sums:
             own = sums[_HEAD]
             total = own if total is None else jax.tree.map(jnp.add, total, own)

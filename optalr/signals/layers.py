@@ -120,14 +120,15 @@ class _Finder:
             seen = [None if _is_literal(v) else env.get(v) for v in equation.invars]
             if not any(seen):
                 continue
-            outputs = self.step(plan, index, equation, seen)
+            outputs = self.step(jaxpr, plan, index, seen)
             for var, view in zip(equation.outvars, outputs, strict=False):
                 if view is not None:
                     env[var] = view
         return plan, [None if _is_literal(v) else env.get(v) for v in jaxpr.outvars]
 
-    def step(self, plan: Plan, index: int, equation: Any, seen: list[View | None]) -> list:
+    def step(self, jaxpr: Any, plan: Plan, index: int, seen: list[View | None]) -> list:
         """Follow the views through one equation; return what its outputs look at."""
+        equation = jaxpr.eqns[index]
         name = equation.primitive.name
         first = seen[0]
         if name in _SAME and first is not None:
@@ -147,15 +148,16 @@ class _Finder:
         if name in ("add", "add_any"):
             return [self.add(equation, seen)]
         if name in ("dot_general", "conv_general_dilated"):
-            return [self.product(plan, index, equation, seen)]
+            return [self.product(jaxpr, plan, index, seen)]
         if name in _CALLS or name in _REMAT or name in ("scan", "cond", "shard_map"):
             return self.nest(plan, index, equation, seen)
         for view in seen:
             self.note(view, _OPAQUE.get(name, f"used by {name}"))
         return []
 
-    def product(self, plan: Plan, index: int, equation: Any, seen: list[View | None]):
+    def product(self, jaxpr: Any, plan: Plan, index: int, seen: list[View | None]) -> View | None:
         """Try to read a product of data and a parameter as a layer."""
+        equation = jaxpr.eqns[index]
         kernels = [i for i, view in enumerate(seen) if view is not None and view.is_parameter]
         if len(kernels) != 1:
             for kernel in kernels:
@@ -164,7 +166,7 @@ class _Finder:
         (kernel,) = kernels
         view = seen[kernel]
         make = dot_site if equation.primitive.name == "dot_general" else conv_site
-        site = make(equation, kernel, view, self.leaf_shapes[view.source])
+        site = make(jaxpr, equation, kernel, view, self.leaf_shapes[view.source])
         if isinstance(site, str):
             self.note(view, site)
             return None

@@ -36,6 +36,7 @@ class Site:
 
     Attributes:
       leaf: index of the parameter leaf.
+      parent: the jaxpr that holds the equation.
       equation: the traced equation.
       kernel: which operand of the equation is the parameter, 0 or 1.
       view: how that operand looks at the leaf.
@@ -45,6 +46,7 @@ class Site:
     """
 
     leaf: int
+    parent: Any
     equation: Any
     kernel: int
     view: View
@@ -119,6 +121,8 @@ def _features(array: jax.Array, lead: int, dims: Sequence[tuple[Atom, ...]]) -> 
 class DotSite(Site):
     """A ``dot_general`` of data and a kernel: dense layers, projections, einsums."""
 
+    # Signatures and meaning of the public methods: see Site.
+
     @property
     def _axes(self) -> tuple[Any, ...]:
         contract, batch = self.equation.params["dimension_numbers"]
@@ -142,7 +146,7 @@ class DotSite(Site):
         ]
         kernel = [self.view.dims[axis] for axis in kernel_free]
         rest = [*kernel, *data] if self.kernel == 0 else [*data, *kernel]
-        return dataclasses.replace(whole(self, shape), dims=tuple([*lead, *rest]))
+        return dataclasses.replace(whole(self, shape), dims=(*lead, *rest))
 
     def signals(self, data, cotangent, sampling, seed):
         batch, free, contract, kernel_free = self._axes
@@ -152,9 +156,7 @@ class DotSite(Site):
         out_free = tuple(range(num_batch, num_batch + num_free))
         if self.kernel == 0:
             out_free = tuple(axis + len(kernel_free) for axis in out_free)
-        out_kernel = [
-            axis for axis in range(num_batch, cotangent.ndim) if axis not in out_free
-        ]
+        out_kernel = [axis for axis in range(num_batch, cotangent.ndim) if axis not in out_free]
         cotangent = jnp.transpose(cotangent, (*range(num_batch), *out_free, *out_kernel))
         lead = num_batch + num_free
         data = _features(data, lead, [self.view.dims[axis] for axis in contract_kernel])
@@ -222,9 +224,7 @@ class ConvSite(Site):
             (low, high, dilation - 1)
             for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True)
         ]
-        data = jax.lax.pad(
-            data, jnp.zeros((), data.dtype), [(0, 0, 0), *padding, (0, 0, 0)]
-        )
+        data = jax.lax.pad(data, jnp.zeros((), data.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
         cotangent = cotangent.reshape(keep_examples, positions, -1)
         geometry = _Geometry(
             kernel_shape, out_shape, params["window_strides"], params["rhs_dilation"]
@@ -317,7 +317,9 @@ def _kernel_batch(equation: Any, kernel: int) -> tuple[int, ...]:
     return equation.params["dimension_numbers"][1][kernel]
 
 
-def dot_site(equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]) -> Site | str:
+def dot_site(
+    parent: Any, equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]
+) -> Site | str:
     """Return the site of a ``dot_general`` whose operand ``kernel`` is a parameter.
 
     Returns:
@@ -346,10 +348,12 @@ def dot_site(equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]
         if axis not in contract[1 - kernel] and axis not in batch[1 - kernel]
     ]
     num_examples = data.shape[free[0]] if free else 1
-    return DotSite(int(view.source), equation, kernel, view, sides, num_examples)
+    return DotSite(int(view.source), parent, equation, kernel, view, sides, num_examples)
 
 
-def conv_site(equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]) -> Site | str:
+def conv_site(
+    parent: Any, equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]
+) -> Site | str:
     """Return the site of a ``conv_general_dilated`` whose kernel is a parameter, or why not."""
     if kernel != 1:
         return "a parameter in the place of a convolution's input"
@@ -364,4 +368,4 @@ def conv_site(equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...
     data = equation.invars[0].aval
     num_examples = data.shape[equation.params["dimension_numbers"].lhs_spec[0]]
     groups = equation.params["feature_group_count"]
-    return ConvSite(int(view.source), equation, kernel, view, sides, num_examples, groups)
+    return ConvSite(int(view.source), parent, equation, kernel, view, sides, num_examples, groups)

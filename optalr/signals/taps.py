@@ -93,7 +93,7 @@ def _run(jaxpr: Any, plan: Plan, consts: Sequence[Any], args: Sequence[Any], rec
     for index, equation in enumerate(jaxpr.eqns):
         if index not in plan.taps and index not in plan.nested:
             continue
-        _stretch(jaxpr.eqns[start:index], index, last_use, env)
+        _stretch(jaxpr, start, index, last_use, env)
         values = [read(var) for var in equation.invars]
         if index in plan.taps:
             outputs = [_tap(plan.taps[index], values, recorder)]
@@ -101,21 +101,20 @@ def _run(jaxpr: Any, plan: Plan, consts: Sequence[Any], args: Sequence[Any], rec
             outputs = _nest(equation, plan, index, values, recorder)
         env.update(zip(equation.outvars, outputs, strict=True))
         start = index + 1
-    _stretch(jaxpr.eqns[start:], len(jaxpr.eqns), last_use, env)
+    _stretch(jaxpr, start, len(jaxpr.eqns), last_use, env)
     return [read(var) for var in jaxpr.outvars]
 
 
-def _stretch(equations: Sequence[Any], end: int, last_use: dict, env: dict) -> None:
+def _stretch(jaxpr: Any, start: int, end: int, last_use: dict, env: dict) -> None:
     """Evaluate equations without a tap as one closed jaxpr, and store what is used later."""
+    equations = jaxpr.eqns[start:end]
     if not equations:
         return
-    defined = {v for e in equations for v in e.outvars}
-    free = dict.fromkeys(v for e in equations for v in e.invars if _is_var(v) and v not in defined)
-    inputs = list(free)
+    defined = dict.fromkeys(v for e in equations for v in e.outvars)
+    used = (v for e in equations for v in e.invars if _is_var(v) and v not in defined)
+    inputs = list(dict.fromkeys(used))
     outputs = [v for v in defined if last_use.get(v, -1) >= end]
-    effects = frozenset().union(*(e.effects for e in equations))
-    jaxpr = jex_core.Jaxpr((), inputs, outputs, list(equations), effects)
-    values = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))(*(env[v] for v in inputs))
+    values = extract(jaxpr, equations, inputs, outputs)(*(env[v] for v in inputs))
     env.update(zip(outputs, values, strict=True))
 
 
@@ -210,7 +209,7 @@ def _tap(site: Site, values: list[Any], recorder: Recorder) -> jax.Array:
 
 
 def _twin(site: Site, sampling: Sampling, like: Sums) -> Callable[..., jax.Array]:
-    """Return the product of ``site`` with a backward pass that also measures sums ``like`` these."""
+    """Return the product of ``site``; its backward pass also measures sums ``like`` these."""
     product = _product(site)
 
     @jax.custom_vjp
@@ -236,8 +235,7 @@ def _twin(site: Site, sampling: Sampling, like: Sums) -> Callable[..., jax.Array
 def _product(site: Site) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the equation of ``site`` as a function of data and kernel."""
     equation = site.equation
-    jaxpr = jex_core.Jaxpr((), equation.invars, equation.outvars, [equation], equation.effects)
-    evaluate = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(jaxpr, ()))
+    evaluate = extract(site.parent, [equation], equation.invars, equation.outvars)
 
     def product(data, kernel):
         operands = (data, kernel) if site.kernel == 1 else (kernel, data)
@@ -278,7 +276,7 @@ def _measure(site: Site, sampling: Sampling, data, cotangent, dtype) -> Sums:
 
 
 def _gram(rows: jax.Array) -> jax.Array:
-    """Return ``Σ_r x_r x_rᵀ`` of ``(S, R, d)``, in full precision also where TF32 is the default."""
+    """Return ``Σ_r x_r x_rᵀ`` of ``(S, R, d)``, in full precision also where TF32 is default."""
     return jnp.einsum("srd,sre->sde", rows, rows, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -296,6 +294,19 @@ def _refuse(primals, tangents):
         "wrong. Pass signals=False, or use the matvecs extras['hessian'] and "
         "extras['gauss_newton']."
     )
+
+
+def extract(jaxpr: Any, equations: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]):
+    """Return some equations of a jaxpr as a function of ``inputs`` that returns ``outputs``."""
+    effects = frozenset().union(*(equation.effects for equation in equations))
+    part = jaxpr.replace(
+        constvars=[],
+        invars=list(inputs),
+        outvars=list(outputs),
+        eqns=list(equations),
+        effects=effects,
+    )
+    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(part, ()))
 
 
 def _is_var(var: Any) -> bool:

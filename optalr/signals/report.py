@@ -43,8 +43,10 @@ def coverage(
     traced = _trace(problem, params, None)
     layers = find_layers(traced.closed, traced.leaf_shapes)
     report = Coverage(
-        tuple(_treatment(leaf, layers, traced.paths, shape)
-              for leaf, shape in enumerate(traced.leaf_shapes))
+        tuple(
+            _treatment(leaf, layers, traced.paths, shape)
+            for leaf, shape in enumerate(traced.leaf_shapes)
+        )
     )
     missed = [leaf for leaf in report.leaves if leaf.treatment == "diagonal"]
     if strict and missed:

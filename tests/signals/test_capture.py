@@ -1,0 +1,279 @@
+"""Captured moments against a brute-force float64 reference, on bare JAX models.
+
+The reference never looks at a jaxpr: each model calls ``layer(name, inputs, outputs)`` at every
+product, the reference keeps the inputs and differentiates the loss by what it adds to the outputs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optalr
+from optalr.signals.moments import LayerMoments
+
+
+def no_layer(name, inputs, outputs):
+    del name, inputs
+    return outputs
+
+
+def reference_moments(model, params, x, y, num_examples):
+    """Return ``{name: (A, B, mean)}`` in float64; inputs are ``(R, m)``, outputs any shape."""
+    with jax.enable_x64(True):
+        params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, x))
+        inputs, shapes = {}, {}
+
+        def discover(name, alpha, outputs):
+            inputs.setdefault(name, []).append(np.asarray(alpha))
+            shapes.setdefault(name, []).append(outputs.shape)
+            return outputs
+
+        model(params, x, y, discover)
+        zeros = {name: [jnp.zeros(s) for s in shape] for name, shape in shapes.items()}
+
+        def perturbed(added):
+            used = dict.fromkeys(added, 0)
+
+            def add(name, alpha, outputs):
+                del alpha
+                used[name] += 1
+                return outputs + added[name][used[name] - 1]
+
+            return model(params, x, y, add)
+
+        betas = jax.grad(perturbed)(zeros)
+        moments = {}
+        for name, uses in inputs.items():
+            alpha = np.concatenate([a.reshape(-1, a.shape[-1]) for a in uses])
+            beta = np.concatenate(
+                [np.asarray(b).reshape(-1, b.shape[-1]) * num_examples for b in betas[name]]
+            )
+            moments[name] = (
+                alpha.T @ alpha / len(alpha),
+                beta.T @ beta / num_examples,
+                alpha.mean(0),
+            )
+        return moments
+
+
+def assert_moments(captured: LayerMoments, expected, rtol=1e-5):
+    inputs, outputs, mean = expected
+    if captured.col_mean is not None:
+        actual = (captured.cols, captured.rows, captured.col_mean)
+    else:
+        actual = (captured.rows, captured.cols, captured.row_mean)
+    for got, want in zip(actual, (inputs, outputs, mean), strict=True):
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol * np.abs(want).max())
+
+
+def cross_entropy(logits, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
+
+
+def mlp(params, x, y, layer=no_layer):
+    h = x
+    for i in range(2):
+        h = layer(f"w{i}", h, h @ params[f"w{i}"]) + params[f"b{i}"][None, :]
+        h = jnp.tanh(h) if i == 0 else h
+    return cross_entropy(h, y)
+
+
+def mlp_params(key):
+    keys = jax.random.split(key, 4)
+    return {
+        "w0": jax.random.normal(keys[0], (5, 7)) * 0.5,
+        "b0": jax.random.normal(keys[1], (7,)) * 0.1,
+        "w1": jax.random.normal(keys[2], (7, 3)) * 0.5,
+        "b1": jax.random.normal(keys[3], (3,)) * 0.1,
+    }
+
+
+@pytest.fixture
+def batch():
+    return jax.random.normal(jax.random.key(1), (16, 5)), jnp.arange(16) % 3
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_mlp_moments_and_bit_equal_gradients(batch, wrap):
+    params = mlp_params(jax.random.key(0))
+    value, grads, extras = wrap(optalr.value_grad_and_extras(mlp))(params, *batch)
+    expected_value, expected_grads = wrap(jax.value_and_grad(mlp))(params, *batch)
+    assert value == expected_value
+    for name in params:
+        np.testing.assert_array_equal(grads[name], expected_grads[name])
+    expected = reference_moments(mlp, params, *batch, num_examples=16)
+    for name in ("w0", "w1"):
+        moments = extras["signals"][name]
+        assert_moments(moments, expected[name])
+        assert moments.count == 16
+        assert moments.positions == 1
+        assert moments.bias == f"['b{name[1]}']"
+    assert extras["signals"]["b0"] is None
+    assert_moments(extras["head"], expected["w1"])
+
+
+def test_a_traced_flag_measures_or_not_and_the_structure_stays(batch):
+    params = mlp_params(jax.random.key(0))
+    evaluate = optalr.value_grad_and_extras(mlp)
+    step = jax.jit(lambda flag: evaluate(params, *batch, signals=flag)[2]["signals"])
+    on, off = step(True), step(False)
+    always = evaluate(params, *batch)[2]["signals"]
+    never = evaluate(params, *batch, signals=False)[2]["signals"]
+    assert jax.tree.structure(on) == jax.tree.structure(off) == jax.tree.structure(never)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), on, always)
+    for leaf in jax.tree.leaves((off, never)):
+        assert not np.any(leaf)
+
+
+def conv_model(params, x, y, layer=no_layer):
+    return _conv_model(
+        params, x, y, layer, strides=(2, 1), padding=((1, 0), (2, 1)), dilation=(1, 2)
+    )
+
+
+def _patches(x, kernel, strides, padding, dilation):
+    patches = jax.lax.conv_general_dilated_patches(
+        x,
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    area = kernel[0] * kernel[1]
+    patches = patches.reshape(*patches.shape[:3], x.shape[-1], area)
+    return jnp.swapaxes(patches, -1, -2).reshape(*patches.shape[:3], -1)
+
+
+def _conv_model(params, x, y, layer, strides, padding, dilation):
+    kernel = params["kernel"]
+    h = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    h = layer("kernel", _patches(x, kernel.shape[:2], strides, padding, dilation), h)
+    h = jnp.tanh(h + params["bias"][None, None, None, :]).reshape(x.shape[0], -1)
+    return cross_entropy(layer("out", h, h @ params["out"]), y)
+
+
+def test_convolution_with_stride_padding_and_dilation():
+    x, y = jax.random.normal(jax.random.key(1), (6, 7, 6, 3)), jnp.arange(6) % 4
+    params = {
+        "kernel": jax.random.normal(jax.random.key(2), (3, 2, 3, 4)) * 0.4,
+        "bias": jnp.full(4, 0.1),
+        "out": jax.random.normal(jax.random.key(3), (4 * 7 * 4 if False else 112, 4)) * 0.2,
+    }
+    shape = jax.eval_shape(
+        lambda: jax.lax.conv_general_dilated(
+            x,
+            params["kernel"],
+            (2, 1),
+            ((1, 0), (2, 1)),
+            rhs_dilation=(1, 2),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    ).shape
+    params["out"] = jax.random.normal(jax.random.key(3), (int(np.prod(shape[1:])), 4)) * 0.2
+    _, grads, extras = jax.jit(optalr.value_grad_and_extras(conv_model))(params, x, y)
+    expected_grads = jax.jit(jax.grad(conv_model))(params, x, y)
+    jax.tree.map(np.testing.assert_array_equal, grads, expected_grads)
+    expected = reference_moments(conv_model, params, x, y, num_examples=6)
+    moments = extras["signals"]["kernel"]
+    assert_moments(moments, expected["kernel"])
+    assert_moments(extras["signals"]["out"], expected["out"])
+    assert moments.positions == shape[1] * shape[2]
+    assert moments.bias == "['bias']"
+
+
+def scanned(params, x, y, layer=no_layer):
+    """Three stacked layers, each followed by a layer shared by all of them."""
+
+    def block(h, weights):
+        h = jnp.tanh(h @ weights["w"] + weights["b"][None, :])
+        return jnp.tanh(h @ params["shared"]), None
+
+    if layer is no_layer:
+        h, _ = jax.lax.scan(jax.checkpoint(block), x, params["stack"])
+    else:
+        h = x
+        for i in range(3):
+            w = params["stack"]["w"][i]
+            h = jnp.tanh(layer(f"w{i}", h, h @ w) + params["stack"]["b"][i][None, :])
+            h = jnp.tanh(layer("shared", h, h @ params["shared"]))
+    return cross_entropy(layer("out", h, h @ params["out"]), y)
+
+
+def test_scanned_layers_come_out_stacked_and_shared_ones_summed(batch):
+    x, y = batch
+    keys = jax.random.split(jax.random.key(3), 3)
+    params = {
+        "stack": {"w": jax.random.normal(keys[0], (3, 5, 5)), "b": jnp.full((3, 5), 0.1)},
+        "shared": jax.random.normal(keys[1], (5, 5)),
+        "out": jax.random.normal(keys[2], (5, 3)),
+    }
+    _, grads, extras = jax.jit(optalr.value_grad_and_extras(scanned))(params, x, y)
+    jax.tree.map(np.testing.assert_array_equal, grads, jax.jit(jax.grad(scanned))(params, x, y))
+    expected = reference_moments(scanned, params, x, y, num_examples=16)
+    stack = extras["signals"]["stack"]["w"]
+    assert stack.rows.shape == (3, 5, 5)
+    assert stack.bias == "['stack']['b']"
+    for i in range(3):
+        one = LayerMoments(
+            stack.rows[i], stack.cols[i], stack.row_mean[i], None, stack.count, stack.positions
+        )
+        assert_moments(one, expected[f"w{i}"])
+    shared = extras["signals"]["shared"]
+    assert_moments(shared, expected["shared"])
+    assert shared.positions == 3
+    view = optalr.coverage(scanned, params, x, y)["['stack']['w']"].view
+    assert view.stack == (0,)
+
+
+def test_bad_input_is_named(batch):
+    params = mlp_params(jax.random.key(0))
+    evaluate = optalr.value_grad_and_extras(mlp)
+    with pytest.raises(
+        TypeError, match=r"params must be .* floating arrays, but \['w0'\] is int32"
+    ):
+        evaluate({**params, "w0": jnp.ones((5, 7), jnp.int32)}, *batch)
+    with pytest.raises(TypeError, match=r"loss_fn must return a floating scalar.*shape \(16, 5\)"):
+        optalr.value_grad_and_extras(lambda p, x: x)(params, batch[0])
+    with pytest.raises(TypeError, match="has_aux=True"):
+        optalr.value_grad_and_extras(lambda p, x: (jnp.sum(x), 1))(params, batch[0])
+    with pytest.raises(TypeError, match="signals must be a boolean scalar"):
+        evaluate(params, *batch, signals=jnp.ones(3))
+    with pytest.raises(TypeError, match="cannot be differentiated while it captures signals"):
+        jax.grad(lambda p: sum(jnp.sum(g) for g in jax.tree.leaves(evaluate(p, *batch)[1])))(params)
+    second = jax.grad(lambda p: jnp.sum(evaluate(p, *batch, signals=False)[1]["w0"]))(params)
+    assert np.all(np.isfinite(second["w1"]))
+    with pytest.raises(ValueError, match="max_positions must be at least 1"):
+        optalr.value_grad_and_extras(mlp, max_positions=0)
+
+
+def test_coverage_names_every_leaf_and_the_reason(batch):
+    x, y = batch
+    params = mlp_params(jax.random.key(0)) | {"scale": jnp.ones(3), "unused": jnp.ones((2, 2))}
+
+    def loss(p, x, y):
+        return mlp(p, x, y) + 0.0 * jnp.sum(p["scale"] * x[0, :3]) + 1e-4 * jnp.sum(p["w0"] ** 2)
+
+    report = optalr.coverage(loss, params, x, y)
+    assert report.treatment == {
+        "['b0']": "bias",
+        "['b1']": "bias",
+        "['scale']": "diagonal",
+        "['unused']": "diagonal",
+        "['w0']": "kronecker",
+        "['w1']": "kronecker",
+    }
+    assert report["['scale']"].reason == "used by mul"
+    assert report["['unused']"].reason == "not used by the loss"
+    text = str(report)
+    assert all(path in text for path in report.treatment)
+    with pytest.raises(ValueError, match=r"2 of 6 leaves fall back.*\['scale'\] \(used by mul\)"):
+        optalr.coverage(loss, params, x, y, strict=True)
