@@ -1,0 +1,68 @@
+"""Every method that keeps the contract, one line each.
+
+To add a method, add a line: a name, a function that builds it, and the extras it cannot do without.
+Numeric parameters of that function (with defaults) are also injected by
+``optax.inject_hyperparams`` and given NaN, which must be refused by name.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+import optalr
+
+
+class Method(NamedTuple):
+    """One line of the registry.
+
+    Attributes:
+      name: unique.
+      make: builds the transformation; parameters with numeric defaults may be injected.
+      needs: extras without which ``update`` raises a TypeError that names them.
+      reports: names that ``optalr.metrics`` must find in the state.
+      guards: whether a gradient that is not finite yields a finite update and a failure counted;
+        False for what only passes on what it is given.
+      rtol: tolerance between two compilations of the same steps.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+    reports: tuple[str, ...] = ()
+    guards: bool = True
+    rtol: float = 1e-4
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _stages(phase, first=None):
+    first = optax.adam(1e-2, eps=1e-4) if first is None else first
+    second = optax.chain(optax.trace(0.9), optalr.scale_by_recorded_rate(0.1))
+    return optalr.two_stage(first, second, phase)
+
+
+PHASE = ("phase", "steps_since_switch")
+
+METHODS = (
+    Method(
+        "scale_by_recorded_rate",
+        lambda learning_rate=0.1: optalr.scale_by_recorded_rate(learning_rate),
+        reports=("learning_rate",),
+        guards=False,
+    ),
+    Method(
+        "two_stage",
+        lambda: _stages(optalr.switch_at(2)),
+        reports=("learning_rate", *PHASE),
+        guards=False,
+    ),
+    Method("two_stage_blend", lambda phase=0.5: _stages(phase), reports=PHASE, guards=False),
+    Method(
+        "three_stages",
+        lambda: _stages(optalr.switch_at(1), _stages(optalr.switch_at(1))),
+        reports=PHASE,
+        guards=False,
+    ),
+)

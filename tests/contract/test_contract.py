@@ -1,0 +1,326 @@
+"""The contract that every transformation keeps, run over one registry."""
+
+import functools
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+
+import optalr
+from tests.contract import problem
+from tests.contract.registry import METHODS
+
+NUM_STEPS = 4
+
+# The programs are small and many: compiling them is all the time that this suite takes.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
+needing = pytest.mark.parametrize(
+    ("method", "extra"),
+    [(method, extra) for method in METHODS for extra in method.needs],
+    ids=lambda value: str(value),
+)
+injectable = pytest.mark.parametrize(
+    ("method", "argument"),
+    [(m, argument) for m in METHODS for argument in inspect.signature(m.make).parameters],
+    ids=lambda value: str(value),
+)
+guarding = pytest.mark.parametrize("method", [m for m in METHODS if m.guards], ids=repr)
+
+
+def take_step(tx, params, state, batch):
+    _, grads, extras = problem.evaluate(params, batch, signals=optalr.wants_signals(state))
+    updates, state = tx.update(grads, state, params, **extras)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    return optax.apply_updates(params, updates), state
+
+
+def step_of(tx):
+    def step(params, state, batch):
+        return take_step(tx, params, state, batch)
+
+    return step
+
+
+@functools.cache
+def compiled(method):
+    """One compiled step a method, shared by the tests that need no other."""
+    tx = method.make()
+    return tx, jit(counted(step_of(tx), TRACES.setdefault(method.name, [])))
+
+
+TRACES = {}
+
+
+def counted(step, traces):
+    def counting(*args):
+        traces.append(1)
+        return step(*args)
+
+    return counting
+
+
+def run(step, params, state, batch, num_steps=NUM_STEPS):
+    for _ in range(num_steps):
+        params, state = step(params, state, batch)
+    return params, state
+
+
+def start(tx, dtype=jnp.float32):
+    params = problem.make_params(dtype)
+    return params, tx.init(params), problem.make_batch(dtype)
+
+
+def assert_close(actual, expected, rtol):
+    def compare(x, y):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            scale = float(np.max(np.abs(np.asarray(y, np.float64)), initial=0.0))
+            np.testing.assert_allclose(
+                np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=rtol, atol=rtol * scale
+            )
+
+    jax.tree.map(compare, actual, expected)
+
+
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_same_types(new, old):
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, old)
+    for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        assert isinstance(x, jax.Array)
+        assert x.weak_type == y.weak_type
+
+
+def assert_finite(tree):
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
+
+
+# 1. Shape of the thing, and one compilation a run.
+
+
+@every_method
+def test_state_is_final_at_init_and_one_compilation_serves_a_run(method):
+    tx, step = compiled(method)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    params, state, batch = start(tx)
+    assert isinstance(state, tuple)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    before = len(TRACES[method.name])
+    _, new_state = run(step, params, state, batch)
+    assert len(TRACES[method.name]) <= before + 1
+    assert_same_types(new_state, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), state)
+
+
+@every_method
+def test_jit_changes_nothing(method):
+    tx, step = compiled(method)
+    params, state, batch = start(tx)
+    expected = take_step(tx, params, state, batch)
+    assert_close(step(params, state, batch), expected, method.rtol)
+
+
+@every_method
+def test_per_parameter_state_is_recognized(method):
+    tx, _ = compiled(method)
+    _, state, _ = start(tx)
+    assert_equal(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
+
+
+# 2. Extra arguments.
+
+
+@needing
+def test_a_missing_extra_is_named_with_the_call_that_supplies_it(method, extra):
+    tx, _ = compiled(method)
+    params, state, batch = start(tx)
+    _, grads, extras = problem.evaluate(params, batch)
+    del extras[extra]
+    with pytest.raises(TypeError, match=rf"{extra}.*(value_grad_and_extras|{extra}=)"):
+        tx.update(grads, state, params, **extras)
+
+
+@every_method
+def test_unknown_extras_are_ignored(method):
+    tx, _ = compiled(method)
+    params, state, batch = start(tx)
+    _, grads, extras = problem.evaluate(params, batch)
+    extras["an_extra_nobody_knows"] = jnp.ones(3)
+    updates, _ = jax.eval_shape(lambda extras: tx.update(grads, state, params, **extras), extras)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+# 3. Composition.
+
+
+def kernels(params, yes, no):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: yes if path[-1].key == "kernel" else no, params
+    )
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.apply_if_finite(optax.chain(tx), 3)
+    ),
+    "partition": lambda tx: optax.partition(
+        {"method": tx, "rest": optax.sgd(0.1)}, lambda p: kernels(p, "method", "rest")
+    ),
+    "masked": lambda tx: optax.MultiSteps(optax.masked(tx, lambda p: kernels(p, True, False)), 2),
+}
+
+
+@every_method
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_composes(method, wrapper):
+    tx = WRAPPERS[wrapper](compiled(method)[0])
+    params, state, batch = start(tx)
+    chex.clear_trace_counter()
+    step = jit(chex.assert_max_traces(step_of(tx), n=1))
+    new_params, new_state = run(step, params, state, batch)
+    assert_same_types(new_state, state)
+    assert_finite(new_params)
+    assert np.any(new_params["hidden"]["kernel"] != params["hidden"]["kernel"])
+    assert set(method.reports) <= set(optalr.metrics(new_state))
+
+
+@every_method
+def test_injected_hyperparameters_change_nothing(method):
+    tx, step = compiled(method)
+    injected = optax.inject_hyperparams(method.make, hyperparam_dtype=jnp.float32)()
+    params, state, batch = start(injected)
+    new_params, new_state = jit(step_of(injected))(params, state, batch)
+    expected_params, expected_state = step(params, tx.init(params), batch)
+    assert_close(new_params, expected_params, method.rtol)
+    assert_close(new_state.inner_state, expected_state, method.rtol)
+    assert_same_types(new_state, state)
+
+
+@every_method
+def test_a_scan_is_a_loop(method):
+    tx, step = compiled(method)
+    params, state, batch = start(tx)
+
+    @functools.partial(jit, donate_argnums=(0, 1))
+    def scanned(params, state):
+        def body(carry, _):
+            return take_step(tx, *carry, batch), None
+
+        return jax.lax.scan(body, (params, state), length=NUM_STEPS)[0]
+
+    expected = run(step, params, state, batch)
+    donated = jax.tree.map(jnp.copy, (params, state))
+    assert_close(scanned(*donated), expected, method.rtol)
+
+
+@every_method
+def test_an_ensemble_is_its_members(method):
+    tx, step = compiled(method)
+    batch = problem.make_batch()
+    members = [problem.make_params(seed=seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    states = jax.vmap(tx.init)(stacked)
+
+    def step_all(params, state, batch):
+        return jax.vmap(step_of(tx), in_axes=(0, 0, None))(params, state, batch)
+
+    together, _ = run(jit(step_all), stacked, states, batch, 3)
+    for i, member in enumerate(members):
+        alone, _ = run(step, member, tx.init(member), batch, 3)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, method.rtol)
+
+
+# 4. Number formats.
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters(method, dtype):
+    tx, step = compiled(method)
+    params, state, batch = start(tx, dtype)
+    new_params, new_state = run(step, params, state, batch, 3)
+    assert {x.dtype for x in jax.tree.leaves(new_params)} == {jnp.dtype(dtype)}
+    assert_finite(new_params)
+    assert_same_types(new_state, state)
+    for leaf in jax.tree.leaves(new_state):
+        if leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert leaf.dtype == jnp.float32
+
+
+@every_method
+def test_double_precision_parameters(method):
+    with jax.enable_x64(True):
+        tx = method.make()
+        params, state, batch = start(tx, jnp.float64)
+        step = jit(step_of(tx))
+        new_params, new_state = run(step, params, state, batch, 3)
+        assert {x.dtype for x in jax.tree.leaves(new_params)} == {jnp.dtype(jnp.float64)}
+        assert_finite(new_params)
+        assert_same_types(new_state, state)
+
+
+# 5. Refusing bad arguments; surviving bad numbers.
+
+
+@injectable
+def test_bad_arguments_are_refused_by_name(method, argument):
+    with pytest.raises(ValueError, match=argument):
+        method.make(**{argument: float("nan")})
+
+
+@guarding
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_is_counted_and_does_no_harm(method, bad):
+    tx, step = compiled(method)
+    params, state, batch = start(tx)
+    params, state = run(step, params, state, batch, 2)
+    before = int(optalr.metrics(state)["failures"])
+    spoiled = (batch[0].at[0, 0].set(bad), batch[1])
+    new_params, state = step(params, state, spoiled)
+    assert_finite(new_params)
+    assert int(optalr.metrics(state)["failures"]) > before
+    new_params, state = run(step, new_params, state, batch, 2)
+    assert_finite(new_params)
+    assert np.any(new_params["hidden"]["kernel"] != params["hidden"]["kernel"])
+
+
+# 6. Saving and resuming.
+
+
+@every_method
+def test_a_restored_run_goes_on_bit_for_bit(method, tmp_path):
+    tx, step = compiled(method)
+    params, state, batch = start(tx)
+    saved = run(step, params, state, batch, 3)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "run", jax.eval_shape(lambda: saved))
+    assert_equal(restored, saved)
+    assert_equal(run(step, *restored, batch), run(step, *saved, batch))
+
+
+# 7. Reports.
+
+
+@every_method
+def test_reports_are_scalars_in_the_state(method):
+    tx, step = compiled(method)
+    params, state, batch = start(tx)
+    _, state = step(params, state, batch)
+    report = optalr.metrics(optax.chain(tx).init(params))
+    assert set(method.reports) <= set(report)
+    report = jax.jit(optalr.metrics)(state)
+    assert set(method.reports) <= set(report)
+    assert all(jnp.shape(value) == () for value in report.values())
+    wish = optalr.wants_signals(state)
+    assert jnp.shape(wish) == ()
+    assert wish.dtype == jnp.bool_
