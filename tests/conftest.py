@@ -13,11 +13,13 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 
+from tests.references import enable_x64
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture
 def x64():
     """Switch float64 on for one test."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield

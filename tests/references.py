@@ -1,6 +1,11 @@
 """Dense float64 oracles, written for plainness: NumPy only, nothing from the package."""
 
+import jax
+import jax.experimental
 import numpy as np
+
+# Public under this name only since jax 0.8.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 def dense_inverse_root(matrix, p=2.0, damping=0.0):

@@ -235,9 +235,8 @@ class _Finder:
         self, equation: Any, kept: list[View | None]
     ) -> tuple[Plan, list, frozenset[int]]:
         """Walk a scan's body: constants whole, scanned leaves one slice, carries if unchanged."""
-        params = equation.params
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
-        body = _open(params["jaxpr"])
+        num_consts, num_carry = scan_arity(equation)
+        body = _open(equation.params["jaxpr"])
         inputs: list[View | None] = list(kept[:num_consts])
         outputs: list[View | None] = []
         for i in range(num_consts, num_consts + num_carry):
@@ -279,6 +278,22 @@ class _Finder:
         _drop(plan, set(accepted))
         head = accepted[-1] if accepted else None
         return Layers(plan, accepted, chosen, biases, self.notes, head)
+
+
+def scan_arity(equation: Any) -> tuple[int, int]:
+    """Return how many constants and carries a scan has.
+
+    Read off the shapes (what is scanned or stacked has one more axis outside than inside), because
+    the equation's parameters that say so differ between releases of jax.
+    """
+    body = _open(equation.params["jaxpr"])
+
+    def rank(var):
+        return len(var.aval.shape)
+
+    carries = [rank(a) == rank(b) for a, b in zip(equation.outvars, body.outvars, strict=True)]
+    scanned = [rank(a) != rank(b) for a, b in zip(equation.invars, body.invars, strict=True)]
+    return len(scanned) - sum(scanned) - sum(carries), sum(carries)
 
 
 def _drop(plan: Plan, accepted: set[Site]) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from optalr.signals.layers import Layers, Plan
+from optalr.signals.layers import Layers, Plan, scan_arity
 from optalr.signals.sites import Sampling, Site, spread
 
 
@@ -123,7 +123,7 @@ def _nest(equation: Any, plan: Plan, index: int, values: list[Any], recorder: Re
     name, params = equation.primitive.name, equation.params
     plans = plan.nested[index]
     if name == "scan":
-        return _scan(params, plans[0], plan.sliced[index], values, recorder)
+        return _scan(equation, plans[0], plan.sliced[index], values, recorder)
     if name == "cond":
         branches = [
             lambda *args, b=branch, p=plan: tuple(_run(b.jaxpr, p, b.consts, args, recorder))
@@ -149,15 +149,16 @@ def _nest(equation: Any, plan: Plan, index: int, values: list[Any], recorder: Re
 
 
 def _scan(
-    params: dict[str, Any],
+    equation: Any,
     plan: Plan,
     sliced: frozenset[int],
     values: list[Any],
     recorder: Recorder,
 ):
     """Rebuild a scan; leaves that it slices bring their dummies along, sliced likewise."""
+    params = equation.params
     inner = params["jaxpr"]
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = scan_arity(equation)
     consts = values[:num_consts]
     init = tuple(values[num_consts : num_consts + num_carry])
     scanned = tuple(values[num_consts + num_carry :])

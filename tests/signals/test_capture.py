@@ -11,6 +11,7 @@ import pytest
 
 import optalr
 from optalr.signals.moments import LayerMoments
+from tests.references import enable_x64
 
 
 def no_layer(name, inputs, outputs):
@@ -20,7 +21,7 @@ def no_layer(name, inputs, outputs):
 
 def reference_moments(model, params, x, y, num_examples):
     """Return ``{name: (A, B, mean)}`` in float64; inputs are ``(R, m)``, outputs any shape."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, x))
         inputs, shapes = {}, {}
 
