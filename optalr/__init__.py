@@ -3,10 +3,12 @@
 from optalr import linalg
 from optalr.diagnostics import metrics, state_bytes, wants_signals
 from optalr.phases import (
+    blend_between,
     phase_schedule,
     release_first_stage,
     set_phase,
     switch_at,
+    switch_on_plateau,
     two_stage,
 )
 from optalr.signals import (
@@ -32,6 +34,8 @@ __all__ = [
     # Phases: two stages, and when to switch.
     "two_stage",
     "switch_at",
+    "switch_on_plateau",
+    "blend_between",
     "phase_schedule",
     "set_phase",
     "release_first_stage",

@@ -1,17 +1,29 @@
 """When training changes its rule: two stages, phase schedulers, SWATS."""
 
 from optalr.phases.control import release_first_stage, set_phase
-from optalr.phases.schedulers import PhaseSchedule, PhaseState, phase_schedule, switch_at
+from optalr.phases.momentum import hand_over_momentum
+from optalr.phases.plateau import PlateauState, switch_on_plateau
+from optalr.phases.schedulers import (
+    PhaseSchedule,
+    PhaseState,
+    blend_between,
+    phase_schedule,
+    switch_at,
+)
 from optalr.phases.two_stage import Released, TwoStageState, two_stage
 
 __all__ = [
     "PhaseSchedule",
     "PhaseState",
+    "PlateauState",
     "Released",
     "TwoStageState",
+    "blend_between",
+    "hand_over_momentum",
     "phase_schedule",
     "release_first_stage",
     "set_phase",
     "switch_at",
+    "switch_on_plateau",
     "two_stage",
 ]

@@ -1,0 +1,129 @@
+"""Switching when the validation loss no longer falls."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.arguments import check_count, check_interval, require_extra
+from optalr.phases.schedulers import PhaseSchedule, phase_schedule
+from optalr.states import count_up
+
+
+class PlateauState(NamedTuple):
+    """State of ``switch_on_plateau``.
+
+    Attributes:
+      switched: bool scalar, whether the plateau has been reached.
+      best: float32 scalar, the value that a measurement has to beat; infinite before the first.
+      num_bad: int32 scalar, measurements since the last that beat it.
+      num_measurements: int32 scalar, measurements so far.
+    """
+
+    switched: jax.Array
+    best: jax.Array
+    num_bad: jax.Array
+    num_measurements: jax.Array
+
+
+def switch_on_plateau(
+    *,
+    patience: int = 5,
+    rtol: float = 1e-4,
+    atol: float = 0.0,
+    cooldown: int = 0,
+) -> PhaseSchedule:
+    """Switch to the second stage when the validation loss has stopped falling.
+
+    Choose it where the switch point is not known and a validation loss is measured now and then.
+    A measurement ``v`` counts as progress if
+
+        v < best − (rtol · |best| + atol),
+
+    which is right for losses of either sign, and then ``best ← v``. After ``patience``
+    measurements in a row without progress the phase becomes 1, from the next update on, for good
+    (``set_phase`` can take it back).
+
+    Measurements arrive as the extra argument ``validation_value`` of ``update``, a float32 scalar,
+    with NaN in steps that have no new one (None would compile another program). So a run whose
+    validation loss is NaN never switches; an infinite one counts as no progress.
+
+    Args:
+      patience: measurements without progress before the switch, at least 1.
+      rtol: progress asked for, relative to the best value, in [0, 1].
+      atol: progress asked for, in the units of the loss, at least 0.
+      cooldown: measurements at the start of the schedule's clock that are not held against it
+        (they do set ``best``). In a nested ``two_stage`` that clock starts at the outer switch,
+        right after which a loss may jump.
+
+    Returns:
+      A stateful schedule for the ``phase`` of ``two_stage``.
+
+    Raises:
+      TypeError: ``patience`` or ``cooldown`` is not a whole number; at ``update``, there is no
+        ``validation_value``.
+      ValueError: an argument lies outside its range.
+
+    Cost: a few scalar operations a step.
+
+    Example:
+      >>> import jax.numpy as jnp, optalr
+      >>> schedule = optalr.switch_on_plateau(patience=2)
+      >>> state, phases = schedule.init(), []
+      >>> for loss in [-1.0, -2.0, jnp.nan, -1.9, -1.5, jnp.nan]:
+      ...     state = schedule.update(state, validation_value=jnp.float32(loss))
+      ...     phases.append(float(schedule(state)))
+      >>> phases
+      [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+
+    Reference: Ida, Fujiwara, "Improving Generalization Performance of Adaptive Learning Rate by
+      Switching from Block Diagonal Matrix Preconditioning to SGD", 2020, section III-B: "when the
+      minimum validation loss is not altered over several epochs".
+    """
+    check_count("patience", patience, 1)
+    check_interval("rtol", rtol, 0.0, 1.0)
+    check_interval("atol", atol, 0.0)
+    check_count("cooldown", cooldown, 0)
+    return phase_schedule(_Plateau(patience, rtol, atol, cooldown))
+
+
+class _Plateau:
+    def __init__(self, patience: int, rtol: float, atol: float, cooldown: int):
+        self._patience, self._rtol, self._atol = patience, rtol, atol
+        self._cooldown = cooldown
+
+    def init(self) -> PlateauState:
+        return PlateauState(
+            switched=jnp.zeros((), bool),
+            best=jnp.full((), jnp.inf, jnp.float32),
+            num_bad=jnp.zeros((), jnp.int32),
+            num_measurements=jnp.zeros((), jnp.int32),
+        )
+
+    def update(self, state: PlateauState, **extra_args: Any) -> PlateauState:
+        value = require_extra(
+            extra_args,
+            "validation_value",
+            "switch_on_plateau",
+            "Pass tx.update(grads, opt_state, params, **extras, validation_value=loss) with a "
+            "float32 scalar: the new measurement, or NaN in steps that have none.",
+        )
+        value = jnp.asarray(value).astype(jnp.float32)
+        measured = ~jnp.isnan(value)
+        margin = jnp.where(jnp.isinf(state.best), 0.0, self._rtol * jnp.abs(state.best))
+        progress = measured & (value < state.best - (margin + self._atol))
+        judged = measured & (state.num_measurements >= self._cooldown)
+        num_bad = jnp.where(judged, count_up(state.num_bad), state.num_bad)
+        num_bad = jnp.where(progress, 0, num_bad)
+        return PlateauState(
+            switched=state.switched | (num_bad >= self._patience),
+            best=jnp.where(progress, value, state.best),
+            num_bad=num_bad,
+            num_measurements=jnp.where(
+                measured, count_up(state.num_measurements), state.num_measurements
+            ),
+        )
+
+    def __call__(self, state: PlateauState, **extra_args: Any) -> jax.Array:
+        del extra_args
+        return state.switched
