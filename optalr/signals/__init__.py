@@ -1,7 +1,8 @@
 """What a loss reveals on the way to its gradient: layer signals and curvature products."""
 
-from optalr.signals.extras import composite_loss, value_grad_and_extras
+from optalr.signals.extras import value_grad_and_extras
 from optalr.signals.moments import Coverage, LayerMoments, LeafView
+from optalr.signals.problem import composite_loss
 from optalr.signals.report import coverage
 
 __all__ = [

@@ -4,67 +4,20 @@ Everything but the value and the gradient comes in ``extras``, a dict that is pa
 ``update``. Under ``jit`` what no transformation reads is never computed.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex_core
-from jax.tree_util import Partial
 
 from optalr import arguments
-from optalr.signals import curvature, taps
-from optalr.signals.layers import Layers, find_layers
-from optalr.signals.moments import LayerMoments
-from optalr.signals.sites import Sampling, Site
-from optalr.signals.taps import Recorder, Sums
-
-_HEAD = "head"
-
-
-@dataclasses.dataclass(frozen=True)
-class CompositeLoss:
-    """A loss given in two parts; see ``composite_loss``."""
-
-    predict_fn: Callable[..., Any]
-    output_loss: Callable[..., jax.Array]
-    has_aux: bool = False
-
-    def __call__(self, params: Any, *args: Any) -> Any:
-        """Return the loss, or ``(loss, aux)``."""
-        if self.has_aux:
-            outputs, aux = self.predict_fn(params, *args)
-            return self.output_loss(outputs, *args), aux
-        return self.output_loss(self.predict_fn(params, *args), *args)
-
-
-def composite_loss(
-    predict_fn: Callable[..., Any], output_loss: Callable[..., jax.Array], *, has_aux: bool = False
-) -> CompositeLoss:
-    """Join a model and a loss of its outputs, so that Gauss-Newton products are defined.
-
-    Choose it when a method reads ``extras["gauss_newton"]`` or ``extras["outputs"]`` (``edf``), or
-    for the true Fisher; everything else works with a plain loss function as well.
-
-    Args:
-      predict_fn: ``predict_fn(params, *args) -> outputs``; with ``has_aux`` ``(outputs, aux)``,
-        where aux is, for example, the new batch statistics.
-      output_loss: ``output_loss(outputs, *args) -> scalar``, the mean over the batch.
-      has_aux: whether ``predict_fn`` returns aux. Pass ``has_aux=True`` to
-        ``value_grad_and_extras`` too.
-
-    Returns:
-      A callable loss, ``loss(params, *args)``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> loss = composite_loss(lambda w, x, y: x @ w, lambda z, x, y: jnp.mean((z - y) ** 2))
-      >>> float(loss(jnp.zeros((2, 1)), jnp.ones((3, 2)), jnp.ones((3, 1))))
-      1.0
-    """
-    return CompositeLoss(predict_fn, output_loss, has_aux)
+from optalr.signals import fisher as true_fisher
+from optalr.signals.capture import assemble, differentiate
+from optalr.signals.layers import find_layers
+from optalr.signals.problem import CompositeLoss, Problem, trace
+from optalr.signals.sites import Sampling
 
 
 def value_grad_and_extras(
@@ -75,6 +28,8 @@ def value_grad_and_extras(
     every: int = 1,
     max_positions: int | None = None,
     axis_name: str | None = None,
+    fisher: str = "empirical",
+    likelihood: str | None = None,
 ) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
     """Return a function that evaluates a loss, its gradient, and what else methods may read.
 
@@ -95,11 +50,18 @@ def value_grad_and_extras(
       axis_name: inside ``jax.shard_map`` (with ``check_vma`` on), the mesh axis over which the
         batch is sharded. A loss that is local to a device is averaged over the axis; value,
         gradient and moments are those of the whole batch.
+      fisher: ``"empirical"``, signals of the targets in the batch, at no further cost; or
+        ``"true"``, signals of targets drawn from the model's predictions, which takes a
+        ``composite_loss``, a ``key=`` at each call and a second backward pass (also where a traced
+        ``signals`` is off; a Python False saves it).
+      likelihood: with ``fisher="true"``, what the outputs parametrize: ``"softmax"`` (class
+        scores), ``"bernoulli"`` (logits) or ``"gaussian"`` (means of unit variance). The loss is
+        taken to be a mean over all axes of the outputs but the last.
 
     Returns:
-      ``evaluate(params, *args, signals=True)``, which returns ``(value, grads, extras)``, with aux
-      ``((value, aux), grads, extras)``. ``signals`` says whether to measure: a Python bool, or a
-      traced one such as ``optalr.wants_signals(opt_state)``. ``extras`` holds:
+      ``evaluate(params, *args, signals=True, key=None)``, which returns ``(value, grads,
+      extras)``, with aux ``((value, aux), grads, extras)``. ``signals`` says whether to measure: a
+      Python bool, or a traced one such as ``optalr.wants_signals(opt_state)``. ``extras`` holds:
 
       * ``value``, ``grad``: the loss and the gradient;
       * ``value_fn``: ``params -> loss`` on the same arguments (same batch, same dropout key);
@@ -145,16 +107,24 @@ def value_grad_and_extras(
         arguments.check_count("num_examples", num_examples)
     if max_positions is not None:
         arguments.check_count("max_positions", max_positions)
+    _check_fisher(loss_fn, fisher, likelihood)
     sampling = Sampling(every, max_positions)
 
-    def evaluate(params: Any, *args: Any, signals: Any = True):
-        problem = _Problem.of(loss_fn, has_aux, params, args)
-        traced = _trace(problem, params, axis_name)
-        layers = find_layers(traced.closed, traced.leaf_shapes)
+    def evaluate(params: Any, *args: Any, signals: Any = True, key: jax.Array | None = None):
+        problem = Problem.of(loss_fn, has_aux, params, args)
+        traced = trace(problem, params, axis_name)
         flag = _static_flag(signals)
-        flat, grads, sums = _differentiate(traced, layers, flag, sampling)
+        layers = find_layers(traced.closed, traced.leaf_shapes)
+        if likelihood is None:
+            flat, grads, sums = differentiate(traced, layers, flag, sampling)
+            moments, head = assemble(traced, layers, sums, flag, num_examples)
+        else:
+            flat, grads, _ = differentiate(traced, layers, False, sampling)
+            drawn = true_fisher.sampled_sums(
+                problem, params, likelihood, _sampling_key(key, axis_name), flag, sampling
+            )
+            moments, head = assemble(*drawn, flag, num_examples)
         value, *aux_leaves = flat
-        moments, head = _moments(traced, layers, sums, flag, num_examples)
         grads = jax.tree.unflatten(traced.treedef, grads)
         extras = {
             "value": value,
@@ -172,187 +142,28 @@ def value_grad_and_extras(
     return evaluate
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    """A function with its arguments split into arrays, given later, and the rest, kept here.
-
-    Equal bindings compare equal, so a ``Partial`` of one crosses ``jit`` without a retrace.
-    """
-
-    function: Callable[..., Any]
-    treedef: Any
-    kept: tuple[Any, ...]
-
-    def args(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        remaining = iter(arrays)
-        leaves = [next(remaining) if kept is _ARRAY else kept for kept in self.kept]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-    def __call__(self, arrays: Sequence[Any], *first: Any) -> Any:
-        return self.function(*first, *self.args(arrays))
-
-
-class _Array:
-    """Marks the place of an array among the kept arguments."""
-
-    def __repr__(self) -> str:
-        return "<array>"
-
-
-_ARRAY = _Array()
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-    """A function that keeps the first of two results."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Averaged:
-    """A loss averaged over a mesh axis if it varies over it."""
-
-    function: Callable[..., Any]
-    axis_name: str
-
-    def __call__(self, *args: Any) -> Any:
-        return _mean_over(self.function(*args), self.axis_name)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """A loss and the arguments of one call."""
-
-    loss_fn: Callable[..., Any]
-    has_aux: bool | None  # None: whatever the loss returns
-    bound: _Bound
-    arrays: tuple[Any, ...]
-
-    @classmethod
-    def of(
-        cls, loss_fn: Callable[..., Any], has_aux: bool | None, params: Any, args: Any
-    ) -> "_Problem":
-        """Check the parameters and split the arguments."""
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            dtype = jnp.result_type(leaf) if _is_number(leaf) else type(leaf)
-            if not _is_number(leaf) or not jnp.issubdtype(dtype, jnp.floating):
-                name = jax.tree_util.keystr(path) or "params"
-                raise TypeError(
-                    f"params must be a pytree of floating arrays, but {name} is {dtype}. Keep what "
-                    "is not trained (counters, keys, functions) out of params and pass it as a "
-                    "further argument of loss_fn."
-                )
-        leaves, treedef = jax.tree.flatten(args)
-        is_array = [_is_array(leaf) for leaf in leaves]
-        kept = tuple(
-            _ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
-        )
-        arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
-        return cls(loss_fn, has_aux, _Bound(loss_fn, treedef, kept), arrays)
-
-    def value_fn(self, axis_name: str | None) -> Partial:
-        """Return ``params -> loss`` on this call's arguments."""
-        function = _First(self.bound) if self.has_aux else self.bound
-        if axis_name is not None:
-            function = _Averaged(function, axis_name)
-        return Partial(function, self.arrays)
-
-    def products(self, params: Any, value_fn: Partial) -> dict[str, Any]:
-        """Return the curvature products, and the outputs of a composite loss."""
-        found: dict[str, Any] = {"hessian": curvature.hessian_product(value_fn, params)}
-        if not isinstance(self.loss_fn, CompositeLoss):
-            return found
-        loss = self.loss_fn
-        predict: Callable[..., Any] = dataclasses.replace(self.bound, function=loss.predict_fn)
-        if loss.has_aux:
-            predict = _First(predict)
-        predict = Partial(predict, self.arrays)
-        output_loss = Partial(
-            dataclasses.replace(self.bound, function=loss.output_loss), self.arrays
-        )
-        found["outputs"] = predict(params)
-        found["gauss_newton"] = curvature.gauss_newton_product(predict, output_loss, params)
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Traced:
-    """The loss of one call as a jaxpr of flat inputs (parameter leaves, arrays)."""
-
-    closed: Any
-    inputs: tuple[Any, ...]
-    treedef: Any
-    paths: tuple[str, ...]
-    aux_tree: Any
-
-    @property
-    def num_leaves(self) -> int:
-        return len(self.paths)
-
-    @property
-    def leaves(self) -> tuple[Any, ...]:
-        return self.inputs[: self.num_leaves]
-
-    @property
-    def leaf_shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(jnp.shape(leaf) for leaf in self.leaves)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-def _is_number(leaf: Any) -> bool:
-    return _is_array(leaf) or isinstance(leaf, float | int | complex)
-
-
-def _trace(problem: _Problem, params: Any, axis_name: str | None) -> _Traced:
-    """Trace the loss once, with parameter leaves and array arguments as flat inputs."""
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = tuple(leaf for _, leaf in with_paths)
-    aux_trees: list[Any] = []
-
-    def flat_loss(leaves, arrays):
-        result = problem.bound(arrays, jax.tree.unflatten(treedef, leaves))
-        if problem.has_aux and not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError("loss_fn must return (loss, aux) when has_aux=True.")
-        split = isinstance(result, tuple) if problem.has_aux is None else problem.has_aux
-        loss, aux = result if split else (result, None)
-        _check_scalar(loss)
-        if axis_name is not None:
-            loss = _mean_over(loss, axis_name)
-        aux_leaves, aux_tree = jax.tree.flatten(aux)
-        aux_trees.append(aux_tree)
-        return [loss, *aux_leaves]
-
-    closed = jax.make_jaxpr(flat_loss)(leaves, problem.arrays)
-    paths = tuple(jax.tree_util.keystr(path) for path, _ in with_paths)
-    return _Traced(closed, (*leaves, *problem.arrays), treedef, paths, aux_trees[-1])
-
-
-def _check_scalar(loss: Any) -> None:
-    if isinstance(loss, tuple):
+def _check_fisher(loss_fn: Any, fisher: str, likelihood: str | None) -> None:
+    arguments.check_choice("fisher", fisher, ("empirical", "true"))
+    if fisher == "empirical":
+        if likelihood is not None:
+            raise ValueError(
+                f"likelihood={likelihood!r} is used by the true Fisher only. Pass fisher='true'."
+            )
+        return
+    if not isinstance(loss_fn, CompositeLoss):
         raise TypeError(
-            "loss_fn must return a scalar, got a tuple. If its second entry is auxiliary, pass "
-            "has_aux=True to value_grad_and_extras."
+            "fisher='true' needs the model's outputs: give loss_fn as "
+            "optalr.composite_loss(predict_fn, output_loss)."
         )
-    shape = getattr(loss, "shape", () if isinstance(loss, float) else None)
-    if shape != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        what = f"shape {shape}" if shape is not None else repr(type(loss))
+    arguments.check_choice("likelihood", likelihood, tuple(true_fisher.LIKELIHOODS))
+
+
+def _sampling_key(key: jax.Array | None, axis_name: str | None) -> jax.Array:
+    if key is None:
         raise TypeError(
-            f"loss_fn must return a floating scalar, the mean loss over the batch, got {what}. "
-            "Take jnp.mean over the examples' losses."
+            "fisher='true' draws targets: pass evaluate(params, ..., key=jax.random.key(step))."
         )
-
-
-def _mean_over(loss: Any, axis_name: str) -> Any:
-    """Average a loss over a mesh axis if it differs between the axis's devices."""
-    varying = getattr(jax.typeof(loss), "vma", frozenset())
-    return jax.lax.pmean(loss, axis_name) if axis_name in varying else loss
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
 def _static_flag(signals: Any) -> Any:
@@ -370,108 +181,3 @@ def _static_flag(signals: Any) -> Any:
             "optalr.wants_signals(opt_state)."
         )
     return bool(signals)
-
-
-def _differentiate(
-    traced: _Traced, layers: Layers, flag: Any, sampling: Sampling
-) -> tuple[list[Any], list[Any], dict[Any, Sums]]:
-    """Return the flat outputs, the gradient's leaves, and the measured sums of each slot."""
-    arrays = traced.inputs[traced.num_leaves :]
-    slots = _slots(traced, layers)
-
-    def loss(leaves, slots):
-        if flag is False or not slots:
-            outputs = jex_core.jaxpr_as_fun(traced.closed)(*leaves, *arrays)
-        else:
-            traced_flag = None if flag is True else flag
-            recorder = Recorder(slots, _slot_chooser(layers), traced_flag, sampling)
-            outputs = taps.run(traced.closed, layers, [*leaves, *arrays], recorder)
-        return outputs[0], outputs
-
-    if flag is False or not slots:
-        (_, outputs), grads = jax.value_and_grad(loss, has_aux=True)(list(traced.leaves), slots)
-        return outputs, grads, slots
-    (_, outputs), (grads, sums) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-        list(traced.leaves), slots
-    )
-    return outputs, grads, sums
-
-
-def _head_apart(layers: Layers) -> bool:
-    """Whether the head's leaf is used by other sites too, so that it needs a slot of its own."""
-    head = layers.head
-    if head is None or head.view.scanned:
-        return False
-    return sum(site.leaf == head.leaf for site in layers.sites) > 1
-
-
-def _slot_chooser(layers: Layers) -> Callable[[Site], Any]:
-    apart = _head_apart(layers)
-    return lambda site: _HEAD if apart and site is layers.head else site.leaf
-
-
-def _slots(traced: _Traced, layers: Layers) -> dict[Any, Sums]:
-    """Return the dummies, zero, of every captured leaf."""
-    slots: dict[Any, Sums] = {}
-    choose = _slot_chooser(layers)
-    for site in layers.sites:
-        leaf = traced.leaves[site.leaf]
-        dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-        slots.setdefault(choose(site), taps.zero_sums(site, jnp.shape(leaf), dtype))
-    return slots
-
-
-def _moments(
-    traced: _Traced,
-    layers: Layers,
-    sums: dict[Any, Sums],
-    flag: Any,
-    num_examples: int | None,
-) -> tuple[list[LayerMoments | None], LayerMoments | None]:
-    """Turn sums into moments, one entry a leaf, and those of the head."""
-    first: dict[int, Site] = {}
-    for site in layers.sites:
-        first.setdefault(site.leaf, site)
-    moments: list[LayerMoments | None] = [None] * traced.num_leaves
-    head = None
-    for leaf, site in first.items():
-        total = sums.get(leaf)
-        if layers.head is not None and layers.head.leaf == leaf and _HEAD in sums:
-            own = sums[_HEAD]
-            total = own if total is None else jax.tree.map(jnp.add, total, own)
-        bias = traced.paths[layers.biases[leaf]] if leaf in layers.biases else None
-        assert total is not None
-        moments[leaf] = _normalize(site, total, flag, num_examples, bias)
-    if layers.head is not None:
-        head = moments[layers.head.leaf]
-        if _HEAD in sums and head is not None:
-            head = _normalize(layers.head, sums[_HEAD], flag, num_examples, head.bias)
-    return moments, head
-
-
-def _normalize(
-    site: Site, sums: Sums, flag: Any, num_examples: int | None, bias: str | None
-) -> LayerMoments:
-    """Divide sums by what they count."""
-    dtype = sums.total.dtype
-    examples = jnp.asarray(_examples(site, num_examples), dtype)
-    total = jnp.maximum(sums.total, 1)
-    inputs = sums.inputs / total[..., None, None]
-    mean = sums.mean / total[..., None]
-    outputs = sums.outputs * examples
-    count = jnp.where(flag, examples, 0).astype(dtype)
-    positions = jnp.where(flag, jnp.ravel(sums.total)[0] / examples, 0).astype(dtype)
-    if site.leaf_view.input_side == "rows":
-        return LayerMoments(inputs, outputs, mean, None, count, positions, bias)
-    return LayerMoments(outputs, inputs, None, mean, count, positions, bias)
-
-
-def _examples(site: Site, num_examples: int | None) -> Any:
-    """Return N over all devices that hold a part of the batch."""
-    if num_examples is not None:
-        return num_examples
-    data = site.equation.invars[1 - site.kernel].aval
-    examples: Any = site.num_examples
-    for axis in sorted(getattr(data, "vma", None) or ()):
-        examples = examples * jax.lax.psum(1, axis)
-    return examples

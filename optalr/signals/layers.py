@@ -6,12 +6,14 @@ tap, in which nested jaxpr, and for every leaf that no tap reaches, why.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend import core as jex_core
 
 from optalr.signals import views
+from optalr.signals.compat import open_jaxpr, scan_arity, varying_axes
 from optalr.signals.moments import LeafView
 from optalr.signals.sites import Site, conv_site, dot_site
 from optalr.signals.views import View
@@ -104,6 +106,7 @@ class _Finder:
         self.leaf_shapes = leaf_shapes
         self.found: list[Site] = []
         self.bias_uses: list[tuple[Site, int]] = []
+        self.mesh_sizes: dict[str, int] = {}  # axes of the shard_maps around the current jaxpr
         self.notes: dict[int, list[str]] = {leaf: [] for leaf in range(len(leaf_shapes))}
 
     def note(self, view: View | None, text: str) -> None:
@@ -165,11 +168,18 @@ class _Finder:
             return None
         (kernel,) = kernels
         view = seen[kernel]
+        assert view is not None
         make = dot_site if equation.primitive.name == "dot_general" else conv_site
         site = make(jaxpr, equation, kernel, view, self.leaf_shapes[view.source])
         if isinstance(site, str):
             self.note(view, site)
             return None
+        varying = varying_axes(equation.invars[1 - kernel].aval)
+        inside = math.prod(self.mesh_sizes[axis] for axis in varying if axis in self.mesh_sizes)
+        outside = tuple(sorted(axis for axis in varying if axis not in self.mesh_sizes))
+        site = dataclasses.replace(
+            site, num_examples=site.num_examples * inside, outer_axes=outside
+        )
         self.found.append(site)
         plan.taps[index] = site
         return site.output_view()
@@ -212,20 +222,23 @@ class _Finder:
         name, params = equation.primitive.name, equation.params
         kept = [view if view is not None and view.is_parameter else None for view in seen]
         if name in _CALLS or name in _REMAT:
-            inner, outputs = self.walk(_open(params["jaxpr"]), seen)
+            inner, outputs = self.walk(open_jaxpr(params["jaxpr"]), seen)
             plans = (inner,)
         elif name == "scan":
             inner, outputs, plan.sliced[index] = self.walk_scan(equation, kept)
             plans = (inner,)
         elif name == "cond":
-            results = [self.walk(_open(b), kept[1:]) for b in params["branches"]]
+            results = [self.walk(open_jaxpr(b), kept[1:]) for b in params["branches"]]
             plans, outputs = tuple(plan for plan, _ in results), []
         else:
             for i, spec in enumerate(params["in_specs"]):
                 if kept[i] is not None and any(entry is not None for entry in spec):
                     self.note(kept[i], "sharded over devices inside shard_map")
                     kept[i] = None
-            inner, _ = self.walk(_open(params["jaxpr"]), kept)
+            around = self.mesh_sizes
+            self.mesh_sizes = around | dict(params["mesh"].shape)
+            inner, _ = self.walk(open_jaxpr(params["jaxpr"]), kept)
+            self.mesh_sizes = around
             plans, outputs = (inner,), []
         if any(inner.taps or inner.nested for inner in plans):
             plan.nested[index] = plans
@@ -236,7 +249,7 @@ class _Finder:
     ) -> tuple[Plan, list, frozenset[int]]:
         """Walk a scan's body: constants whole, scanned leaves one slice, carries if unchanged."""
         num_consts, num_carry = scan_arity(equation)
-        body = _open(equation.params["jaxpr"])
+        body = open_jaxpr(equation.params["jaxpr"])
         inputs: list[View | None] = list(kept[:num_consts])
         outputs: list[View | None] = []
         for i in range(num_consts, num_consts + num_carry):
@@ -280,31 +293,11 @@ class _Finder:
         return Layers(plan, accepted, chosen, biases, self.notes, head)
 
 
-def scan_arity(equation: Any) -> tuple[int, int]:
-    """Return how many constants and carries a scan has.
-
-    Read off the shapes (what is scanned or stacked has one more axis outside than inside), because
-    the equation's parameters that say so differ between releases of jax.
-    """
-    body = _open(equation.params["jaxpr"])
-
-    def rank(var):
-        return len(var.aval.shape)
-
-    carries = [rank(a) == rank(b) for a, b in zip(equation.outvars, body.outvars, strict=True)]
-    scanned = [rank(a) != rank(b) for a, b in zip(equation.invars, body.invars, strict=True)]
-    return len(scanned) - sum(scanned) - sum(carries), sum(carries)
-
-
 def _drop(plan: Plan, accepted: set[Site]) -> None:
     plan.taps = {index: site for index, site in plan.taps.items() if site in accepted}
     for inner in plan.nested.values():
         for nested in inner:
             _drop(nested, accepted)
-
-
-def _open(jaxpr: Any) -> Any:
-    return jaxpr.jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jaxpr
 
 
 def _is_literal(var: Any) -> bool:

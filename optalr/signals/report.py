@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from optalr.signals.extras import _Problem, _trace
 from optalr.signals.layers import Layers, find_layers
 from optalr.signals.moments import Coverage, LeafTreatment
+from optalr.signals.problem import Problem, trace
 
 
 def coverage(
@@ -39,8 +39,8 @@ def coverage(
       >>> coverage(loss_fn, params, jnp.ones((4, 3))).treatment
       {"['b']": 'bias', "['w']": 'kronecker'}
     """
-    problem = _Problem.of(loss_fn, None, params, args)
-    traced = _trace(problem, params, None)
+    problem = Problem.of(loss_fn, None, params, args)
+    traced = trace(problem, params, None)
     layers = find_layers(traced.closed, traced.leaf_shapes)
     report = Coverage(
         tuple(

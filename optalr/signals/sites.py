@@ -41,8 +41,10 @@ class Site:
       kernel: which operand of the equation is the parameter, 0 or 1.
       view: how that operand looks at the leaf.
       sides: the leaf's axes by side of the product.
-      num_examples: N, the size of the input's first free axis.
+      num_examples: N, the size of the input's first free axis (over all devices of a shard_map
+        inside the loss).
       groups: number of feature groups of a convolution, else 1.
+      outer_axes: mesh axes of a shard_map around the loss over which the input varies.
     """
 
     leaf: int
@@ -53,6 +55,7 @@ class Site:
     sides: Sides
     num_examples: int
     groups: int = 1
+    outer_axes: tuple[str, ...] = ()
 
     @property
     def leaf_view(self) -> LeafView:

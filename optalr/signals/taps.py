@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from optalr.signals.layers import Layers, Plan, scan_arity
+from optalr.signals.compat import manual_axes, scan_arity, vary, varying_axes
+from optalr.signals.layers import Layers, Plan
 from optalr.signals.sites import Sampling, Site, spread
 
 
@@ -195,7 +196,7 @@ def _shard_map(params: dict[str, Any], plan: Plan, values: list[Any], recorder: 
         in_specs=(replicated, *params["in_specs"]),
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=frozenset(params["manual_axes"]),
+        axis_names=manual_axes(params),
     )(recorder.slots, *values)
 
 
@@ -203,8 +204,8 @@ def _tap(site: Site, values: list[Any], recorder: Recorder) -> jax.Array:
     """Evaluate a site's product by its twin."""
     data, kernel = values[1 - site.kernel], values[site.kernel]
     sums = recorder.slots[recorder.slot_of(site)]
-    axes = _varying_axes(data) | _varying_axes(kernel)
-    sums = jax.tree.map(lambda dummy: _vary(dummy, axes), sums)
+    axes = varying_axes(jax.typeof(data)) | varying_axes(jax.typeof(kernel))
+    sums = jax.tree.map(lambda dummy: vary(dummy, axes), sums)
     like = jax.tree.map(lambda dummy: jax.ShapeDtypeStruct(dummy.shape, dummy.dtype), sums)
     return _twin(site, recorder.sampling, like)(data, kernel, sums, recorder.flag)
 
@@ -247,15 +248,15 @@ def _product(site: Site) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 def _measure_if(flag, site: Site, sampling: Sampling, data, cotangent, like: Sums) -> Sums:
     """Measure, or return zeros where a traced ``flag`` is off (only this sits in a ``cond``)."""
-    axes = _varying_axes(cotangent)
+    axes = varying_axes(jax.typeof(cotangent))
 
     def measure(data, cotangent):
         sums = _measure(site, sampling, data, cotangent, like.total.dtype)
-        return jax.tree.map(lambda x, shape: _vary(x.reshape(shape.shape), axes), sums, like)
+        return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), sums, like)
 
     def skip(data, cotangent):
         del data, cotangent
-        return jax.tree.map(lambda shape: _vary(jnp.zeros(shape.shape, shape.dtype), axes), like)
+        return jax.tree.map(lambda shape: vary(jnp.zeros(shape.shape, shape.dtype), axes), like)
 
     if flag is None:
         return measure(data, cotangent)
@@ -312,18 +313,3 @@ def extract(jaxpr: Any, equations: Sequence[Any], inputs: Sequence[Any], outputs
 
 def _is_var(var: Any) -> bool:
     return not isinstance(var, jex_core.Literal)
-
-
-def _varying_axes(array: Any) -> frozenset[str]:
-    """Return the mesh axes over which ``array`` varies inside a shard_map."""
-    return frozenset(getattr(jax.typeof(array), "vma", None) or ())
-
-
-def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """Mark ``array`` as varying over ``axes``; the transpose of the mark is a sum over them."""
-    missing = tuple(sorted(axes - _varying_axes(array)))
-    if not missing:
-        return array
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, missing, to="varying")
-    return jax.lax.pvary(array, missing)
