@@ -1,0 +1,424 @@
+"""Preconditioning by a power of the Kronecker-factored Fisher matrix, F^p with F ≈ B ⊗ A.
+
+A layer's kernel W (m × n, s = Wᵀα) has the gradient G = E[α βᵀ]; its Fisher block is approximated
+by B ⊗ A with A = E[α αᵀ] and B = E[β βᵀ] (Martens & Grosse 2015), so that
+
+    F^p vec(G) = vec(A^p G B^p),
+
+two small roots instead of one of order mn. p = −1/2 is the direction of Ida & Fujiwara (2020),
+p = −1 the natural gradient, p = 0 the gradient.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optalr.arguments import check_choice, check_count, check_interval, require_extra
+from optalr.signals.moments import Coverage, is_moments
+from optalr.transforms import _kronecker_steps as steps
+from optalr.transforms._kronecker_plan import find_sources, leaves_with_path, plan_leaves
+
+# How many measurements a refresh interval holds where signals_every is not given.
+_MEASUREMENTS_PER_ROOT = 10
+# An interval may not exceed this part of the steps taken: roots age fast in early training.
+_GROWTH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class KroneckerOptions:
+    """Everything about ``scale_by_kronecker`` that its defaults usually settle.
+
+    Attributes:
+      warmup: samples a dimension that every factor must have seen before the first roots, >= 0.
+      min_batches: batches that must have been measured before the first roots, >= 1.
+      max_update: the RMS change that one update times a learning rate of 1 may make to the outputs
+        of a layer, > 0; None for no bound.
+      damping_form: ``"relative"`` to the mean eigenvalue of each factor, ``"absolute"`` (the
+        paper's ``(Λ + εI)``), or ``"balanced"``: √λ split between the factors by
+        π = √(mean eigenvalue of A / mean eigenvalue of B) (Martens & Grosse 2015, section 6.3).
+      spectrum: ``"factored"`` damps and roots each factor alone; ``"exact"`` keeps eigenbases and
+        applies ``(λ_A λ_B + λ)^p``; ``"measured"`` replaces ``λ_A λ_B`` by a moving average of the
+        squared gradient in the eigenbasis (George et al. 2018, EKFAC; Vyas et al. 2024, SOAP).
+      graft: a transformation whose norm, leaf by leaf, the update takes, such as
+        ``optax.identity()`` (SGD), ``optax.scale_by_rms()`` or ``optax.scale_by_adam()``.
+      block_size: sides longer than this get block-diagonal factors of at most this size.
+      max_factor_size: sides longer than this, and not blocked, keep only their factor's diagonal.
+      joint_bias: treat a bias as one more row of its kernel; needs a layout.
+      root_method: ``method`` of ``optalr.linalg.inverse_root``.
+    """
+
+    warmup: float = 2.0
+    min_batches: int = 10
+    max_update: float | None = 0.5
+    damping_form: str = "relative"
+    spectrum: str = "factored"
+    graft: optax.GradientTransformation | None = None
+    block_size: int | None = None
+    max_factor_size: int = 4096
+    joint_bias: bool = False
+    root_method: str = "auto"
+
+    def __post_init__(self):
+        check_interval("warmup", self.warmup, 0)
+        check_count("min_batches", self.min_batches)
+        if self.max_update is not None:
+            check_interval("max_update", self.max_update, 0, open_low=True)
+        check_choice("damping_form", self.damping_form, ("relative", "absolute", "balanced"))
+        check_choice("spectrum", self.spectrum, ("factored", "exact", "measured"))
+        if self.spectrum != "factored" and self.damping_form == "balanced":
+            raise ValueError(
+                "damping_form='balanced' splits the damping between two factors, which "
+                f"spectrum={self.spectrum!r} need not do. Pass damping_form='absolute'."
+            )
+        if self.block_size is not None:
+            check_count("block_size", self.block_size, 2)
+        check_count("max_factor_size", self.max_factor_size)
+
+
+class KroneckerState(NamedTuple):
+    """Memory of ``scale_by_kronecker``. The trees have the structure of the parameters.
+
+    For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers, and nothing else
+    of that order is kept. A leaf that lacks an entry has ``optax.MaskedNode()`` there.
+    """
+
+    # every update
+    count: jax.Array  # () int32, updates seen
+    signal_age: jax.Array  # () int32, updates from the last measurement to the next update
+    root_age: jax.Array  # () int32, updates since the roots were taken (or since the start)
+    wants_signals: jax.Array  # () bool, will the next update read signals?
+    failures: jax.Array  # () int32, roots kept back, measurements and updates not finite
+    update_norm: jax.Array  # () float32, global norm of the last update
+    damping: jax.Array  # () float32, as applied in the last update
+    graft: Any  # state of options.graft
+    # every measurement
+    measurements: jax.Array  # () int32, batches measured
+    samples: jax.Array  # () float32, samples a dimension, of the factor that has the fewest
+    weight: jax.Array  # () float32, sum of the moving average's weights (bias correction)
+    row_factors: Any  # (*stack, m, m) float32 a kernel
+    col_factors: Any  # (*stack, n, n) float32 a kernel
+    second_moments: Any  # diagonal leaves: their shape; spectrum="measured": (*stack, m, n)
+    # every refresh
+    num_refreshes: jax.Array  # () int32
+    root_residual: jax.Array  # () float32, the worst among the roots in use
+    row_roots: Any  # (*stack, m, m) a kernel: the root, or the eigenbasis
+    col_roots: Any  # (*stack, n, n) a kernel
+    row_eigenvalues: Any  # (*stack, m), where eigenbases are kept
+    col_eigenvalues: Any  # (*stack, n)
+
+
+def scale_by_kronecker(
+    power: Any = -0.5,
+    *,
+    decay: Any = 0.95,
+    damping: Any = 1e-3,
+    update_every: Any = 50,
+    signals_every: Any = None,
+    statistics: str = "signals",
+    layout: Coverage | None = None,
+    options: KroneckerOptions | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scale gradients by a power of the Kronecker-factored Fisher matrix.
+
+    Choose it where the curvature of dense and convolution layers should set the direction: few
+    epochs, badly scaled inputs, deep narrow layers. ``optalr.tso_alra`` is the complete optimizer.
+
+    For a kernel with gradient G, from the moments A, B of ``value_grad_and_extras``,
+
+        A ← decay·A + (1 − decay) E[ααᵀ],   B ← decay·B + (1 − decay) E[ββᵀ]   (bias-corrected),
+        U = (A + λ_A)^p G (B + λ_B)^p,       λ_A = damping · tr(A)/m,  λ_B = damping · tr(B)/n.
+
+    *What each leaf gets.* A captured kernel: the above. Its bias: ``(B + λ_B)^p b``, with no memory
+    of its own. Another leaf of two or more axes (an embedding): the same with ``A = GGᵀ/‖G‖²`` and
+    ``B = N GᵀG`` in place of the moments, in the memory it has anyway; with a ``layout``, which
+    tells beforehand, the diagonal rule. Any other leaf: ``(v + λ)^p g`` with
+    ``v ← decay·v + (1 − decay) N g²``. The factor N (examples a batch) is there because g is the
+    gradient of a batch's mean: moments estimate the Fisher matrix of *one example*, and squares of
+    batch gradients one N times smaller. A side longer than ``options.max_factor_size`` keeps only
+    its factor's diagonal. A layer whose ``count`` is 0 in a batch keeps its factors as they are.
+
+    *When.* Until every factor has seen ``options.warmup`` samples a dimension, in at least
+    ``options.min_batches`` batches, gradients pass unchanged: a root of a factor of too low a rank
+    amplifies what was not seen yet by ``λ^p``. (A moving average never holds more than some
+    1/(1 − decay) batches, so twice that many are always enough.) Then roots are taken when they are
+    as old as half the updates so far, and from there every ``update_every``.
+
+    *How far.* The update of a leaf is shrunk until, times a learning rate of 1, it changes the
+    outputs of its layer by at most ``options.max_update`` RMS, inputs taken as isotropic:
+    ``‖U‖² tr(A)/m <= max_update² n``. (Leaves without a layer: ``‖U‖² <= max_update² max(m, n)``.)
+
+    *What can go wrong.* A root that misses its residual, for either side, leaves the last good pair
+    in place; moments that are not finite are not folded in; an update that is not finite is zero.
+    Each is counted in ``failures``.
+
+    Args:
+      power: p, in [−1, 0]. May be a schedule under ``inject_hyperparams``; roots in use keep the
+        power they were taken with.
+      decay: of the moving averages, a measurement, in [0, 1).
+      damping: λ, >= 0, relative to the mean eigenvalue unless ``options.damping_form`` says
+        otherwise.
+      update_every: updates between two roots, >= 1.
+      signals_every: updates between two measurements, >= 1; None for a tenth of ``update_every``.
+        Shortly after the start, when roots are taken more often, measurements are too.
+      statistics: ``"signals"``, or ``"gradient"`` for Shampoo's ``GGᵀ`` and ``GᵀG``, each to the
+        power p/2, which needs no capture.
+      layout: what ``optalr.coverage(loss_fn, params, *args)`` returned; needed where a leaf's
+        matrix view is not "all axes but the last by the last".
+      options: a ``KroneckerOptions``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` that reads the extra ``signals``.
+
+    Raises:
+      ValueError: an argument is out of range; at ``init``, the layout is of other parameters; at
+        ``update``, signals do not fit the state.
+      TypeError: ``update`` got no ``signals``.
+
+    Cost: an update two products, ``2mn(m + n)`` flops a kernel; a measurement ``m² + n²``
+    additions; a refresh some ``20(m³ + n³)`` flops by eigendecomposition, equal sizes batched.
+    Memory ``2(m² + n²)`` numbers a kernel.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
+      >>> options = KroneckerOptions(warmup=0, min_batches=1, max_update=None)
+      >>> tx = scale_by_kronecker(damping=0.0, statistics="gradient", options=options)
+      >>> params = {"kernel": jnp.diag(jnp.array([3.0, 4.0]))}
+      >>> state = tx.init(params)
+      >>> grads = {"kernel": jnp.diag(jnp.array([9.0, 1e-2]))}  # badly scaled
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, jax.tree.map(lambda u: -u, updates))
+      >>> bool(jnp.allclose(params["kernel"], jnp.diag(jnp.array([2.0, 3.0])), atol=1e-4))
+      True
+
+    Reference: Yasutoshi Ida and Yasuhiro Fujiwara, "Improving Generalization Performance of
+    Adaptive Learning Rate by Switching from Block Diagonal Matrix Preconditioning to SGD", 2020,
+    eq. 14-18 and Algorithm 1. We put the factors on the sides that fit the gradient's shape (eq. 15
+    holds for its transpose), correct the moving averages for their start, and add the warm-up, the
+    relative damping and the bound. ``statistics="gradient"``: Vineet Gupta, Tomer Koren and Yoram
+    Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", 2018.
+    """
+    options = options or KroneckerOptions()
+    check_interval("power", power, -1, 0)
+    check_interval("decay", decay, 0, 1, open_high=True)
+    check_interval("damping", damping, 0)
+    check_count("update_every", update_every)
+    if signals_every is not None:
+        check_count("signals_every", signals_every)
+    check_choice("statistics", statistics, ("signals", "gradient"))
+    if options.joint_bias and layout is None:
+        raise ValueError(
+            "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which tells "
+            "which bias belongs to which kernel."
+        )
+    clock = _Clock(update_every, signals_every, decay, options)
+    from_signals = statistics == "signals"
+
+    def plan(tree):
+        own = "shared" if from_signals else "own"
+        return plan_leaves(
+            tree,
+            layout,
+            max_factor_size=options.max_factor_size,
+            block_size=options.block_size,
+            bias="joint" if options.joint_bias else own,
+        )
+
+    def init_fn(params):
+        dtypes = [_working_dtype(leaf) for _, leaf in leaves_with_path(params)]
+        memory = steps.init_memory(plan(params), dtypes, options.spectrum)
+        return KroneckerState(
+            count=jnp.zeros([], jnp.int32),
+            signal_age=jnp.ones([], jnp.int32),
+            root_age=jnp.zeros([], jnp.int32),
+            wants_signals=jnp.asarray(from_signals),
+            failures=jnp.zeros([], jnp.int32),
+            update_norm=jnp.zeros([], jnp.float32),
+            damping=jnp.asarray(damping, jnp.float32),
+            graft=options.graft.init(params) if options.graft else optax.EmptyState(),
+            measurements=jnp.zeros([], jnp.int32),
+            samples=jnp.zeros([], jnp.float32),
+            weight=jnp.zeros([], jnp.float32),
+            num_refreshes=jnp.zeros([], jnp.int32),
+            root_residual=jnp.zeros([], jnp.float32),
+            **_to_trees(memory, jax.tree.structure(params)),
+        )
+
+    def update_fn(updates, state, params=None, **extras):
+        signals = None
+        if from_signals:
+            signals = require_extra(extras, "signals", "scale_by_kronecker", _SIGNALS_REMEDY)
+        plans = plan(updates)
+        setup = steps.Setup(
+            plans=plans,
+            sources=find_sources(plans, signals),
+            statistics=statistics,
+            spectrum=options.spectrum,
+            damping_form=options.damping_form,
+            root_method=options.root_method,
+            power=power,
+            decay=decay,
+            damping=jnp.asarray(damping, jnp.float32),
+        )
+        structure = jax.tree.structure(updates)
+        grads = [leaf.astype(_working_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
+        memory = _from_trees(state, structure)
+
+        memory, state = _measure(setup, clock, memory, state, grads, signals)
+        memory, state = _refresh(setup, clock, memory, state)
+        new = steps.apply(setup, memory, grads, state.weight, state.num_refreshes > 0)
+
+        if options.graft is not None:
+            graft = optax.with_extra_args_support(options.graft)
+            other, grafted = graft.update(updates, state.graft, params, **extras)
+            other = [
+                leaf.astype(g.dtype) for leaf, g in zip(jax.tree.leaves(other), grads, strict=True)
+            ]
+            started = state.num_refreshes > 0
+            new = [
+                jnp.where(started, u, o)
+                for u, o in zip(steps.graft(new, other), other, strict=True)
+            ]
+            state = state._replace(graft=grafted)
+        if options.max_update is not None:
+            new = steps.bound(setup, memory, state.weight, new, options.max_update)
+        new, state = _finish(new, state, clock, from_signals)
+        new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
+        state = state._replace(damping=setup.damping, **_to_trees(memory, structure))
+        return structure.unflatten(new), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+_SIGNALS_REMEDY = (
+    "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call value, "
+    "grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); "
+    "or pass statistics='gradient', which needs no signals."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clock:
+    """When to measure and when to take roots. Numbers may be traced."""
+
+    update_every: Any
+    signals_every: Any
+    decay: Any
+    options: KroneckerOptions
+
+    def _interval(self, count: jax.Array) -> jax.Array:
+        """Updates between two roots: half the updates so far, up to ``update_every``."""
+        return jnp.clip(count // _GROWTH, 1, jnp.asarray(self.update_every, jnp.int32))
+
+    def measures(self, signal_age: jax.Array, count: jax.Array) -> jax.Array:
+        """Tell whether the update after ``count`` others measures."""
+        longest = self.signals_every
+        if longest is None:
+            longest = jnp.asarray(self.update_every, jnp.int32) // _MEASUREMENTS_PER_ROOT
+        spacing = self._interval(count) // _MEASUREMENTS_PER_ROOT
+        steady = count // _GROWTH >= jnp.asarray(self.update_every, jnp.int32)
+        longest = jnp.asarray(longest, jnp.int32)
+        spacing = jnp.where(steady, longest, jnp.minimum(spacing, longest))
+        return signal_age >= jnp.maximum(spacing, 1)
+
+    def refreshes(self, state: KroneckerState) -> jax.Array:
+        """Tell whether this update takes roots."""
+        longest_memory = 1 / (1 - jnp.asarray(self.decay, jnp.float32))
+        seen = state.measurements.astype(jnp.float32)
+        enough = (state.samples >= self.options.warmup) | (seen >= 2 * longest_memory)
+        trusted = enough & (state.measurements >= self.options.min_batches)
+        due = (state.num_refreshes == 0) | (state.root_age >= self._interval(state.count))
+        return trusted & due
+
+
+def _measure(setup, clock, memory, state, grads, signals):
+    """Fold this batch into the factors, where it is due and was captured."""
+    nodes = [node for node in jax.tree.leaves(signals, is_leaf=is_moments) if is_moments(node)]
+    num_examples = jnp.float32(1)
+    if nodes:
+        num_examples = jnp.max(jnp.stack([jnp.asarray(n.count, jnp.float32) for n in nodes]))
+    due = clock.measures(state.signal_age, state.count) & (num_examples > 0)
+    # Only what may change goes through the branch: the roots would be copied.
+    kept = (memory.row_factors, memory.col_factors, memory.second_moments)
+
+    def fold_in(kept):
+        filled = memory._replace(row_factors=kept[0], col_factors=kept[1], second_moments=kept[2])
+        new, good = steps.measure(setup, filled, grads, num_examples)
+        return (new.row_factors, new.col_factors, new.second_moments), good
+
+    kept, good = jax.lax.cond(due, fold_in, lambda kept: (kept, jnp.bool_(True)), kept)
+    memory = memory._replace(row_factors=kept[0], col_factors=kept[1], second_moments=kept[2])
+    measured = due & good
+    decay = jnp.asarray(setup.decay, jnp.float32)
+    return memory, state._replace(
+        signal_age=jnp.where(due, 1, optax.safe_increment(state.signal_age)),
+        failures=state.failures + (~good).astype(jnp.int32),
+        measurements=state.measurements + measured.astype(jnp.int32),
+        samples=state.samples + jnp.where(measured, steps.evidence(setup), 0),
+        weight=jnp.where(measured, decay * state.weight + (1 - decay), state.weight),
+    )
+
+
+def _refresh(setup, clock, memory, state):
+    """Take new roots, where they are due."""
+    state = state._replace(root_age=optax.safe_increment(state.root_age))
+    due = clock.refreshes(state)
+    names = ("row_roots", "col_roots", "row_eigenvalues", "col_eigenvalues", "second_moments")
+    kept = {name: getattr(memory, name) for name in names}
+
+    def take(kept):
+        filled = memory._replace(**kept)
+        first = state.num_refreshes == 0
+        new, residual, failed = steps.refresh(setup, filled, state.weight, first)
+        return {name: getattr(new, name) for name in names}, residual, failed
+
+    def keep(kept):
+        return kept, state.root_residual, jnp.int32(0)
+
+    kept, residual, failed = jax.lax.cond(due, take, keep, kept)
+    memory = memory._replace(**kept)
+    return memory, state._replace(
+        root_age=jnp.where(due, 0, state.root_age),
+        root_residual=residual,
+        failures=state.failures + failed,
+        num_refreshes=state.num_refreshes + due.astype(jnp.int32),
+    )
+
+
+def _finish(new, state, clock, from_signals):
+    """Replace an update that is not finite by zero, and say what the next one wants."""
+    squares = [jnp.sum(jnp.square(u.astype(jnp.float32))) for u in new]
+    norm = jnp.sqrt(sum(squares, start=jnp.float32(0)))
+    finite = steps.all_finite(new)
+    new = [jnp.where(finite, u, 0) for u in new]
+    count = optax.safe_increment(state.count)
+    return new, state._replace(
+        count=count,
+        failures=state.failures + (~finite).astype(jnp.int32),
+        update_norm=jnp.where(finite, norm, 0),
+        wants_signals=from_signals & clock.measures(state.signal_age, count),
+    )
+
+
+def _working_dtype(leaf: Any) -> Any:
+    """Return float32, or float64 where the leaf is."""
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _to_trees(memory: steps.Memory, structure: Any) -> dict[str, Any]:
+    """Give each list of ``memory`` the structure of the parameters."""
+    return {
+        name: structure.unflatten([optax.MaskedNode() if x is None else x for x in leaves])
+        for name, leaves in memory._asdict().items()
+    }
+
+
+def _from_trees(state: KroneckerState, structure: Any) -> steps.Memory:
+    """Undo ``_to_trees``."""
+    lists = [structure.flatten_up_to(getattr(state, name)) for name in steps.Memory._fields]
+    return steps.Memory(
+        *([None if isinstance(x, optax.MaskedNode) else x for x in leaves] for leaves in lists)
+    )
