@@ -11,6 +11,7 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
+from optalr.recipes import tso_alra
 from optalr.signals import (
     Coverage,
     LayerMoments,
@@ -19,6 +20,7 @@ from optalr.signals import (
     coverage,
     value_grad_and_extras,
 )
+from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.learning_rate import scale_by_recorded_rate
 
 __all__ = [
@@ -29,6 +31,9 @@ __all__ = [
     "Coverage",
     "LayerMoments",
     "LeafView",
+    # Directions.
+    "scale_by_kronecker",
+    "KroneckerOptions",
     # Lengths of a step.
     "scale_by_recorded_rate",
     # Phases: two stages, and when to switch.
@@ -39,6 +44,8 @@ __all__ = [
     "phase_schedule",
     "set_phase",
     "release_first_stage",
+    # Recipes: complete optimizers.
+    "tso_alra",
     # Reading a state.
     "metrics",
     "wants_signals",

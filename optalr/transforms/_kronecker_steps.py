@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optalr.arguments import is_concrete
 from optalr.linalg import inverse_root
 from optalr.transforms import _kronecker_factors as factors
 from optalr.transforms._kronecker_plan import LeafPlan, Source
@@ -14,7 +15,7 @@ from optalr.transforms._kronecker_plan import LeafPlan, Source
 # Of an eigendecomposition ‖QΛQᵀ − A‖_F/‖A‖_F must stay below this, in units of √n ε.
 _EIGH_TOLERANCE = 100.0
 
-Leaves = list[jax.Array | None]
+Leaves = list[Any]
 
 
 class Memory(NamedTuple):
@@ -209,11 +210,14 @@ def _by_size(requests: list[Any], decompose: Callable[..., Outcome]) -> dict[Any
 
 
 def _decompose(setup: Setup, matrices: jax.Array, dampings: jax.Array) -> Outcome:
+    ones = jnp.ones(matrices.shape[:-1], matrices.dtype)
+    if setup.spectrum == "factored" and is_concrete(setup.exponent) and float(setup.exponent) == 0:
+        eye = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
+        return Outcome(eye, ones, jnp.zeros_like(dampings), jnp.ones(dampings.shape, bool))
     if setup.spectrum == "factored":
         result = inverse_root(
             matrices, -1 / setup.exponent, damping=dampings, method=setup.root_method
         )
-        ones = jnp.ones(matrices.shape[:-1], matrices.dtype)
         return Outcome(result.root, ones, result.residual, result.success)
     scale = jnp.max(jnp.abs(matrices), (-2, -1))
     usable = jnp.isfinite(scale) & (scale > 0)
@@ -391,13 +395,15 @@ def bound(
     """Shrink each leaf's update to move its layer's outputs by ``max_update`` RMS at most."""
     bounded = []
     for i, (plan, source) in enumerate(zip(setup.plans, setup.sources, strict=True)):
-        limit = jnp.asarray(max_update * plan.num_outputs**0.5, updates[i].dtype)
+        captured = source.kind == "signals"
+        units = plan.sides[source.output_side].size if captured else plan.num_outputs
+        limit = jnp.asarray(max_update * units**0.5, updates[i].dtype)
         if plan.view is None:
             stack = setup.plans[source.kernel].stack if source.kernel is not None else ()
             matrix = updates[i].reshape(*stack, 1, -1)
             bounded.append(_shrink(matrix, limit).reshape(updates[i].shape))
             continue
-        if source.kind == "signals":
+        if captured:
             which = 1 - source.output_side
             mean = factors.mean_eigenvalue(plan, which, corrected(memory, i, weight)[which])
             limit = limit * jax.lax.rsqrt(jnp.where(mean > 0, mean, 1))

@@ -1,0 +1,471 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optalr
+from optalr.signals.moments import Coverage, LayerMoments, LeafTreatment, LeafView
+from optalr.transforms.kronecker import KroneckerOptions, KroneckerState, scale_by_kronecker
+
+# No waiting and no bound: the arithmetic alone.
+BARE = KroneckerOptions(warmup=0, min_batches=1, max_update=None)
+N = 32
+
+
+def gram(rng, size, scale=1.0):
+    factor = rng.standard_normal((2 * size, size))
+    return scale * factor.T @ factor / (2 * size)
+
+
+def moments(rows, cols, count=N, bias=None, positions=1, mean=None):
+    rows, cols = jnp.asarray(rows, jnp.float32), jnp.asarray(cols, jnp.float32)
+    mean = jnp.zeros(rows.shape[:-1], jnp.float32) if mean is None else jnp.asarray(mean)
+    return LayerMoments(
+        rows, cols, mean, None, jnp.float32(count), jnp.float32(positions), bias=bias
+    )
+
+
+def power_of(matrix, power):
+    values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
+    return (vectors * values**power) @ vectors.T
+
+
+def relative(matrix, damping):
+    return matrix + damping * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+
+
+@functools.cache
+def jitted(update):
+    return jax.jit(lambda grads, state, extras: update(grads, state, **extras))
+
+
+def run(tx, grads, signals, state=None):
+    """One jitted update."""
+    state = tx.init(grads) if state is None else state
+    extras = {} if signals is None else {"signals": signals}
+    return jitted(tx.update)(grads, state, extras)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def layer(rng):
+    """A dense layer of 5 inputs and 3 outputs with its bias."""
+    grads = {
+        "kernel": jnp.asarray(rng.standard_normal((5, 3)), jnp.float32),
+        "bias": jnp.asarray(rng.standard_normal(3), jnp.float32),
+    }
+    rows, cols = gram(rng, 5), gram(rng, 3, 1e-2)
+    signals = {"kernel": moments(rows, cols, bias="['bias']"), "bias": None}
+    return grads, signals, rows, cols
+
+
+def test_one_update_by_hand():
+    grads = {"w": jnp.array([[8.0, 2.0], [3.0, 6.0]])}
+    signals = {"w": moments(np.diag([4.0, 1.0]), np.diag([16.0, 4.0]))}
+    updates, _ = run(scale_by_kronecker(damping=0.0, options=BARE), grads, signals)
+    # A^{-1/2} = diag(1/2, 1), B^{-1/2} = diag(1/4, 1/2)
+    np.testing.assert_allclose(updates["w"], [[1.0, 0.5], [0.75, 3.0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("power", [-0.25, -0.5, -0.7, -1.0])
+def test_kernel_and_bias_equal_the_dense_matrix(layer, power):
+    grads, signals, rows, cols = layer
+    tx = scale_by_kronecker(power, damping=1e-2, options=BARE)
+    updates, _ = run(tx, grads, signals)
+    a, b = relative(rows, 1e-2), relative(cols, 1e-2)
+    dense = power_of(np.kron(b, a), power)
+    vec = np.asarray(grads["kernel"], np.float64).T.reshape(-1)  # column-stacking
+    np.testing.assert_allclose(updates["kernel"].T.reshape(-1), dense @ vec, rtol=2e-4, atol=1e-4)
+    expected = power_of(b, power) @ np.asarray(grads["bias"], np.float64)
+    np.testing.assert_allclose(updates["bias"], expected, rtol=2e-4)
+
+
+def test_power_zero_is_the_gradient(layer):
+    grads, signals, *_ = layer
+    updates, _ = run(scale_by_kronecker(0.0, options=BARE), grads, signals)
+    for name in grads:
+        np.testing.assert_array_equal(updates[name], grads[name])
+
+
+def test_moving_averages_are_corrected_for_their_start(layer, rng):
+    grads, signals, rows, cols = layer
+    tx = scale_by_kronecker(decay=0.9, damping=1e-2, options=BARE)
+    _, state = run(tx, grads, signals)
+    other = gram(rng, 5)
+    second = {**signals, "kernel": moments(other, cols, bias="['bias']")}
+    updates, state = run(tx, grads, second, state)
+    mean = (0.9 * 0.1 * rows + 0.1 * other) / (1 - 0.9**2)
+    a, b = relative(mean, 1e-2), relative(cols, 1e-2)
+    expected = power_of(a, -0.5) @ np.asarray(grads["kernel"]) @ power_of(b, -0.5)
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-4)
+    assert int(state.measurements) == 2
+    assert int(state.num_refreshes) == 2
+
+
+def test_leaves_without_a_layer_live_on_the_scale_of_one_example(rng):
+    grads = {
+        "kernel": jnp.asarray(rng.standard_normal((4, 3)), jnp.float32),
+        "scale": jnp.asarray(rng.standard_normal(4), jnp.float32),
+        "table": jnp.asarray(rng.standard_normal((6, 2)), jnp.float32),
+    }
+    signals = {"kernel": moments(gram(rng, 4), gram(rng, 3)), "scale": None, "table": None}
+    updates, _ = run(scale_by_kronecker(damping=1e-2, options=BARE), grads, signals)
+
+    moment = N * np.square(grads["scale"])
+    expected = grads["scale"] / np.sqrt(moment + 1e-2 * moment.mean())
+    np.testing.assert_allclose(updates["scale"], expected, rtol=1e-5)
+
+    g = np.asarray(grads["table"], np.float64)
+    a, b = g @ g.T / np.sum(g**2), N * g.T @ g
+    np.testing.assert_allclose(np.trace(np.kron(b, a)), N * np.sum(g**2))
+    a, b = relative(a, 1e-2), relative(b, 1e-2)
+    np.testing.assert_allclose(
+        updates["table"], power_of(a, -0.5) @ g @ power_of(b, -0.5), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_gradient_statistics_are_shampoos(rng):
+    g = rng.standard_normal((4, 3))
+    tx = scale_by_kronecker(damping=1e-3, statistics="gradient", options=BARE)
+    updates, state = run(tx, {"w": jnp.asarray(g, jnp.float32)}, None)
+    left, right = relative(g @ g.T, 1e-3), relative(g.T @ g, 1e-3)
+    expected = power_of(left, -0.25) @ g @ power_of(right, -0.25)
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-3, atol=1e-4)
+    assert not bool(state.wants_signals)
+    # Scale-free up to damping, which is relative: with p on each factor it would go as 1/|g|.
+    again, _ = run(tx, {"w": jnp.asarray(1e3 * g, jnp.float32)}, None)
+    np.testing.assert_allclose(again["w"], updates["w"], rtol=1e-3, atol=1e-4)
+
+
+def test_state_holds_two_factors_and_two_roots_and_no_third_copy(layer):
+    grads, *_ = layer
+    m, n = grads["kernel"].shape
+    shapes = jax.eval_shape(scale_by_kronecker().init, grads)
+    scalars = sum(1 for leaf in jax.tree.leaves(shapes) if leaf.shape == ())
+    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    assert total - scalars == 2 * (m**2 + n**2) + n  # and n for the bias, should it stand alone
+    assert optalr.state_bytes(shapes) < 4 * total + 1
+
+
+def test_shapes_and_types_never_change(layer):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker()
+    state = tx.init(grads)
+    _, after = run(tx, grads, signals, state)
+    for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert (before.shape, before.dtype, before.weak_type) == (now.shape, now.dtype, False)
+
+
+def test_gradients_pass_until_every_factor_has_seen_enough(layer):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker(options=KroneckerOptions(min_batches=4, max_update=None))
+    state = tx.init(grads)
+    for step in range(5):
+        updates, state = run(tx, grads, signals, state)
+        passed = bool(jnp.all(updates["kernel"] == grads["kernel"]))
+        assert passed == (step < 3)
+        assert (int(state.num_refreshes) == 0) == (step < 3)
+
+
+def test_a_factor_larger_than_its_samples_waits_longer(rng):
+    grads = {"w": jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)}
+    signals = {"w": moments(gram(rng, 5), gram(rng, 3), count=1)}
+    tx = scale_by_kronecker(options=KroneckerOptions(min_batches=2))
+    state = tx.init(grads)
+    steps = 0
+    while int(state.num_refreshes) == 0:
+        _, state = run(tx, grads, signals, state)
+        steps += 1
+    assert steps == 10  # two samples for each of five rows, one example a batch
+
+
+def test_wants_signals_tells_which_update_measures(layer):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker(update_every=20, signals_every=5, options=BARE)
+    off = jax.tree.map(jnp.zeros_like, signals)
+    state, wanted, refreshed = tx.init(grads), [], []
+    for step in range(100):
+        wants = bool(state.wants_signals)
+        if wants:
+            wanted.append(step)
+        before = int(state.num_refreshes)
+        _, state = run(tx, grads, signals if wants else off, state)
+        if int(state.num_refreshes) > before:
+            refreshed.append(step)
+    assert int(state.measurements) == len(wanted)
+    assert list(np.diff(wanted)[-8:]) == [5] * 8
+    gaps = np.diff(refreshed)
+    assert all(gaps[1:] >= gaps[:-1])
+    assert gaps[-1] == 20
+    assert gaps[0] == 1
+
+
+def test_no_signals_in_a_batch_leave_the_factors_alone(layer):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker(options=BARE)
+    _, state = run(tx, grads, signals)
+    _, after = run(tx, grads, jax.tree.map(jnp.zeros_like, signals), state)
+    np.testing.assert_array_equal(after.row_factors["kernel"], state.row_factors["kernel"])
+    assert int(after.measurements) == 1
+    assert float(after.weight) == float(state.weight)
+    assert bool(after.wants_signals)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_nothing_that_is_not_finite_reaches_factors_or_updates(layer, bad):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker(options=BARE)
+    good, state = run(tx, grads, signals)
+    broken = {**grads, "kernel": grads["kernel"].at[1, 1].set(bad)}
+    kernel = dataclasses.replace(signals["kernel"], rows=signals["kernel"].rows.at[0, 0].set(bad))
+    updates, after = run(tx, broken, {**signals, "kernel": kernel}, state)
+    assert all(float(jnp.abs(u).max()) == 0 for u in jax.tree.leaves(updates))
+    assert int(after.failures) == 2  # the measurement and the update
+    np.testing.assert_array_equal(after.row_factors["kernel"], state.row_factors["kernel"])
+    again, _ = run(tx, grads, signals, after)
+    np.testing.assert_allclose(again["kernel"], good["kernel"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_failed_root_keeps_the_last_good_pair(layer):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker(options=BARE)
+    _, state = run(tx, grads, signals)
+    poisoned = {**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)}
+    updates, after = run(tx, grads, signals, state._replace(row_factors=poisoned))
+    assert int(after.failures) == 1
+    for name in ("row_roots", "col_roots"):
+        np.testing.assert_array_equal(
+            getattr(after, name)["kernel"], getattr(state, name)["kernel"]
+        )
+    assert bool(jnp.isfinite(updates["kernel"]).all())
+
+
+def test_a_dead_layer_is_no_failure(layer):
+    grads, signals, *_ = layer
+    zero = jax.tree.map(jnp.zeros_like, grads)
+    dead = moments(np.zeros((5, 5)), np.zeros((3, 3)), bias="['bias']")
+    updates, state = run(scale_by_kronecker(), zero, {**signals, "kernel": dead})
+    assert int(state.failures) == 0
+    assert float(jnp.abs(updates["kernel"]).max()) == 0
+
+
+def test_updates_are_bounded_by_the_change_they_make_to_outputs(layer):
+    grads, signals, rows, _ = layer
+    huge = jax.tree.map(lambda g: 1e6 * g, grads)
+    options = dataclasses.replace(BARE, max_update=0.5)
+    updates, state = run(scale_by_kronecker(options=options), huge, signals)
+    # ‖U‖² tr(A)/m = (max_update)² n
+    size = float(jnp.linalg.norm(updates["kernel"])) * np.sqrt(np.trace(rows) / 5)
+    np.testing.assert_allclose(size, 0.5 * np.sqrt(3), rtol=1e-4)
+    np.testing.assert_allclose(jnp.linalg.norm(updates["bias"]), 0.5 * np.sqrt(3), rtol=1e-4)
+    norm = optax.tree.norm(updates)
+    np.testing.assert_allclose(state.update_norm, norm, rtol=1e-5)
+
+
+def test_other_layers_do_not_matter(layer, rng):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker(options=dataclasses.replace(BARE, max_update=0.5))
+    alone, _ = run(tx, {"a": grads}, {"a": _with_bias(signals, "['a']['bias']")})
+    more = {"w": jnp.asarray(rng.standard_normal((5, 7)), jnp.float32)}
+    both, _ = run(
+        tx,
+        {"a": grads, "0": more},
+        {
+            "a": _with_bias(signals, "['a']['bias']"),
+            "0": {"w": moments(gram(rng, 5), gram(rng, 7))},
+        },
+    )
+    np.testing.assert_allclose(both["a"]["kernel"], alone["a"]["kernel"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(both["a"]["bias"], alone["a"]["bias"], rtol=1e-5, atol=1e-6)
+
+
+def _with_bias(signals, path):
+    return {**signals, "kernel": dataclasses.replace(signals["kernel"], bias=path)}
+
+
+def test_numbers_may_be_injected_and_traced(layer):
+    grads, signals, *_ = layer
+    make = functools.partial(scale_by_kronecker, options=BARE)
+    injected = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(
+        power=lambda count: -0.5, decay=0.9, damping=1e-2, update_every=20, signals_every=2
+    )
+    plain = make(-0.5, decay=0.9, damping=1e-2, update_every=20, signals_every=2)
+    expected, _ = run(plain, grads, signals)
+    updates, state = run(injected, grads, signals)
+    np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(float(state.inner_state.damping), 1e-2, rtol=1e-6)
+
+
+def test_bfloat16_parameters_keep_float32_factors(layer):
+    grads, signals, *_ = layer
+    half = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads)
+    updates, state = run(scale_by_kronecker(options=BARE), half, signals)
+    assert updates["kernel"].dtype == jnp.bfloat16
+    assert state.row_factors["kernel"].dtype == jnp.float32
+    assert state.damping.dtype == jnp.float32
+
+
+def test_a_long_side_keeps_the_diagonal_of_its_factor(rng):
+    g = jnp.asarray(rng.standard_normal((9, 3)), jnp.float32)
+    rows, cols = gram(rng, 9), gram(rng, 3)
+    tx = scale_by_kronecker(damping=1e-2, options=dataclasses.replace(BARE, max_factor_size=8))
+    updates, state = run(tx, {"w": g}, {"w": moments(rows, cols)})
+    assert state.row_factors["w"].shape == (9,)
+    a, b = relative(np.diag(np.diag(rows)), 1e-2), relative(cols, 1e-2)
+    np.testing.assert_allclose(
+        updates["w"], power_of(a, -0.5) @ np.asarray(g) @ power_of(b, -0.5), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_signals_that_do_not_fit_ask_for_a_layout(rng):
+    grads = {"w": jnp.ones((2, 3, 4))}
+    signals = {"w": moments(gram(rng, 2), gram(rng, 12))}
+    with pytest.raises(ValueError, match=r"\['w'\].*\(2, 3, 4\).*layout=optalr.coverage"):
+        run(scale_by_kronecker(), grads, signals)
+
+
+def _layout(*leaves):
+    return Coverage(tuple(LeafTreatment(*leaf) for leaf in leaves))
+
+
+def test_a_layout_says_how_a_leaf_is_a_matrix(rng):
+    view = LeafView((), (0,), (1, 2), "rows", "['b']")
+    layout = _layout(("['w']", (4, 2, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0))
+    grads = {
+        "w": jnp.asarray(rng.standard_normal((4, 2, 3)), jnp.float32),
+        "b": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32),
+    }
+    rows, cols = gram(rng, 4), gram(rng, 6)
+    signals = {"w": moments(rows, cols, bias="['b']"), "b": None}
+    updates, _ = run(scale_by_kronecker(layout=layout, options=BARE), grads, signals)
+    flat = {"w": grads["w"].reshape(4, 6), "b": grads["b"].reshape(6)}
+    expected, _ = run(scale_by_kronecker(options=BARE), flat, signals)
+    for name in grads:
+        np.testing.assert_allclose(
+            updates[name].reshape(-1), expected[name].reshape(-1), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_stack_of_layers_equals_layers_one_by_one(rng):
+    view = LeafView((0,), (1,), (2,), "rows", "['b']")
+    layout = _layout(("['w']", (2, 4, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0))
+    grads = {
+        "w": jnp.asarray(rng.standard_normal((2, 4, 3)), jnp.float32),
+        "b": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32),
+    }
+    rows = np.stack([gram(rng, 4), gram(rng, 4, 10)])
+    cols = np.stack([gram(rng, 3), gram(rng, 3, 0.1)])
+    options = dataclasses.replace(BARE, max_update=0.5)
+    signals = {"w": moments(rows, cols, bias="['b']"), "b": None}
+    updates, _ = run(scale_by_kronecker(layout=layout, options=options), grads, signals)
+    for i in range(2):
+        one = {"w": moments(rows[i], cols[i], bias="['b']"), "b": None}
+        expected, _ = run(
+            scale_by_kronecker(options=options), jax.tree.map(lambda g, i=i: g[i], grads), one
+        )
+        for name in grads:
+            np.testing.assert_allclose(updates[name][i], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_joint_bias_is_one_more_row(rng):
+    view = LeafView((), (0,), (1,), "rows", "['b']")
+    layout = _layout(("['w']", (4, 3), "kronecker", view, 0), ("['b']", (3,), "bias", None, 0))
+    grads = {
+        "w": jnp.asarray(rng.standard_normal((4, 3)), jnp.float32),
+        "b": jnp.asarray(rng.standard_normal(3), jnp.float32),
+    }
+    inputs = np.concatenate([rng.standard_normal((50, 4)), np.ones((50, 1))], 1)
+    whole, cols = inputs.T @ inputs / 50, gram(rng, 3)
+    signals = {
+        "w": moments(whole[:4, :4], cols, bias="['b']", mean=whole[:4, 4].astype(np.float32)),
+        "b": None,
+    }
+    options = dataclasses.replace(BARE, joint_bias=True)
+    tx = scale_by_kronecker(layout=layout, damping=1e-2, options=options)
+    updates, state = run(tx, grads, signals)
+    joint = np.concatenate([grads["w"], grads["b"][None]])
+    expected = power_of(relative(whole, 1e-2), -0.5) @ joint @ power_of(relative(cols, 1e-2), -0.5)
+    got = np.concatenate([updates["w"], updates["b"][None]])
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert state.row_factors["w"].shape == (5, 5)
+
+
+def test_a_layout_of_other_parameters_is_refused():
+    layout = _layout(("['w']", (4, 3), "diagonal", None, 0))
+    with pytest.raises(ValueError, match=r"layout has no leaf \['v'\]"):
+        scale_by_kronecker(layout=layout).init({"v": jnp.ones((4, 3))})
+    with pytest.raises(ValueError, match=r"layout describes \['w'\] with shape \(4, 3\)"):
+        scale_by_kronecker(layout=layout).init({"w": jnp.ones((4, 2))})
+
+
+def test_masked_leaves_do_not_disturb(layer):
+    grads, signals, *_ = layer
+    tx = optax.masked(scale_by_kronecker(options=BARE), {"kernel": True, "bias": False})
+    updates, _ = run(tx, grads, signals)
+    expected, _ = run(scale_by_kronecker(options=BARE), grads, signals)
+    np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], grads["bias"])
+
+
+def test_state_trees_map_like_parameters(layer):
+    grads, *_ = layer
+    tx = scale_by_kronecker()
+    doubled = optax.tree.map_params(tx, lambda x: x + 1, tx.init(grads))
+    assert isinstance(doubled, KroneckerState)
+    assert float(doubled.row_factors["kernel"][0, 0]) == 1
+    assert int(doubled.count) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"power": 0.5}, "power"),
+        ({"power": -2.0}, "power"),
+        ({"decay": 1.0}, "decay"),
+        ({"damping": -1.0}, "damping"),
+        ({"update_every": 0}, "update_every"),
+        ({"signals_every": 0}, "signals_every"),
+        ({"statistics": "both"}, "statistics"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, name):
+    with pytest.raises((ValueError, TypeError), match=name):
+        scale_by_kronecker(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"warmup": -1.0}, "warmup"),
+        ({"min_batches": 0}, "min_batches"),
+        ({"max_update": 0.0}, "max_update"),
+        ({"damping_form": "cubic"}, "damping_form"),
+        ({"spectrum": "none"}, "spectrum"),
+        ({"spectrum": "exact", "damping_form": "balanced"}, "damping_form"),
+        ({"block_size": 1}, "block_size"),
+        ({"max_factor_size": 0}, "max_factor_size"),
+    ],
+)
+def test_bad_options_are_named(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        KroneckerOptions(**arguments)
+
+
+def test_joint_bias_needs_a_layout():
+    with pytest.raises(ValueError, match="joint_bias=True needs layout="):
+        scale_by_kronecker(options=KroneckerOptions(joint_bias=True))
+
+
+def test_missing_signals_name_the_call_that_supplies_them(layer):
+    grads, *_ = layer
+    tx = scale_by_kronecker()
+    with pytest.raises(TypeError, match=r"'signals'.*value_grad_and_extras.*statistics='gradient'"):
+        tx.update(grads, tx.init(grads))
