@@ -272,17 +272,7 @@ def scale_by_kronecker(
         new = steps.apply(setup, memory, grads, state.weight, state.num_refreshes > 0)
 
         if options.graft is not None:
-            graft = optax.with_extra_args_support(options.graft)
-            other, grafted = graft.update(updates, state.graft, params, **extras)
-            other = [
-                leaf.astype(g.dtype) for leaf, g in zip(jax.tree.leaves(other), grads, strict=True)
-            ]
-            started = state.num_refreshes > 0
-            new = [
-                jnp.where(started, u, o)
-                for u, o in zip(steps.graft(new, other), other, strict=True)
-            ]
-            state = state._replace(graft=grafted)
+            new, state = _graft(options.graft, new, updates, state, params, extras)
         if options.max_update is not None:
             new = steps.bound(setup, memory, state.weight, new, options.max_update)
         new, state = _finish(new, state, clock, from_signals)
@@ -386,6 +376,20 @@ def _refresh(setup, clock, memory, state):
         failures=state.failures + failed,
         num_refreshes=state.num_refreshes + due.astype(jnp.int32),
     )
+
+
+def _graft(transformation, new, updates, state, params, extras):
+    """Give each leaf the norm of another method's update; before the first roots, that update."""
+    graft = optax.with_extra_args_support(transformation)
+    others, after = graft.update(updates, state.graft, params, **extras)
+    # Moments of the other method must not be poisoned either.
+    finite = steps.all_finite(updates)
+    after = jax.tree.map(lambda x, old: jnp.where(finite, x, old), after, state.graft)
+    started = state.num_refreshes > 0
+    others = [x.astype(u.dtype) for x, u in zip(jax.tree.leaves(others), new, strict=True)]
+    grafted = steps.graft(new, others)
+    new = [jnp.where(started, u, x) for u, x in zip(grafted, others, strict=True)]
+    return new, state._replace(graft=after)
 
 
 def _finish(new, state, clock, from_signals):

@@ -72,4 +72,35 @@ METHODS = (
         reports=PHASE,
         guards=False,
     ),
+    Method(
+        "scale_by_kronecker",
+        lambda power=-0.5, decay=0.9, damping=1e-2: optalr.scale_by_kronecker(
+            power,
+            decay=decay,
+            damping=damping,
+            update_every=3,
+            signals_every=1,
+            options=optalr.KroneckerOptions(min_batches=2),
+        ),
+        needs=("signals",),
+        reports=("damping", "root_age", "root_residual", "failures", "update_norm"),
+        rtol=1e-3,
+    ),
+    Method(
+        "shampoo",
+        lambda: optalr.scale_by_kronecker(
+            damping=1e-2,
+            statistics="gradient",
+            options=optalr.KroneckerOptions(min_batches=2, graft=optax.scale_by_rms()),
+        ),
+        reports=("root_residual", "failures"),
+        rtol=1e-3,
+    ),
+    Method(
+        "tso_alra",
+        lambda: optalr.tso_alra(1e-2, switch_at=3, options=optalr.KroneckerOptions(min_batches=2)),
+        needs=("signals",),
+        reports=("learning_rate", "phase", "root_residual", "failures"),
+        rtol=1e-3,
+    ),
 )
