@@ -1,0 +1,138 @@
+"""What a loader returns, and how examples are held out."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optalr.experiments.errors import ExperimentError
+
+Task = Literal["classification", "regression", "language"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Examples ``x`` and targets ``y``, equally long."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """Return the examples at ``indices``."""
+        return Split(self.x[indices], self.y[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """What a file holds: examples, a test set if the data has one, and what is asked of them.
+
+    Attributes:
+      train: examples; images are ``(N, height, width, channels)``, uint8 or float32.
+      test: the data's own test set, or None.
+      task: decides the loss.
+      num_classes: classes, symbols, or numbers to predict.
+      standardize: ``channel`` (one mean and deviation a channel), ``feature`` (one a number) or
+        ``none``.
+      note: anything that a user must know about the data.
+    """
+
+    train: Split
+    test: Split | None
+    task: Task
+    num_classes: int
+    standardize: Literal["channel", "feature", "none"] = "channel"
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Three splits, and the affine map that standardizes by the training examples.
+
+    Attributes:
+      name: the data's name.
+      train: examples to learn from.
+      validation: examples for tuning and switching; may be empty.
+      test: examples for the report.
+      task: decides the loss.
+      num_classes: classes, symbols, or numbers to predict.
+      mean: subtracted, of the rank of a batch; None leaves the numbers alone.
+      scale: then multiplied.
+      note: anything that a user must know about the data.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    task: Task
+    num_classes: int
+    mean: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    note: str = ""
+
+    def prepare(self, x: jax.Array) -> jax.Array:
+        """Return a batch as a model takes it: float32, standardized (text stays whole numbers)."""
+        if self.mean is None or self.scale is None:
+            return x
+        mean, scale = np.broadcast_to(self.mean, (1, *x.shape[1:])), self.scale
+        scale = np.broadcast_to(scale, (1, *x.shape[1:]))
+        return (x.astype(jnp.float32) - jnp.asarray(mean)) * jnp.asarray(scale)
+
+
+def split(
+    name: str,
+    raw: Raw,
+    *,
+    test_fraction: float,
+    validation_fraction: float,
+    split_seed: int,
+    limit: int = 0,
+) -> Dataset:
+    """Hold out test (where the data has none) and validation examples by seed, and standardize.
+
+    Raises:
+      ExperimentError: nothing is left to learn from or to test on.
+    """
+    order = np.random.default_rng(split_seed).permutation(len(raw.train))
+    if raw.test is None:
+        num_test = round(test_fraction * len(order))
+        test, order = raw.train.take(np.sort(order[:num_test])), order[num_test:]
+    else:
+        test = raw.test
+    num_validation = round(validation_fraction * len(order))
+    validation = raw.train.take(np.sort(order[:num_validation]))
+    kept = order[num_validation:]
+    train = raw.train.take(np.sort(kept[:limit] if limit else kept))
+    if not len(train) or not len(test):
+        raise ExperimentError(
+            f"data {name!r}: {len(train)} examples to train on and {len(test)} to test on; choose "
+            "data.test_fraction and data.validation_fraction so that both are left."
+        )
+    mean, scale = _moments(train.x, raw.standardize)
+    return Dataset(
+        name, train, validation, test, raw.task, raw.num_classes, mean, scale, raw.note
+    )
+
+
+def _moments(x: np.ndarray, how: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return mean and inverse deviation, of the rank of ``x``, for ``Dataset.prepare``."""
+    if how == "none":
+        return None, None
+    axes = (0,) if how == "feature" else tuple(range(x.ndim - 1))
+    # Chunks, because float64 copies of a whole image set would take eight times its memory.
+    total, square, count = 0.0, 0.0, 0
+    for start in range(0, len(x), 4096):
+        part = x[start : start + 4096].astype(np.float64)
+        total = total + part.sum(axes, keepdims=True)
+        square = square + (part**2).sum(axes, keepdims=True)
+        count += part.size // int(np.prod([n for i, n in enumerate(x.shape) if i not in axes]))
+    mean = np.asarray(total / count)
+    deviation = np.sqrt(np.maximum(np.asarray(square / count) - mean**2, 0.0))
+    # A constant number says nothing and is left at zero rather than blown up.
+    scale = np.where(deviation > 1e-8 * (1.0 + np.abs(mean)), 1.0 / np.maximum(deviation, 1e-30), 0)
+    return mean.astype(np.float32), scale.astype(np.float32)

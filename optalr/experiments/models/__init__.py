@@ -1,0 +1,85 @@
+"""Building models by name."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from optalr.experiments.arguments import call
+from optalr.experiments.config import ModelConfig
+from optalr.experiments.data.dataset import Dataset
+from optalr.experiments.errors import ExperimentError, suggest
+from optalr.experiments.models import dense
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {
+        "linear": dense.linear,
+        "mlp": dense.mlp,
+    }
+)
+
+__all__ = ["MODELS", "Model", "build_model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Flax module as two functions, its other collections (batch statistics) beside params.
+
+    Attributes:
+      module: the Flax module; called as ``module(x, train)``.
+      example: a batch of one, as the model takes it.
+    """
+
+    module: nn.Module
+    example: jax.Array
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Return ``(params, model_state)``."""
+        names = {"params": key, "dropout": jax.random.fold_in(key, 1)}
+        variables = dict(self.module.init(names, self.example, train=False))
+        return variables.pop("params"), variables
+
+    def apply(
+        self, params: Any, model_state: Any, x: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Return ``(outputs, model_state)``; with a ``key`` as in training, else as in testing."""
+        variables = {"params": params, **model_state}
+        if key is None:
+            return self.module.apply(variables, x, train=False), model_state  # type: ignore
+        outputs, new = self.module.apply(
+            variables, x, train=True, mutable=list(model_state), rngs={"dropout": key}
+        )
+        return outputs, {**model_state, **new}
+
+    def has_convolutions(self) -> bool:
+        """Tell whether the forward pass convolves."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        traced = jax.make_jaxpr(lambda p, s, x: self.apply(p, s, x)[0])(*shapes, self.example)
+        return "conv_general_dilated" in str(traced)
+
+
+def build_model(config: ModelConfig, dataset: Dataset) -> Model:
+    """Build the model that ``config`` names for the shapes of ``dataset``.
+
+    Raises:
+      ExperimentError: an unknown name or argument, or a model that does not fit the data's shape.
+    """
+    if config.name not in MODELS:
+        hint = suggest(config.name, MODELS)
+        raise ExperimentError(f"unknown model.name {config.name!r}: {hint}")
+    module = call(
+        MODELS[config.name], config.options, section="model", num_classes=dataset.num_classes
+    )
+    model = Model(module, dataset.prepare(jnp.asarray(dataset.train.x[:1])))
+    try:
+        jax.eval_shape(model.init, jax.random.key(0))
+    except (TypeError, ValueError) as error:
+        shape = dataset.train.x.shape[1:]
+        raise ExperimentError(
+            f"model {config.name!r} does not take {dataset.name} examples of shape {shape}: {error}"
+        ) from error
+    return model

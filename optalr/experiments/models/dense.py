@@ -1,0 +1,30 @@
+"""Fully connected models."""
+
+import flax.linen as nn
+import jax
+
+
+class MLP(nn.Module):
+    """Dense layers with a ReLU between them; no hidden layer is linear or logistic regression."""
+
+    features: int
+    hidden: tuple[int, ...] = (128, 64)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Return ``(N, features)`` outputs."""
+        del train
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.features)(x)
+
+
+def mlp(num_classes: int, hidden: tuple[int, ...] = (128, 64)) -> nn.Module:
+    """Build dense layers of the given widths, a ReLU between them."""
+    return MLP(num_classes, hidden)
+
+
+def linear(num_classes: int) -> nn.Module:
+    """Build one dense layer: linear or logistic regression, as the data asks."""
+    return MLP(num_classes, ())
