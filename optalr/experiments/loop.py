@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import optalr
 from optalr.experiments.checkpoints import Checkpoints
 from optalr.experiments.divergence import diagnose
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
@@ -26,7 +27,7 @@ def train(trainer: Trainer, folder: RunFolder, report: Report = lambda row: None
 
     Args:
       trainer: the config made ready.
-      folder: where the run is recorded.
+      folder: where the run is recorded; the seed is that of its config.
       report: called after each segment with its last row of metrics.
 
     Returns:
@@ -52,7 +53,7 @@ class _Run:
         self.trainer, self.folder, self.checkpoints = trainer, folder, checkpoints
         self.report = report
         self.record = trainer.config.record
-        self.seed = trainer.config.train.seed
+        self.seed = folder.config().train.seed
         self.seconds = 0.0
         self.validation_loss = math.nan
         self.saved_at = time.monotonic()
@@ -94,7 +95,7 @@ class _Run:
             step = last - num_steps + i + 1
             row = {"step": step, "epoch": step / trainer.steps_per_epoch}
             row["seconds"] = self.seconds + pace * (i + 1)
-            rows.append(row | {name: float(segment.measured[name][i]) for name in names})
+            rows.append({name: float(segment.measured[name][i]) for name in names} | row)
         finite = np.isfinite(losses)
         self.seconds += segment.seconds
         if not finite.all():
@@ -140,6 +141,7 @@ class _Run:
             "seconds": self.seconds,
             "compile_seconds": self.trainer.compile_seconds,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            "optimizer_bytes": optalr.state_bytes(state.opt_state),
         }
         self.folder.finish(result)
         return result

@@ -14,6 +14,8 @@ from optalr.experiments.models import Model
 from optalr.experiments.problem import Problem
 
 EVALUATION_BATCH = 512
+# The loop counts its own steps, and the bytes of a state do not change.
+_NOT_LOGGED = ("step", "state_bytes", "loss")
 
 
 class TrainState(NamedTuple):
@@ -42,7 +44,14 @@ def make_loss(model: Model, problem: Problem, dataset: Dataset) -> Any:
     def output_loss(outputs, x, y, model_state, key):
         return problem.loss(outputs, y)
 
-    return optalr.composite_loss(predict, output_loss, has_aux=True)
+    if hasattr(optalr, "composite_loss"):
+        return optalr.composite_loss(predict, output_loss, has_aux=True)
+
+    def loss_fn(params, *args):
+        outputs, aux = predict(params, *args)
+        return output_loss(outputs, *args), aux
+
+    return loss_fn
 
 
 def make_step(
@@ -56,7 +65,7 @@ def make_step(
     ``key`` is the run's; the step's own follows from it and the step's number, so that a resumed
     run draws what the first would have drawn.
     """
-    evaluate = optalr.value_grad_and_extras(loss_fn, has_aux=True)
+    evaluate = _evaluator(loss_fn)
 
     def step(state, key, x, y, validation_value):
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -75,7 +84,8 @@ def make_step(
         )
         params = optax.apply_updates(state.params, updates)
         measured = {"loss": loss, problem.score_name: problem.score(outputs, y)}
-        measured |= {k: v for k, v in optalr.metrics(opt_state).items() if k not in measured}
+        reported = optalr.metrics(opt_state)
+        measured |= {name: reported[name] for name in reported if name not in _NOT_LOGGED}
         measured = {name: jnp.asarray(v, jnp.float32) for name, v in measured.items()}
         return TrainState(params, model_state, opt_state, state.step + 1), measured
 
@@ -126,3 +136,14 @@ def make_evaluation(
         return {"loss": float(loss), problem.score_name: float(score)}
 
     return evaluation
+
+
+def _evaluator(loss_fn: Any) -> Any:
+    if hasattr(optalr, "value_grad_and_extras"):
+        return optalr.value_grad_and_extras(loss_fn, has_aux=True)
+
+    def evaluate(params, *args, signals=True):
+        value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
+        return value, grads, {"value": value[0], "grad": grads}
+
+    return evaluate

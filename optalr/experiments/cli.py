@@ -1,0 +1,110 @@
+"""The command line: ``optalr run``, ``compare``, ``resume``, ``tune``, ``plot``, ``list``."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from optalr.experiments.errors import ExperimentError, TrainingDivergedError
+
+EXIT_MISTAKE = 2
+EXIT_DIVERGED = 3
+
+_Path = tyro.conf.Positional[Path]
+Set = Annotated[
+    tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE", help="override config keys")
+]
+
+# The heavy imports (jax, flax, matplotlib) stand inside the commands, so that help and mistakes in
+# the arguments show at once.
+
+
+def run(
+    config: _Path,
+    /,
+    out: Path | None = None,
+    seed: int | None = None,
+    set_: Set = (),
+) -> None:
+    """Train as a config says, into a new run folder.
+
+    Args:
+      config: a TOML file, for example configs/digits/adam.toml.
+      out: the run folder; by default runs/PROBLEM-METHOD-seedN.
+      seed: overrides train.seed.
+      set_: overrides, for example train.epochs=5.
+    """
+    from optalr.experiments import commands
+
+    commands.run(config, out=out, overrides=_overrides(set_, seed))
+
+
+def resume(folder: _Path, /) -> None:
+    """Go on with an interrupted run or comparison, to the same bits as without interruption.
+
+    Args:
+      folder: what `optalr run` or `optalr compare` made.
+    """
+    from optalr.experiments import commands
+
+    commands.resume(folder)
+
+
+def plot(folder: _Path, /) -> None:
+    """Draw the curves of a run again.
+
+    Args:
+      folder: what `optalr run` made.
+    """
+    from optalr.experiments import commands
+
+    commands.plot(folder)
+
+
+def list_names() -> None:
+    """List the names that data, model, method, schedule and phase can take."""
+    from optalr.experiments import commands
+
+    commands.list_names()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a mistake is one line and exit code 2, a divergence exit code 3."""
+    commands = {
+        "run": run,
+        "resume": resume,
+        "plot": plot,
+        "list": list_names,
+    }
+    # jax logs which plugins it did not find; nobody here asked.
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="optalr",
+            description="Train with optalr's and optax's methods, and compare them.",
+            args=list(sys.argv[1:] if arguments is None else arguments),
+        )
+    except TrainingDivergedError as error:
+        _fail(error, EXIT_DIVERGED)
+    except ExperimentError as error:
+        _fail(error, EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        print("\noptalr: interrupted; go on with `optalr resume FOLDER`.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"optalr: error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _overrides(texts: Sequence[str], seed: int | None) -> tuple[str, ...]:
+    return (*texts, *(() if seed is None else (f"train.seed={seed}",)))

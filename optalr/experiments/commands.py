@@ -1,0 +1,88 @@
+"""What the commands of the command line do."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from optalr.experiments import methods
+from optalr.experiments.config import Config, load_config
+from optalr.experiments.console import console, print_table, progress
+from optalr.experiments.data import LOADERS
+from optalr.experiments.loop import resume as open_for_resume
+from optalr.experiments.loop import train
+from optalr.experiments.models import MODELS
+from optalr.experiments.plots import plot_run
+from optalr.experiments.problem import PROBLEMS
+from optalr.experiments.record import RunFolder, free_path
+from optalr.experiments.schedules import SCHEDULES
+from optalr.experiments.trainer import Trainer
+
+RUNS = Path("runs")
+
+
+def run(config_path: Path, *, out: Path | None = None, overrides: tuple[str, ...] = ()) -> None:
+    """Train as a config says, into a new folder."""
+    config = load_config(config_path, overrides)
+    if out is None:
+        name = f"{config_path.resolve().parent.name}-{config_path.stem}-seed{config.train.seed}"
+        out = free_path(RUNS / name)
+    elif out.exists():
+        RunFolder.create(out, config)  # refuses, before anything is compiled
+    trainer = Trainer(config)
+    trainer.compile()
+    _train_and_show(trainer, RunFolder.create(out, config))
+
+
+def resume(path: Path) -> None:
+    """Go on with what was interrupted."""
+    trainer, folder = open_for_resume(path)
+    _train_and_show(trainer, folder)
+
+
+def plot(path: Path) -> None:
+    """Draw a run's curves."""
+    folder = RunFolder.open(path)
+    console.print(f"picture: {plot_run(folder, _score_name(folder))}", soft_wrap=True)
+
+
+def list_names() -> None:
+    """Print what the names of a config can be."""
+    phases = ("switch_at", "switch_on_plateau", "blend_between")
+    names = {
+        "data.name": sorted(LOADERS),
+        "model.name": sorted(MODELS),
+        "method.name": [*methods.method_names(), "any scale_by_* of optalr or optax"],
+        "schedule.name": sorted(SCHEDULES),
+        "phase.name": phases,
+    }
+    print_table("Names", ("key", "names"), [(k, ", ".join(v)) for k, v in names.items()])
+
+
+def _train_and_show(trainer: Trainer, folder: RunFolder) -> None:
+    config, score_name = trainer.config, trainer.problem.score_name
+    if trainer.dataset.note:
+        console.print(f"note: {trainer.dataset.note}", soft_wrap=True)
+    with progress(config.method.name, score_name) as report:
+        result = train(trainer, folder, report)
+    picture = plot_run(folder, score_name)
+    _closing_table(config, result, score_name)
+    console.print(f"run folder: {folder.path}\npicture: {picture}", soft_wrap=True)
+
+
+def _closing_table(config: Config, result: dict[str, Any], score_name: str) -> None:
+    rows = []
+    for split in ("train", "validation", "test"):
+        loss, score = result[f"{split}_loss"], result[f"{split}_{score_name}"]
+        if math.isfinite(loss):
+            rows.append((split, f"{loss:.4f}", f"{score:.4f}"))
+    title = (
+        f"{config.method.name} on {config.data.name}: {result['steps']} steps, "
+        f"{result['seconds']:.1f} s of training, {result['compile_seconds']:.1f} s of compilation"
+    )
+    print_table(title, ("split", "loss", score_name.replace("_", " ")), rows)
+
+
+def _score_name(folder: RunFolder) -> str:
+    rows = folder.rows("metrics.jsonl")[:1]
+    names = [problem.score_name for problem in PROBLEMS.values()]
+    return next((name for name in names if rows and name in rows[0]), names[0])
