@@ -35,9 +35,7 @@ def check_options(
             hint = suggest(f"{section}.{key}", [f"{section}.{name}" for name in parameters])
             if not parameters:
                 hint = "it takes none."
-            raise ExperimentError(
-                f"unknown key '{section}.{key}' for {_name(function)}: {hint}"
-            )
+            raise ExperimentError(f"unknown key '{section}.{key}' for {_name(function)}: {hint}")
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
             raise ExperimentError(

@@ -13,6 +13,9 @@ from optalr.experiments.errors import ExperimentError
 # Orbax reports every save at INFO and a missing multi-host setup at WARNING.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
+_SHAPES = "shapes"
+_DIGITS = 5
+
 
 class Checkpoints:
     """The checkpoints of one run, named by step."""
@@ -40,10 +43,12 @@ class Checkpoints:
         """Save a pytree of arrays and a dict of plain values."""
         if step in self._manager.all_steps():
             return
-        named = ocp.args.StandardSave(_named(state))
-        self._manager.save(
-            step, args=ocp.args.Composite(state=named, meta=ocp.args.JsonSave(meta))
+        named = _named(state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(named),
+            meta=ocp.args.JsonSave({**meta, _SHAPES: _shapes(named)}),
         )
+        self._manager.save(step, args=items)
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Return the pytree saved at ``step``, in the structure of ``like``, and the dict.
@@ -51,23 +56,25 @@ class Checkpoints:
         Raises:
           ExperimentError: the checkpoint does not fit, because code or config have changed.
         """
+        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
-        try:
-            saved = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0]
+        # Compared here, because Orbax says of a mismatch neither where it is nor what to do.
+        saved, wanted = meta.pop(_SHAPES), _shapes(target)
+        differing = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+        if differing:
+            name = differing[0]
             raise ExperimentError(
-                f"the checkpoint of step {step} does not fit this run (was it made by another "
-                f"version?): {reason}. Start anew with another --out."
-            ) from error
+                f"the checkpoint of step {step} does not fit this run: {name[_DIGITS:]} is "
+                f"{saved.get(name, 'absent')} in it and {wanted.get(name, 'absent')} in the run. "
+                "Was the config or optalr changed? Start anew with another --out."
+            )
+        state = self._restore(step, state=ocp.args.StandardRestore(target))["state"]
         leaves = jax.tree_util.tree_leaves_with_path(like)
-        restored = [saved.state.get(_name(i, path), leaf) for i, (path, leaf) in enumerate(leaves)]
-        return jax.tree.unflatten(jax.tree.structure(like), restored), dict(saved.meta)
+        restored = [state.get(_name(i, path), leaf) for i, (path, leaf) in enumerate(leaves)]
+        return jax.tree.unflatten(jax.tree.structure(like), restored), meta
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -78,4 +85,8 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _name(index: int, path: Any) -> str:
     # The number keeps leaves apart whose paths print alike; "/" would make folders.
-    return f"{index:05d}{jax.tree_util.keystr(path)}".replace("/", "_")
+    return f"{index:0{_DIGITS}d}{jax.tree_util.keystr(path)}".replace("/", "_")
+
+
+def _shapes(named: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named.items()}

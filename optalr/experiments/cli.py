@@ -1,6 +1,7 @@
 """The command line: ``optalr run``, ``compare``, ``resume``, ``tune``, ``plot``, ``list``."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,50 @@ def run(
     commands.run(config, out=out, overrides=_overrides(set_, seed))
 
 
+def compare(
+    folder: _Path,
+    /,
+    seeds: int = 3,
+    out: Path | None = None,
+    target: float = math.nan,
+    set_: Set = (),
+) -> None:
+    """Train every config of a folder over seeds; write a table, a picture, CSV and HTML.
+
+    Args:
+      folder: a folder of TOML files, for example configs/digits.
+      seeds: how many seeds, from train.seed on.
+      out: where to; by default runs/compare-PROBLEM.
+      target: training loss to reach; by default one that every method reaches.
+      set_: overrides for every config, for example train.epochs=5.
+    """
+    from optalr.experiments import commands
+
+    commands.compare_folder(
+        folder, num_seeds=seeds, out=out, target=target, overrides=_overrides(set_, None)
+    )
+
+
+def tune(
+    config: _Path,
+    /,
+    seeds: int = 3,
+    out: Path | None = None,
+    set_: Set = (),
+) -> None:
+    """Train every point of a config's [tune] grid and name the best by validation loss.
+
+    Args:
+      config: a TOML file with a [tune] section.
+      seeds: seeds a point.
+      out: where to; by default runs/tune-PROBLEM-METHOD. An interrupted search in it goes on.
+      set_: overrides, for example train.epochs=5.
+    """
+    from optalr.experiments import commands
+
+    commands.tune_config(config, num_seeds=seeds, out=out, overrides=_overrides(set_, None))
+
+
 def resume(folder: _Path, /) -> None:
     """Go on with an interrupted run or comparison, to the same bits as without interruption.
 
@@ -76,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake is one line and exit code 2, a divergence exit code 3."""
     commands = {
         "run": run,
+        "compare": compare,
+        "tune": tune,
         "resume": resume,
         "plot": plot,
         "list": list_names,

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from optalr.experiments import methods
-from optalr.experiments.config import Config, load_config
+from optalr.experiments import compare, methods, tune
+from optalr.experiments.config import Config, load_config, override, to_table, to_toml
 from optalr.experiments.console import console, print_table, progress
 from optalr.experiments.data import LOADERS
 from optalr.experiments.loop import resume as open_for_resume
@@ -13,7 +13,8 @@ from optalr.experiments.loop import train
 from optalr.experiments.models import MODELS
 from optalr.experiments.plots import plot_run
 from optalr.experiments.problem import PROBLEMS
-from optalr.experiments.record import RunFolder, free_path
+from optalr.experiments.record import RunFolder, free_path, write_atomically
+from optalr.experiments.report import write_report
 from optalr.experiments.schedules import SCHEDULES
 from optalr.experiments.trainer import Trainer
 
@@ -33,8 +34,54 @@ def run(config_path: Path, *, out: Path | None = None, overrides: tuple[str, ...
     _train_and_show(trainer, RunFolder.create(out, config))
 
 
+def compare_folder(
+    folder: Path,
+    *,
+    num_seeds: int,
+    out: Path | None = None,
+    target: float = math.nan,
+    overrides: tuple[str, ...] = (),
+) -> None:
+    """Train every config of a folder over seeds, and report."""
+    configs = compare.read_configs(folder, overrides)
+    out = out or free_path(RUNS / f"compare-{folder.resolve().name}")
+    _run_and_report(compare.create(out, configs, num_seeds, target))
+
+
+def tune_config(
+    config_path: Path,
+    *,
+    num_seeds: int,
+    out: Path | None = None,
+    overrides: tuple[str, ...] = (),
+) -> None:
+    """Search a config's grid and print its points, the best first."""
+    config = load_config(config_path, overrides)
+    name = f"{config_path.resolve().parent.name}-{config_path.stem}"
+    out = out or RUNS / f"tune-{name}"
+    rows = []
+    for row in tune.tune(config, out, num_seeds):
+        rows.append(row)
+        numbers = f"validation loss {row['validation_loss']:.4f}"
+        console.print(f"{_point(row)}: {numbers}", soft_wrap=True)
+    winner = tune.best(rows)
+    keys = [key for key in rows[0] if key not in ("point", "seeds")]
+    ordered = sorted(rows, key=lambda row: (math.isnan(row[keys[1]]), row[keys[1]]))
+    print_table(
+        f"{name}: means over {num_seeds} seeds",
+        ("point", *(key.replace("_", " ") for key in keys)),
+        [(_point(row), *(f"{row[key]:.4f}" for key in keys)) for row in ordered],
+    )
+    best_file = out / "best.toml"
+    write_atomically(best_file, to_toml(to_table(override(config, winner["point"]))))
+    console.print(f"best: {_point(winner)}\nits config: {best_file}", soft_wrap=True)
+
+
 def resume(path: Path) -> None:
     """Go on with what was interrupted."""
+    if (path / compare.SPECIFICATION).is_file():
+        _run_and_report(compare.open_comparison(path))
+        return
     trainer, folder = open_for_resume(path)
     _train_and_show(trainer, folder)
 
@@ -56,6 +103,16 @@ def list_names() -> None:
         "phase.name": phases,
     }
     print_table("Names", ("key", "names"), [(k, ", ".join(v)) for k, v in names.items()])
+
+
+def _run_and_report(comparison: compare.Comparison) -> None:
+    compare.run_all(comparison, progress)
+    print_table(*write_report(comparison))
+    console.print(f"report: {comparison.path / 'report.html'}", soft_wrap=True)
+
+
+def _point(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in row["point"].items())
 
 
 def _train_and_show(trainer: Trainer, folder: RunFolder) -> None:

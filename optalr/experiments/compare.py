@@ -1,5 +1,6 @@
 """Every config of a folder, over seeds: the runs, and the numbers that sum them up."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,7 +23,7 @@ SPECIFICATION = "comparison.json"
 # Minibatch losses jump; a loss counts as reached when the mean of this many steps is there.
 WINDOW = 10
 
-ShowProgress = Callable[[str, str], Any]
+ShowProgress = Callable[[str, str, int], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,7 @@ def read_configs(folder: Path, overrides: tuple[str, ...] = ()) -> dict[str, Con
     return configs
 
 
-def create(
-    path: Path, configs: Mapping[str, Config], num_seeds: int, target: float
-) -> Comparison:
+def create(path: Path, configs: Mapping[str, Config], num_seeds: int, target: float) -> Comparison:
     """Make the folder of a new comparison.
 
     Raises:
@@ -132,7 +131,7 @@ def run_all(comparison: Comparison, show: ShowProgress) -> None:
 
     Args:
       comparison: the configs and seeds.
-      show: ``show(title, score_name)``, a context manager that yields a report function.
+      show: ``show(title, score_name, lines)``, a context manager that yields a report function.
     """
     datasets: dict[str, Dataset] = {}
     total = len(comparison.configs) * len(comparison.seeds)
@@ -152,15 +151,15 @@ def run_all(comparison: Comparison, show: ShowProgress) -> None:
                 trainer.compile()
             seeded = override(config, {"train.seed": seed})
             folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, seeded)
-            with show(f"{name} seed {seed} ({done}/{total})", trainer.problem.score_name) as report:
+            with show(
+                f"{name} seed {seed} ({done}/{total})", trainer.problem.score_name, 1
+            ) as report:
                 _train(trainer, folder, report)
 
 
 def _train(trainer: Trainer, folder: RunFolder, report: Report) -> None:
-    try:
+    with contextlib.suppress(TrainingDivergedError):  # it stands in the result and the table
         train(trainer, folder, report)
-    except TrainingDivergedError as error:
-        print(error)
 
 
 def score_name(comparison: Comparison) -> str:
@@ -202,11 +201,11 @@ def read_curves(comparison: Comparison, name: str) -> Curves | None:
 def summarize(comparison: Comparison) -> tuple[list[dict[str, Any]], float]:
     """Return one row a config, and the training loss whose first reaching is reported.
 
-    Without a target of the user's, that loss is the highest of the mean final training losses, so
-    that every method reaches it. A row's numbers are ``(mean, standard deviation)`` over seeds.
+    Without a target of the user's, that loss is the highest final training loss of any run, so that
+    every run reaches it. A row's numbers are ``(mean, standard deviation)`` over seeds.
     """
     curves = {name: read_curves(comparison, name) for name in comparison.configs}
-    finals = [float(np.mean(c.measured["loss"][:, -1])) for c in curves.values() if c]
+    finals = [float(np.max(c.measured["loss"][:, -1])) for c in curves.values() if c]
     target = comparison.target
     if math.isnan(target) and finals:
         target = max(finals)
@@ -231,7 +230,7 @@ def summarize(comparison: Comparison) -> tuple[list[dict[str, Any]], float]:
 
 
 def reaching_matrix(comparison: Comparison) -> tuple[list[str], list[list[float]]]:
-    """Return for each config (row) the mean step at which it reaches each one's final loss (column).
+    """Return the mean step at which each config (row) reaches the final loss of each (column).
 
     Final is the mean over seeds of the last trailing mean; NaN where not every seed gets there.
     """

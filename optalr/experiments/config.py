@@ -241,7 +241,7 @@ def _toml_key(key: str) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, (bool, str)):
         return json.dumps(value, ensure_ascii=False)
     return repr(value)
 
@@ -313,10 +313,9 @@ def _typed(kind: Any, value: Any, key: str, where: str) -> Any:
 def _all_keys() -> list[str]:
     keys = []
     for name, kind in typing.get_type_hints(Config).items():
+        keys.append(name)
         if dataclasses.is_dataclass(kind):
             keys += [f"{name}.{field.name}" for field in dataclasses.fields(kind)]
-        else:
-            keys.append(name)
     return [key for key in keys if not key.endswith(".options")]
 
 

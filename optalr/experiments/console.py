@@ -18,17 +18,18 @@ from rich.table import Table
 
 from optalr.experiments.loop import Report
 
-console = Console(highlight=False)
+# A log file has no width; 80 columns would fold every table.
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
 
 
 @contextmanager
-def progress(title: str, score_name: str) -> Iterator[Report]:
+def progress(title: str, score_name: str, lines: int = 10) -> Iterator[Report]:
     """Show a bar with loss, score, learning rate and phase; yield what to report rows to.
 
-    Where the output is no terminal (a log file), about ten plain lines are printed instead.
+    Where the output is no terminal (a log file), about ``lines`` plain lines are printed instead.
     """
     if not console.is_terminal:
-        yield _plain_lines(title, score_name)
+        yield _plain_lines(title, score_name, lines)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -53,14 +54,14 @@ def progress(title: str, score_name: str) -> Iterator[Report]:
         yield report
 
 
-def _plain_lines(title: str, score_name: str) -> Report:
-    shown = -1
+def _plain_lines(title: str, score_name: str, lines: int) -> Report:
+    shown = 0
 
     def report(row: dict[str, Any]) -> None:
         nonlocal shown
-        tenth = 10 * row["step"] // row["total_steps"]
-        if tenth > shown:
-            shown = tenth
+        part = lines * row["step"] // row["total_steps"]
+        if part > shown:
+            shown = part
             console.print(
                 f"{title} step {row['step']}/{row['total_steps']} {_numbers(row, score_name)}",
                 soft_wrap=True,

@@ -104,9 +104,7 @@ def build_phase(config: PhaseConfig, *, steps_per_epoch: int) -> Any:
     """
     names = [n for n in ("blend_between", "switch_at", "switch_on_plateau") if hasattr(optalr, n)]
     if config.name not in names:
-        raise ExperimentError(
-            f"unknown phase.name {config.name!r}: {suggest(config.name, names)}"
-        )
+        raise ExperimentError(f"unknown phase.name {config.name!r}: {suggest(config.name, names)}")
     options = _in_steps(config.options, steps_per_epoch)
     return call(getattr(optalr, config.name), options, section="phase")
 

@@ -1,5 +1,6 @@
 """Pictures of a run: loss, score, learning rate and phase over steps."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def shade_phases(axis: Any, steps: np.ndarray, phases: np.ndarray) -> None:
     # A long blend has an edge a step; draw it as a few bands.
     if len(bounds) > 64:
         bounds = sorted({bounds[round(i)] for i in np.linspace(0, len(bounds) - 1, 64)})
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         if stop > start and phases[start] > 0:
             right = steps[min(stop, len(steps) - 1)]
             axis.axvspan(steps[start], right, color=_SHADE, alpha=0.3 * phases[start], lw=0)

@@ -1,4 +1,4 @@
-"""A comparison as a table in the terminal, a picture, CSV, and one HTML file that needs no other."""
+"""A comparison as a table, a picture, CSV, and one HTML file that needs no other."""
 
 import base64
 import csv
@@ -77,8 +77,8 @@ def _table(
                 _plus_minus(row[f"test_{score}"]),
                 _plus_minus(row["lowest_test_loss"]),
                 _plus_minus(row["steps_to_target"], "never") + partly * bool(row["reached"]),
-                _plus_minus(row["seconds_to_target"], "never"),
-                _plus_minus(row["seconds"]),
+                _seconds(row["seconds_to_target"], "never"),
+                _seconds(row["seconds"]),
             )
         )
     return header, lines
@@ -92,6 +92,12 @@ def _plus_minus(pair: tuple[float, float], missing: str = "-") -> str:
     scale = deviation if deviation > 0 else abs(mean) * 1e-2
     digits = min(6, max(0, 1 - math.floor(math.log10(scale)))) if scale > 0 else 0
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def _seconds(pair: tuple[float, float], missing: str = "-") -> str:
+    mean, deviation = pair
+    digits = 2 if mean < 100 else 0
+    return missing if math.isnan(mean) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _draw(comparison: Comparison, score: str, target: float) -> bytes:

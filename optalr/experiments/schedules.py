@@ -11,7 +11,7 @@ from optalr.experiments.arguments import call
 from optalr.experiments.config import ScheduleConfig
 from optalr.experiments.errors import ExperimentError, suggest
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
 
 
 def constant(learning_rate: float) -> Schedule:
@@ -34,9 +34,7 @@ def warmup_cosine(
     """Let the rate rise linearly over ``warmup_epochs``, then fall along half a cosine."""
     warmup = max(1, round(warmup_epochs * steps_per_epoch))
     rising = optax.linear_schedule(0.0, learning_rate, warmup)
-    falling = optax.cosine_decay_schedule(
-        learning_rate, max(1, total_steps - warmup), final_factor
-    )
+    falling = optax.cosine_decay_schedule(learning_rate, max(1, total_steps - warmup), final_factor)
     return optax.join_schedules([rising, falling], [warmup])
 
 

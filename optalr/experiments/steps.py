@@ -44,14 +44,7 @@ def make_loss(model: Model, problem: Problem, dataset: Dataset) -> Any:
     def output_loss(outputs, x, y, model_state, key):
         return problem.loss(outputs, y)
 
-    if hasattr(optalr, "composite_loss"):
-        return optalr.composite_loss(predict, output_loss, has_aux=True)
-
-    def loss_fn(params, *args):
-        outputs, aux = predict(params, *args)
-        return output_loss(outputs, *args), aux
-
-    return loss_fn
+    return optalr.composite_loss(predict, output_loss, has_aux=True)
 
 
 def make_step(
@@ -65,7 +58,7 @@ def make_step(
     ``key`` is the run's; the step's own follows from it and the step's number, so that a resumed
     run draws what the first would have drawn.
     """
-    evaluate = _evaluator(loss_fn)
+    evaluate = optalr.value_grad_and_extras(loss_fn, has_aux=True)
 
     def step(state, key, x, y, validation_value):
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -136,14 +129,3 @@ def make_evaluation(
         return {"loss": float(loss), problem.score_name: float(score)}
 
     return evaluation
-
-
-def _evaluator(loss_fn: Any) -> Any:
-    if hasattr(optalr, "value_grad_and_extras"):
-        return optalr.value_grad_and_extras(loss_fn, has_aux=True)
-
-    def evaluate(params, *args, signals=True):
-        value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
-        return value, grads, {"value": value[0], "grad": grads}
-
-    return evaluate

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optalr.experiments.config import Config
-from optalr.experiments.data import load
+from optalr.experiments.data import Dataset, load
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.methods import build_method
 from optalr.experiments.models import build_model
@@ -45,9 +45,9 @@ class Segment(NamedTuple):
 class Trainer:
     """One config made ready to train, with any seed."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, dataset: Dataset | None = None):
         self.config = config
-        self.dataset = load(config.data)
+        self.dataset = load(config.data) if dataset is None else dataset
         self.batch_size = config.train.batch_size
         self._check_batch_size()
         self.steps_per_epoch = len(self.dataset.train) // self.batch_size
@@ -61,21 +61,19 @@ class Trainer:
             total_steps=self.total_steps,
             given={"num_classes": self.dataset.num_classes},
         )
+        self.reads_validation = config.phase.name == "switch_on_plateau"
+        self._check_validation()
         self.scans = self._choose_loop()
         self.step = make_step(self.loss_fn, self.tx, self.problem)
         self.evaluation = make_evaluation(self.model, self.problem, self.dataset)
+        self._init = jax.jit(self._first_state)
         self.compile_seconds = 0.0
         self._compiled: dict[Any, Any] = {}
         self._resident: tuple[jax.Array, jax.Array] | None = None
 
     def init(self, seed: int) -> TrainState:
         """Return the state before the first step."""
-
-        def make(key):
-            params, model_state = self.model.init(key)
-            return TrainState(params, model_state, self.tx.init(params), jnp.int32(0))
-
-        return self._guard(jax.jit(make), self._key(seed))
+        return self._guard(self._init, self._key(seed))
 
     def compile(self) -> None:
         """Compile the training step, so that a mistake shows before anything is written.
@@ -83,15 +81,13 @@ class Trainer:
         Raises:
           ExperimentError: the method wants what this experiment does not give.
         """
-        state = jax.eval_shape(self.init, 0)
+        state = self._guard(jax.eval_shape, self._init, self._key(0))
         if self.scans:
             self._epoch_function(state, 0, self.steps_per_epoch)
         else:
             self._step_function(state, 0)
 
-    def segments(
-        self, state: TrainState, seed: int, validation_value: float
-    ) -> Iterator[Segment]:
+    def segments(self, state: TrainState, seed: int, validation_value: float) -> Iterator[Segment]:
         """Train from ``state.step`` to the end of its epoch, a segment at a time.
 
         Args:
@@ -118,6 +114,10 @@ class Trainer:
             measures = self.evaluation(state.params, state.model_state, split)
             found |= {f"{name}_{measure}": value for measure, value in measures.items()}
         return found
+
+    def _first_state(self, key: jax.Array) -> TrainState:
+        params, model_state = self.model.init(key)
+        return TrainState(params, model_state, self.tx.init(params), jnp.int32(0))
 
     def _scan(self, state, seed, indices, values) -> Segment:
         run = self._epoch_function(state, seed, len(indices))
@@ -197,6 +197,13 @@ class Trainer:
                 f"train.batch_size {self.batch_size} is larger than the "
                 f"{len(self.dataset.train)} training examples of {self.dataset.name!r}: set "
                 f"train.batch_size to at most {len(self.dataset.train)}."
+            )
+
+    def _check_validation(self) -> None:
+        if self.reads_validation and not len(self.dataset.validation):
+            raise ExperimentError(
+                "phase 'switch_on_plateau' reads the validation loss and there are no validation "
+                "examples: set data.validation_fraction."
             )
 
     def _choose_loop(self) -> bool:

@@ -114,9 +114,7 @@ def split(
             "data.test_fraction and data.validation_fraction so that both are left."
         )
     mean, scale = _moments(train.x, raw.standardize)
-    return Dataset(
-        name, train, validation, test, raw.task, raw.num_classes, mean, scale, raw.note
-    )
+    return Dataset(name, train, validation, test, raw.task, raw.num_classes, mean, scale, raw.note)
 
 
 def _moments(x: np.ndarray, how: str) -> tuple[np.ndarray | None, np.ndarray | None]:

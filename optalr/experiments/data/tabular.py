@@ -31,5 +31,6 @@ def diabetes() -> Raw:
     from sklearn.datasets import load_diabetes
 
     x, y = load_diabetes(return_X_y=True)
+    y = np.asarray(y, np.float64)
     target = np.asarray((y - y.mean()) / y.std(), np.float32)[:, None]
     return Raw(Split(np.asarray(x, np.float32), target), None, "regression", 1, "feature")

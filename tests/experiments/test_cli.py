@@ -1,0 +1,174 @@
+"""The command line, in this process where that will do and in a fresh one where it must."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optalr.experiments import cli
+
+SMALL = """
+[data]
+limit = 320
+[model]
+name = "linear"
+[method]
+name = "{name}"
+learning_rate = 3e-3
+[train]
+epochs = 3
+batch_size = 64
+[tune]
+"method.learning_rate" = [1e-2, 1e-5]
+"""
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs" / "small"
+    folder.mkdir(parents=True)
+    for name in ("sgd", "adam"):
+        (folder / f"{name}.toml").write_text(SMALL.format(name=name))
+    return Path("configs/small")
+
+
+def _fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert caught.value.code == cli.EXIT_MISTAKE
+    assert captured.err.startswith("optalr: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_run_then_run_again_then_plot(configs, capsys):
+    cli.main(["run", str(configs / "adam.toml")])
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown
+    assert "runs/small-adam-seed0" in shown
+    Path("runs/small-adam-seed0/curves.png").unlink()
+    cli.main(["plot", "runs/small-adam-seed0"])
+    assert Path("runs/small-adam-seed0/curves.png").exists()
+    cli.main(["run", str(configs / "adam.toml"), "--seed", "0", "--set", "train.epochs=1"])
+    assert Path("runs/small-adam-seed0-2/result.json").exists()
+
+
+def test_compare_writes_table_picture_and_page(configs, capsys):
+    cli.main(["compare", str(configs), "--seeds", "2"])
+    shown = capsys.readouterr().out
+    assert "±" in shown
+    out = Path("runs/compare-small")
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "src='http" not in page
+    assert "limit = 320" in page
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert (out / "table.csv").read_text().count("\n") == 3
+    assert (out / "runs.csv").read_text().count("\n") == 5
+
+
+def test_an_interrupted_comparison_goes_on(configs, capsys, monkeypatch):
+    from optalr.experiments import compare
+
+    original, count = compare.train, 0
+
+    def interrupted(*arguments):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(compare, "train", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["compare", str(configs), "--seeds", "2"])
+    assert caught.value.code == 130
+    cli.main(["resume", "runs/compare-small"])
+    assert count == 5  # two before, the one cut short, and the two that were left
+    assert Path("runs/compare-small/report.html").exists()
+
+
+def test_a_diverged_method_stands_in_the_table(configs, capsys):
+    (configs / "wild.toml").write_text(SMALL.format(name="sgd").replace("3e-3", "1e38"))
+    cli.main(["compare", str(configs), "--seeds", "1"])
+    assert "diverged" in capsys.readouterr().out
+    lines = Path("runs/compare-small/runs.csv").read_text().splitlines()
+    assert [line.split(",")[2] for line in lines[1:]] == ["finished", "finished", "diverged"]
+
+
+def test_tune_names_the_best_point_and_goes_on_where_it_was(configs, capsys):
+    cli.main(["tune", str(configs / "adam.toml"), "--seeds", "1"])
+    first = capsys.readouterr().out
+    assert "best: method.learning_rate=0.01" in first
+    assert "learning_rate = 0.01" in Path("runs/tune-small-adam/best.toml").read_text()
+    cli.main(["tune", str(configs / "adam.toml"), "--seeds", "1"])
+    assert capsys.readouterr().out == first
+    _fails(capsys, "tune", str(configs / "adam.toml"), "--seeds", "2")
+
+
+def test_names_are_listed(capsys):
+    cli.main(["list"])
+    shown = capsys.readouterr().out
+    for name in ("digits", "mlp", "adam", "cosine"):
+        assert name in shown
+
+
+def test_mistakes_are_one_line(configs, capsys):
+    adam = str(configs / "adam.toml")
+    assert "did you mean" in _fails(capsys, "run", "configs/small/adamm.toml")
+    assert "train.epochs" in _fails(capsys, "run", adam, "--set", "train.epoch=2")
+    assert "batch_size" in _fails(capsys, "run", adam, "--set", "train.batch_size=9999")
+    assert "holds no run" in _fails(capsys, "resume", "configs")
+    assert "no folder" in _fails(capsys, "compare", "nowhere")
+    assert "holds no .toml" in _fails(capsys, "compare", "configs")
+    assert "--seeds" in _fails(capsys, "compare", str(configs), "--seeds", "0")
+    assert "no [tune] section" in _fails(capsys, "tune", adam, "--set", "tune={}")
+    assert "not overwritten" in _fails(capsys, "run", adam, "--out", "configs")
+    assert not Path("runs").exists()
+
+
+def test_a_method_without_its_extra_is_a_mistake(configs, capsys, monkeypatch):
+    import optax
+
+    def needs_more(learning_rate):
+        def update(updates, state, params=None, *, sharpness, **extras):
+            return updates, state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    monkeypatch.setattr(optax, "needs_more", needs_more, raising=False)
+    shown = _fails(capsys, "run", str(configs / "adam.toml"), "--set", "method.name=needs_more")
+    assert "needs_more" in shown
+    assert "sharpness" in shown
+    assert not Path("runs").exists()
+
+
+def test_differing_data_are_not_compared(configs, capsys):
+    (configs / "other.toml").write_text("[data]\nlimit = 100\n")
+    assert "[data]" in _fails(capsys, "compare", str(configs))
+
+
+def test_a_divergence_has_an_exit_code_of_its_own(configs, capsys):
+    arguments = ["run", str(configs / "sgd.toml"), "--set", "method.learning_rate=1e38"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == cli.EXIT_DIVERGED
+    assert "diverged at step" in capsys.readouterr().err
+
+
+def test_python_dash_m(configs):
+    repository = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        [sys.executable, "-m", "optalr", "run", "missing.toml"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == cli.EXIT_MISTAKE
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,38 @@
+"""Every config in the repository can be read, says what it is for, and fits its data."""
+
+from pathlib import Path
+
+import pytest
+
+from optalr.experiments.config import Config, load_config
+from optalr.experiments.tune import grid
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(FOLDER.rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_a_config_states_purpose_expectation_and_cost(path):
+    config = load_config(path)
+    assert config.purpose
+    assert config.expected
+    assert config.cost
+    if config.tune:
+        grid(config)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_a_config_states_differences_only(path):
+    import tomllib
+
+    from optalr.experiments.config import to_table
+
+    defaults = to_table(Config())
+    for section, values in tomllib.loads(path.read_text()).items():
+        if isinstance(values, dict) and section != "tune":
+            repeated = [
+                key
+                for key, value in values.items()
+                if key != "name" and defaults[section].get(key, object()) == value
+            ]
+            assert not repeated, f"[{section}] repeats defaults: {repeated}"

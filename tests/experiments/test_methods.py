@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optalr
+from optalr.experiments.config import ScheduleConfig, from_table
+from optalr.experiments.errors import ExperimentError
+from optalr.experiments.methods import build_method, method_names
+from optalr.experiments.schedules import build_schedule
+
+
+def _method(table, steps_per_epoch=10, total_steps=100, **given):
+    return build_method(
+        from_table(table), steps_per_epoch=steps_per_epoch, total_steps=total_steps, given=given
+    )
+
+
+def _updates(tx, params, grads, num=3):
+    state = tx.init(params)
+    for _ in range(num):
+        updates, state = tx.update(grads, state, params, value=jnp.float32(1))
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+GRADS = {"kernel": jnp.full((3, 2), 0.5), "bias": jnp.full(2, 0.25)}
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({"name": "sgd"}, optax.sgd(0.1)),
+        ({"name": "sgd", "momentum": 0.9, "nesterov": True}, optax.sgd(0.1, 0.9, True)),
+        ({"name": "amsgrad", "b1": 0.8}, optax.amsgrad(0.1, b1=0.8)),
+        ({"name": "scale_by_adam"}, optax.adam(0.1)),
+        ({"name": "adopt"}, optax.contrib.adopt(0.1)),
+    ],
+)
+def test_a_name_and_its_arguments_become_the_optimizer(options, reference):
+    tx = _method({"method": {"learning_rate": 0.1, **options}})
+    found, state = _updates(tx, PARAMS, GRADS)
+    expected, _ = _updates(optax.with_extra_args_support(reference), PARAMS, GRADS)
+    # The injected rate is a float32 argument, not a constant: the last bit may differ.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    np.testing.assert_allclose(optalr.metrics(state)["learning_rate"], 0.1, rtol=1e-6)
+
+
+def test_weight_decay_is_an_l2_penalty_on_kernels():
+    tx = _method({"method": {"learning_rate": 1.0}, "train": {"weight_decay": 0.1}})
+    found, _ = _updates(tx, PARAMS, GRADS, num=1)
+    np.testing.assert_allclose(found["kernel"], 1.0 - (0.5 + 0.1), rtol=1e-6)
+    np.testing.assert_allclose(found["bias"], 1.0 - 0.25, rtol=1e-6)
+
+
+def test_the_gradient_is_clipped():
+    tx = _method({"method": {"learning_rate": 1.0}, "train": {"clip_norm": 1e-3}})
+    found, _ = _updates(tx, PARAMS, GRADS, num=1)
+    moved = jax.tree.map(lambda a, b: a - b, found, PARAMS)
+    np.testing.assert_allclose(optax.tree.norm(moved), 1e-3, rtol=1e-3)
+
+
+def test_every_name_listed_can_be_found():
+    names = method_names()
+    assert {"adam", "sgd", "lion", "lbfgs", "amsgrad"} <= set(names)
+    assert "inject_hyperparams" not in names
+
+
+@pytest.mark.parametrize(
+    ("table", "wanted"),
+    [
+        ({"method": {"name": "adma"}}, "method.name 'adma': did you mean 'ada"),
+        ({"method": {"name": "chain"}}, "unknown method.name"),
+        ({"method": {"name": "adam", "beta1": 0.9}}, r"unknown key 'method.beta1' for adam: .*b1"),
+        ({"method": {"name": "sgd", "momentum_epochs": -1}}, "number of epochs"),
+        ({"schedule": {"name": "cosinus"}}, "did you mean 'cosine'"),
+        ({"schedule": {"name": "cosine", "final": 0.1}}, r"schedule\.final_factor"),
+        ({"schedule": {"name": "steps"}}, r"needs 'schedule\.at_epochs'"),
+        ({"schedule": {"name": "steps", "at_epochs": 3}}, "must be a list"),
+        ({"schedule": {"name": "constant", "factor": 3}}, "it takes none"),
+        ({"phase": {"name": "switch_at", "step": 3}}, "has no phases"),
+        ({"phase": {"name": "switch"}}, "did you mean 'switch_at'"),
+    ],
+)
+def test_a_mistake_names_the_key_and_the_remedy(table, wanted):
+    with pytest.raises(ExperimentError, match=wanted):
+        _method(table)
+
+
+def _rates(name, learning_rate=1.0, **options):
+    schedule = build_schedule(
+        ScheduleConfig(name, options), learning_rate, steps_per_epoch=10, total_steps=100
+    )
+    return [float(schedule(jnp.int32(step))) for step in (0, 10, 49, 50, 100)]
+
+
+def test_schedules():
+    np.testing.assert_allclose(_rates("constant"), 1.0)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.array([0, 0.1, 0.49, 0.5, 1.0])))
+    np.testing.assert_allclose(_rates("cosine"), cosine, atol=1e-6)
+    expected = [1, 0.1, 0.1, 0.01, 0.01]
+    np.testing.assert_allclose(_rates("steps", at_epochs=[1, 5]), expected, rtol=1e-6)
+    halves = [1, 0.5, 0.5**4.9, 0.5**5, 0.5**10]
+    np.testing.assert_allclose(_rates("exponential", decay_per_epoch=0.5), halves, rtol=1e-5)
+    warm = _rates("warmup_cosine", warmup_epochs=2)
+    np.testing.assert_allclose(warm[:2], [0, 0.5], atol=1e-6)
+    np.testing.assert_allclose(warm[-1], 0, atol=1e-6)
+
+
+def test_a_rate_may_be_traced_for_a_sweep():
+    config = from_table({"method": {"name": "adam"}, "schedule": {"name": "cosine"}})
+
+    def first_step(rate):
+        tx = build_method(config, steps_per_epoch=10, total_steps=100, learning_rate=rate)
+        return _updates(tx, PARAMS, GRADS, num=1)[0]["bias"]
+
+    found = jax.vmap(first_step)(jnp.array([0.1, 0.01]))
+    np.testing.assert_allclose(found[:, 0], [0.9, 0.99], rtol=1e-5)

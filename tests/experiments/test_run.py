@@ -1,0 +1,222 @@
+"""The runner end to end: a run, its folder, interruptions, divergence."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from optalr.experiments.checkpoints import Checkpoints
+from optalr.experiments.config import from_table, load_config
+from optalr.experiments.errors import ExperimentError, TrainingDivergedError
+from optalr.experiments.loop import resume, train
+from optalr.experiments.plots import plot_run
+from optalr.experiments.record import EVALUATIONS, METRICS, RunFolder, free_path
+from optalr.experiments.trainer import Trainer
+
+SMALL = {
+    "data": {"limit": 320},
+    "model": {"hidden": [16]},
+    "method": {"name": "adam", "learning_rate": 1e-2},
+    "train": {"epochs": 4, "batch_size": 64},
+    "record": {"checkpoint_every": 1},
+}
+
+
+def _config(**sections):
+    return from_table({k: {**SMALL.get(k, {}), **sections.get(k, {})} for k in SMALL | sections})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Train one small run to its end."""
+    config = _config()
+    folder = RunFolder.create(tmp_path_factory.mktemp("runs") / "whole", config)
+    trainer = Trainer(config)
+    return trainer, folder, train(trainer, folder)
+
+
+def _final_state(trainer, folder):
+    with Checkpoints(folder.path / "checkpoints", 2) as checkpoints:
+        return checkpoints.restore(checkpoints.latest(), trainer.init(0))[0]
+
+
+def _without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def _assert_same_run(trainer, folder, other):
+    ours, theirs = _final_state(trainer, folder), _final_state(trainer, other)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    for name in (METRICS, EVALUATIONS):
+        left, right = (_without_seconds(f.rows(name)) for f in (folder, other))
+        assert json.dumps(left) == json.dumps(right)
+
+
+def test_a_run_learns_and_leaves_a_whole_folder(finished):
+    trainer, folder, result = finished
+    assert result["status"] == "finished"
+    assert result["steps"] == trainer.total_steps == 20
+    assert result["test_accuracy"] > 0.5
+    rows = folder.rows(METRICS)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert rows[0]["loss"] > rows[-1]["loss"]
+    np.testing.assert_allclose(rows[0]["learning_rate"], 1e-2, rtol=1e-6)
+    assert np.all(np.diff([row["seconds"] for row in rows]) > 0)
+    evaluations = folder.rows(EVALUATIONS)
+    assert [row["step"] for row in evaluations] == [0, 5, 10, 15, 20]
+    assert load_config(folder.path / "config.toml") == trainer.config
+    environment = json.loads((folder.path / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    assert plot_run(folder, "accuracy").stat().st_size > 10_000
+    kept = [p for p in (folder.path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert len(kept) == trainer.config.record.keep
+
+
+def test_the_streamed_loop_takes_the_same_steps_as_the_scanned_one(finished, tmp_path):
+    _, folder, _ = finished
+    config = _config(train={"loop": "step"})
+    streamed = RunFolder.create(tmp_path / "streamed", config)
+    train(Trainer(config), streamed)
+    ours, theirs = ([row["loss"] for row in f.rows(METRICS)] for f in (folder, streamed))
+    # XLA fuses a scan's body otherwise than a step, so the last bits differ and then grow.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_only_the_seed_decides(finished, tmp_path):
+    trainer, folder, _ = finished
+    again = RunFolder.create(tmp_path / "again", trainer.config)
+    train(Trainer(trainer.config), again)
+    _assert_same_run(trainer, folder, again)
+    other = RunFolder.create(tmp_path / "other", _config(train={"seed": 1}))
+    train(trainer, other)
+    assert other.rows(METRICS)[0]["loss"] != folder.rows(METRICS)[0]["loss"]
+
+
+@pytest.mark.parametrize("loop", ["scan", "step"])
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, loop, monkeypatch):
+    config = _config(train={"loop": loop})
+    trainer = Trainer(config)
+    whole = RunFolder.create(tmp_path / "whole", config)
+    train(trainer, whole)
+    halted = RunFolder.create(tmp_path / "halted", config)
+    if loop == "step":  # checkpoints within an epoch as well
+        halted_config = tmp_path / "halted" / "config.toml"
+        text = halted_config.read_text()
+        halted_config.write_text(text.replace("minutes = 10.0", "minutes = 0.0"))
+        monkeypatch.setattr("optalr.experiments.trainer._REPORT_SECONDS", 0.0)
+    seen = []
+
+    def interrupt(row):
+        seen.append(row["step"])
+        if row["step"] in (7, 10) and seen.count(row["step"]) == 1:
+            raise KeyboardInterrupt
+
+    for _ in range(5):
+        try:
+            train(*resume(halted.path), interrupt)
+        except KeyboardInterrupt:
+            continue
+        break
+    assert halted.result()["steps"] == 20
+    assert len(seen) > len(set(seen)) or loop == "step"
+    _assert_same_run(trainer, whole, halted)
+
+
+def test_a_finished_run_is_not_resumed(finished):
+    with pytest.raises(ExperimentError, match="is finished"):
+        resume(finished[1].path)
+
+
+def test_nothing_is_overwritten(finished):
+    trainer, folder, _ = finished
+    with pytest.raises(ExperimentError, match="exists and is not overwritten"):
+        RunFolder.create(folder.path, trainer.config)
+    assert free_path(folder.path).name == "whole-2"
+
+
+def test_two_processes_cannot_train_into_one_folder(finished, tmp_path):
+    trainer, _, _ = finished
+    folder = RunFolder.create(tmp_path / "held", trainer.config)
+    with folder.lock(), pytest.raises(ExperimentError, match="in use by another process"):
+        train(trainer, RunFolder(folder.path))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ExperimentError, match="holds no run"):
+        resume(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
+    _, folder, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder.path, copy)
+    (copy / "result.json").unlink()
+    text = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(text.replace("hidden = [16]", "hidden = [8]"))
+    with pytest.raises(ExperimentError, match="does not fit this run"):
+        train(*resume(copy))
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    (tmp_path / METRICS).write_text('{"step": 1, "loss": null}\n{"step": 2, "lo')
+    rows = folder.rows(METRICS)
+    assert [row["step"] for row in rows] == [1]
+    assert np.isnan(rows[0]["loss"])
+    folder.cut(METRICS, 5)
+    assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": null}\n'
+
+
+def test_a_divergence_stops_with_a_diagnosis_and_the_last_good_checkpoint(tmp_path):
+    config = _config(method={"name": "sgd", "learning_rate": 1e38})
+    folder = RunFolder.create(tmp_path / "run", config)
+    with pytest.raises(TrainingDivergedError, match=r"diverged at step \d+: .*learning rate"):
+        train(Trainer(config), folder)
+    result = folder.result()
+    assert result["status"] == "diverged"
+    assert np.isnan(folder.rows(METRICS)[-1]["loss"])
+    with pytest.raises(ExperimentError, match="would again"):
+        resume(folder.path)
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({"train": {"batch_size": 5000}}, "batch_size 5000 is larger than the 320"),
+        ({"data": {"name": "digit"}}, "did you mean 'digits'"),
+        ({"data": {"nmae": "digits"}}, "unknown key 'data.nmae' for digits"),
+        ({"model": {"name": "mpl"}}, "did you mean 'mlp'"),
+        ({"model": {"widths": 3}}, "unknown key 'model.widths' for mlp"),
+        ({"method": {"name": "scale_by_learning_rate"}}, "unknown method.name"),
+    ],
+)
+def test_a_mistake_shows_before_training(sections, wanted):
+    with pytest.raises(ExperimentError, match=wanted):
+        Trainer(_config(**sections))
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "optalr", *arguments]
+
+
+def _kill_at_random_moments(folder, generator, kills, longest):
+    """Resume and kill until it finishes or has been killed ``kills`` times; return the kills."""
+    for done in range(kills):
+        process = subprocess.Popen(
+            _command("resume", str(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + generator.uniform(0.0, longest)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if process.poll() is not None:
+            return done
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    return kills
