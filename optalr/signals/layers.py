@@ -7,16 +7,19 @@ tap, in which nested jaxpr, and for every leaf that no tap reaches, why.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from optalr.signals import views
 from optalr.signals.compat import open_jaxpr, scan_arity, varying_axes
+from optalr.signals.jaxprs import extract, variables
 from optalr.signals.moments import LeafView
-from optalr.signals.sites import Site, conv_site, dot_site
-from optalr.signals.views import View
+from optalr.signals.sites import Site, Window, conv_site, dot_site
+from optalr.signals.views import Joined, View
 
 # Primitives whose output is their first operand, entry for entry.
 _SAME = frozenset({
@@ -27,7 +30,7 @@ _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _REMAT = frozenset({"remat2", "checkpoint", "remat"})
 _OPAQUE = {
     "while": "inside a while loop, which has no reverse derivative",
-    "custom_jvp_call": "inside a custom_jvp function, whose derivative is the user's own",
+    "custom_jvp_call": "inside a custom_jvp function whose derivative could not be traced",
     "custom_vjp_call": "inside a custom_vjp function, whose derivative is the user's own",
     "custom_vjp_call_jaxpr": "inside a custom_vjp function, whose derivative is the user's own",
     "gather": "read by a table lookup (gather)",
@@ -38,23 +41,45 @@ _OPAQUE = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Derivative:
+    """The user's derivative of one ``custom_jvp`` call, traced.
+
+    Attributes:
+      function: the call, as a function of ``variables``.
+      variables: the distinct variables that it reads.
+      inputs: which of them have tangents.
+      outputs: which of its outputs have tangents.
+      closed: the ``ClosedJaxpr`` of (all variables, tangents of inputs) -> tangents of outputs.
+    """
+
+    function: Callable[..., Any]
+    variables: tuple[Any, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    closed: Any
+
+
 @dataclasses.dataclass
 class Plan:
     """What to tap in one jaxpr.
 
     Attributes:
-      taps: sites by equation index.
+      taps: sites by equation index; several if the equation's kernel joins several leaves.
       nested: plans of the jaxprs inside an equation, by equation index.
       sliced: for a scan, by equation index, the leaves of which it takes one slice a step.
+      derivatives: for a custom_jvp, by equation index, its derivative; the nested plan is for it.
     """
 
-    taps: dict[int, Site] = dataclasses.field(default_factory=dict)
+    taps: dict[int, tuple[Site, ...]] = dataclasses.field(default_factory=dict)
     nested: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
     sliced: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
+    derivatives: dict[int, Derivative] = dataclasses.field(default_factory=dict)
 
     def all_sites(self) -> Iterator[Site]:
         """Iterate over the sites of this jaxpr and of those inside it."""
-        yield from self.taps.values()
+        for sites in self.taps.values():
+            yield from sites
         for plans in self.nested.values():
             for inner in plans:
                 yield from inner.all_sites()
@@ -92,11 +117,15 @@ def find_layers(closed: Any, leaf_shapes: Sequence[tuple[int, ...]]) -> Layers:
       The plan and what it covers.
     """
     finder = _Finder(tuple(leaf_shapes))
-    inputs: list[View | None] = [None] * len(closed.jaxpr.invars)
+    inputs: list[Looks] = [None] * len(closed.jaxpr.invars)
     for leaf, shape in enumerate(leaf_shapes):
         inputs[leaf] = views.whole(leaf, shape)
     plan, _ = finder.walk(closed.jaxpr, inputs)
     return finder.settle(plan)
+
+
+# What an intermediate array looks at.
+Looks = View | Joined | None
 
 
 class _Finder:
@@ -109,14 +138,15 @@ class _Finder:
         self.mesh_sizes: dict[str, int] = {}  # axes of the shard_maps around the current jaxpr
         self.notes: dict[int, list[str]] = {leaf: [] for leaf in range(len(leaf_shapes))}
 
-    def note(self, view: View | None, text: str) -> None:
-        if view is not None and view.is_parameter and text not in self.notes[view.source]:
-            self.notes[view.source].append(text)
+    def note(self, view: Looks, text: str) -> None:
+        for part in views.parts_of(view):
+            if part.is_parameter and text not in self.notes[part.source]:
+                self.notes[part.source].append(text)
 
-    def walk(self, jaxpr: Any, inputs: Sequence[View | None]) -> tuple[Plan, list[View | None]]:
+    def walk(self, jaxpr: Any, inputs: Sequence[Looks]) -> tuple[Plan, list[Looks]]:
         """Walk one jaxpr whose inputs look at the sources as ``inputs`` say."""
         plan = Plan()
-        env: dict[Any, View] = {
+        env: dict[Any, View | Joined] = {
             var: view for var, view in zip(jaxpr.invars, inputs, strict=True) if view is not None
         }
         for index, equation in enumerate(jaxpr.eqns):
@@ -129,36 +159,35 @@ class _Finder:
                     env[var] = view
         return plan, [None if _is_literal(v) else env.get(v) for v in jaxpr.outvars]
 
-    def step(self, jaxpr: Any, plan: Plan, index: int, seen: list[View | None]) -> list:
+    def step(self, jaxpr: Any, plan: Plan, index: int, seen: list[Looks]) -> Sequence[Looks]:
         """Follow the views through one equation; return what its outputs look at."""
         equation = jaxpr.eqns[index]
         name = equation.primitive.name
         first = seen[0]
         if name in _SAME and first is not None:
             return [first]
-        if name == "transpose" and first is not None:
-            return [views.transpose(first, equation.params["permutation"])]
-        if name == "squeeze" and first is not None:
-            return [views.squeeze(first, equation.params["dimensions"])]
-        if name == "reshape" and first is not None and equation.params["dimensions"] is None:
-            reshaped = views.reshape(first, equation.params["new_sizes"])
-            if reshaped is None:
+        if name in views.REARRANGEMENTS and first is not None:
+            moved = views.rearrange(name, equation.params, first)
+            if moved is None:
                 self.note(first, "reshaped across its axes before its product")
-            return [reshaped]
-        if name == "broadcast_in_dim" and first is not None:
-            shape, dims = equation.params["shape"], equation.params["broadcast_dimensions"]
-            return [views.broadcast(first, shape, tuple(dims))]
+            return [moved]
+        if name == "concatenate":
+            joined = views.join(seen, equation.params["dimension"])
+            if joined is not None:
+                return [joined]
         if name in ("add", "add_any"):
             return [self.add(equation, seen)]
         if name in ("dot_general", "conv_general_dilated"):
             return [self.product(jaxpr, plan, index, seen)]
         if name in _CALLS or name in _REMAT or name in ("scan", "cond", "shard_map"):
             return self.nest(plan, index, equation, seen)
+        if name == "custom_jvp_call" and any(v is not None and v.is_parameter for v in seen):
+            return self.derivative(jaxpr, plan, index, seen)
         for view in seen:
             self.note(view, _OPAQUE.get(name, f"used by {name}"))
         return []
 
-    def product(self, jaxpr: Any, plan: Plan, index: int, seen: list[View | None]) -> View | None:
+    def product(self, jaxpr: Any, plan: Plan, index: int, seen: list[Looks]) -> Looks:
         """Try to read a product of data and a parameter as a layer."""
         equation = jaxpr.eqns[index]
         kernels = [i for i, view in enumerate(seen) if view is not None and view.is_parameter]
@@ -167,34 +196,66 @@ class _Finder:
                 self.note(seen[kernel], "multiplied by another parameter")
             return None
         (kernel,) = kernels
-        view = seen[kernel]
-        assert view is not None
         make = dot_site if equation.primitive.name == "dot_general" else conv_site
-        site = make(jaxpr, equation, kernel, view, self.leaf_shapes[view.source])
-        if isinstance(site, str):
-            self.note(view, site)
+        sites: list[Site] = []
+        whole = seen[kernel]
+        starts = whole.starts() if isinstance(whole, Joined) else (0,)
+        for view, start in zip(views.parts_of(whole), starts, strict=True):
+            window = None
+            if isinstance(whole, Joined):
+                window = Window(whole.axis, start, view.shape[whole.axis])
+            shape = self.leaf_shapes[view.source]
+            site = make(jaxpr, equation, kernel, view, shape, window)
+            if isinstance(site, str):
+                self.note(view, site)
+            else:
+                sites.append(self.across_devices(site))
+        if not sites:
             return None
-        varying = varying_axes(equation.invars[1 - kernel].aval)
+        self.found.extend(sites)
+        plan.taps[index] = tuple(sites)
+        outputs = [site.output_view() for site in sites]
+        full = tuple(equation.outvars[0].aval.shape)
+        if outputs[0].shape == full:
+            return outputs[0]
+        differ = [i for i, size in enumerate(full) if size != outputs[0].shape[i]]
+        joined = Joined(tuple(outputs), differ[0])
+        return joined if joined.shape == full else None
+
+    def across_devices(self, site: Site) -> Site:
+        """Return the site with the examples of all devices that hold a part of its input."""
+        data, _ = site.operands(site.equation.invars)
+        varying = varying_axes(data.aval)
         inside = math.prod(self.mesh_sizes[axis] for axis in varying if axis in self.mesh_sizes)
         outside = tuple(sorted(axis for axis in varying if axis not in self.mesh_sizes))
-        site = dataclasses.replace(
+        return dataclasses.replace(
             site, num_examples=site.num_examples * inside, outer_axes=outside
         )
-        self.found.append(site)
-        plan.taps[index] = site
-        return site.output_view()
 
-    def add(self, equation: Any, seen: list[View | None]) -> View | None:
+    def add(self, equation: Any, seen: list[Looks]) -> Looks:
         """Pair a layer's output with the bias added to it; other addends change nothing."""
         shape = tuple(equation.outvars[0].aval.shape)
         outputs = [v for v in seen if v is not None and not v.is_parameter and v.shape == shape]
         parameters = [v for v in seen if v is not None and v.is_parameter]
         for parameter in parameters:
-            if outputs and self.is_bias(outputs[0], parameter):
-                self.bias_uses.append((outputs[0].source, parameter.source))
-            else:
+            output = outputs[0] if outputs else None
+            if not self.pair(output, parameter):
                 self.note(parameter, "used by add")
         return outputs[0] if outputs else None
+
+    def pair(self, output: Looks, parameter: View | Joined) -> bool:
+        """Record that ``parameter`` is the bias of the layer of this ``output``, if it is."""
+        if isinstance(output, Joined) and isinstance(parameter, Joined):
+            offset = len(output.shape) - len(parameter.shape)
+            if output.axis != parameter.axis + offset or output.starts() != parameter.starts():
+                return False
+        elif not isinstance(output, View) or not isinstance(parameter, View):
+            return False
+        pairs = list(zip(views.parts_of(output), views.parts_of(parameter), strict=True))
+        if not all(self.is_bias(out, bias) for out, bias in pairs):
+            return False
+        self.bias_uses.extend((out.source, bias.source) for out, bias in pairs)
+        return True
 
     def is_bias(self, output: View, parameter: View) -> bool:
         """Whether ``parameter`` has one entry for each feature of the layer's ``output``."""
@@ -217,7 +278,24 @@ class _Finder:
         sizes = self.leaf_shapes[parameter.source]
         return all(axis in axes or size == 1 for axis, size in enumerate(sizes)) and bool(sizes)
 
-    def nest(self, plan: Plan, index: int, equation: Any, seen: list[View | None]) -> list:
+    def derivative(self, jaxpr: Any, plan: Plan, index: int, seen: list[Looks]) -> Sequence[Looks]:
+        """Walk the user's derivative of a custom_jvp call that holds a parameter."""
+        equation = jaxpr.eqns[index]
+        derivative = None if self.mesh_sizes else _trace_derivative(jaxpr, equation)
+        if derivative is None:
+            for view in seen:
+                self.note(view, _OPAQUE["custom_jvp_call"])
+            return []
+        looks = {v: x for v, x in zip(equation.invars, seen, strict=True) if not _is_literal(v)}
+        kept = [looks[derivative.variables[i]] for i in derivative.inputs]
+        kept = [view if view is not None and view.is_parameter else None for view in kept]
+        inner, _ = self.walk(derivative.closed.jaxpr, [*[None] * len(derivative.variables), *kept])
+        if inner.taps or inner.nested:
+            plan.nested[index] = (inner,)
+            plan.derivatives[index] = derivative
+        return []
+
+    def nest(self, plan: Plan, index: int, equation: Any, seen: list[Looks]) -> Sequence[Looks]:
         """Walk the jaxprs inside an equation."""
         name, params = equation.primitive.name, equation.params
         kept = [view if view is not None and view.is_parameter else None for view in seen]
@@ -244,14 +322,12 @@ class _Finder:
             plan.nested[index] = plans
         return outputs
 
-    def walk_scan(
-        self, equation: Any, kept: list[View | None]
-    ) -> tuple[Plan, list, frozenset[int]]:
+    def walk_scan(self, equation: Any, kept: list[Looks]) -> tuple[Plan, list, frozenset[int]]:
         """Walk a scan's body: constants whole, scanned leaves one slice, carries if unchanged."""
         num_consts, num_carry = scan_arity(equation)
         body = open_jaxpr(equation.params["jaxpr"])
-        inputs: list[View | None] = list(kept[:num_consts])
-        outputs: list[View | None] = []
+        inputs: list[Looks] = list(kept[:num_consts])
+        outputs: list[Looks] = []
         for i in range(num_consts, num_consts + num_carry):
             unchanged = body.outvars[i - num_consts] is body.invars[i]
             if not unchanged:
@@ -259,13 +335,13 @@ class _Finder:
             inputs.append(kept[i] if unchanged else None)
             outputs.append(kept[i] if unchanged else None)
         for view in kept[num_consts + num_carry :]:
-            sliced = None if view is None else views.slice_leading(view)
+            sliced = views.slice_leading(view) if isinstance(view, View) else None
             if sliced is None:
                 self.note(view, "scanned along an axis that is not its own")
             inputs.append(sliced)
         inner, _ = self.walk(body, inputs)
         slices = inputs[num_consts + num_carry :]
-        leaves = frozenset(view.source for view in slices if view is not None)
+        leaves = frozenset(part.source for view in slices for part in views.parts_of(view))
         return inner, outputs, leaves
 
     def settle(self, plan: Plan) -> Layers:
@@ -294,10 +370,37 @@ class _Finder:
 
 
 def _drop(plan: Plan, accepted: set[Site]) -> None:
-    plan.taps = {index: site for index, site in plan.taps.items() if site in accepted}
+    kept = {i: tuple(s for s in sites if s in accepted) for i, sites in plan.taps.items()}
+    plan.taps = {index: sites for index, sites in kept.items() if sites}
     for inner in plan.nested.values():
         for nested in inner:
             _drop(nested, accepted)
+
+
+def _trace_derivative(jaxpr: Any, equation: Any) -> Derivative | None:
+    """Trace the derivative of an equation, by whatever rule it has; None where that fails."""
+    read = variables(equation)
+    function = extract(jaxpr, [equation], read, equation.outvars)
+    inputs = tuple(i for i, var in enumerate(read) if _has_tangent(var))
+    outputs = tuple(i for i, var in enumerate(equation.outvars) if _has_tangent(var))
+
+    def tangents_of(args, tangents):
+        def moving(moved):
+            at = dict(zip(inputs, moved, strict=True))
+            results = function(*(at.get(i, arg) for i, arg in enumerate(args)))
+            return [results[i] for i in outputs]
+
+        return jax.jvp(moving, ([args[i] for i in inputs],), (tangents,))[1]
+
+    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in read]
+    if not inputs or not outputs:
+        return None
+    closed = jax.make_jaxpr(tangents_of)(shapes, [shapes[i] for i in inputs])
+    return Derivative(function, tuple(read), inputs, outputs, closed)
+
+
+def _has_tangent(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
 def _is_literal(var: Any) -> bool:

@@ -7,12 +7,13 @@ features in the leaf's own order; the rest is the same for every layer.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optalr.signals.jaxprs import extract
 from optalr.signals.moments import LeafView
 from optalr.signals.views import Atom, Sides, View, axes_of, leaf_order, split_sides, whole
 
@@ -30,6 +31,20 @@ class Sampling:
     max_positions: int | None = None
 
 
+class Window(NamedTuple):
+    """Which part of a product belongs to a leaf whose kernel was concatenated with others.
+
+    Fields:
+      axis: the kernel operand's dimension along which the kernels follow one another.
+      start: where this leaf begins.
+      size: how far it goes.
+    """
+
+    axis: int
+    start: int
+    size: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """One product of data and a parameter in the traced loss.
@@ -45,6 +60,7 @@ class Site:
         inside the loss).
       groups: number of feature groups of a convolution, else 1.
       outer_axes: mesh axes of a shard_map around the loss over which the input varies.
+      window: the part of the kernel operand that is this leaf, or None for all of it.
     """
 
     leaf: int
@@ -56,6 +72,7 @@ class Site:
     num_examples: int
     groups: int = 1
     outer_axes: tuple[str, ...] = ()
+    window: Window | None = None
 
     @property
     def leaf_view(self) -> LeafView:
@@ -64,6 +81,21 @@ class Site:
         if inputs[0] < outputs[0]:
             return LeafView(stack, inputs, outputs, "rows")
         return LeafView(stack, outputs, inputs, "cols")
+
+    def operands(self, values: Sequence[Any]) -> tuple[Any, Any]:
+        """Return data and kernel among the equation's inputs."""
+        return values[1 - self.kernel], values[self.kernel]
+
+    def product(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Return the equation as a function of data and kernel."""
+        inputs = self.equation.invars
+        evaluate = extract(self.parent, [self.equation], inputs, self.equation.outvars)
+
+        def product(data, kernel):
+            operands = (data, kernel) if self.kernel == 1 else (kernel, data)
+            return evaluate(*operands)[0]
+
+        return product
 
     def output_view(self) -> View:
         """Return the site's output as a view, with the leaf's axes at the feature dimensions."""
@@ -140,16 +172,16 @@ class DotSite(Site):
         return batch[data], free, contract[data], kernel_free
 
     def output_view(self) -> View:
-        batch, free, _, kernel_free = self._axes
+        _, free, _, kernel_free = self._axes
         shape = self.equation.outvars[0].aval.shape
-        lead = [(Atom(-1 - i, 1, shape[i]),) for i in range(len(batch))]
+        lead = [self.view.dims[axis] for axis in _kernel_batch(self.equation, self.kernel)]
         data = [
             (Atom(-100 - axis, 1, self.equation.invars[1 - self.kernel].aval.shape[axis]),)
             for axis in free
         ]
         kernel = [self.view.dims[axis] for axis in kernel_free]
         rest = [*kernel, *data] if self.kernel == 0 else [*data, *kernel]
-        return dataclasses.replace(whole(self, shape), dims=(*lead, *rest))
+        return whole(self, shape).with_dims([*lead, *rest])
 
     def signals(self, data, cotangent, sampling, seed):
         batch, free, contract, kernel_free = self._axes
@@ -162,6 +194,14 @@ class DotSite(Site):
         out_kernel = [axis for axis in range(num_batch, cotangent.ndim) if axis not in out_free]
         cotangent = jnp.transpose(cotangent, (*range(num_batch), *out_free, *out_kernel))
         lead = num_batch + num_free
+        if self.window is not None:
+            axis, start, size = self.window
+            if axis in contract_kernel:
+                place = lead + list(contract_kernel).index(axis)
+                data = jax.lax.slice_in_dim(data, start, start + size, axis=place)
+            else:
+                place = lead + kernel_free.index(axis)
+                cotangent = jax.lax.slice_in_dim(cotangent, start, start + size, axis=place)
         data = _features(data, lead, [self.view.dims[axis] for axis in contract_kernel])
         cotangent = _features(cotangent, lead, [self.view.dims[axis] for axis in kernel_free])
         stack = math.prod(data.shape[:num_batch])
@@ -207,7 +247,7 @@ class ConvSite(Site):
         shape = self.equation.outvars[0].aval.shape
         dims = [(Atom(-1 - axis, 1, size),) for axis, size in enumerate(shape)]
         dims[self._numbers.out_spec[1]] = self.view.dims[self._numbers.rhs_spec[0]]
-        return dataclasses.replace(whole(self, shape), dims=tuple(dims))
+        return whole(self, shape).with_dims(dims)
 
     def signals(self, data, cotangent, sampling, seed):
         params = self.equation.params
@@ -321,9 +361,22 @@ def _kernel_batch(equation: Any, kernel: int) -> tuple[int, ...]:
 
 
 def dot_site(
-    parent: Any, equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]
+    parent: Any,
+    equation: Any,
+    kernel: int,
+    view: View,
+    leaf_shape: tuple[int, ...],
+    window: Window | None = None,
 ) -> Site | str:
     """Return the site of a ``dot_general`` whose operand ``kernel`` is a parameter.
+
+    Args:
+      parent: the jaxpr that holds the equation.
+      equation: the equation.
+      kernel: which operand is the parameter.
+      view: how the operand, or the window of it, looks at the leaf.
+      leaf_shape: the leaf's shape.
+      window: the part of the operand that is this leaf, or None for all of it.
 
     Returns:
       The site, or a sentence that says why the product is no layer.
@@ -341,6 +394,8 @@ def dot_site(
         batch[kernel]
     ):
         return "stacked along part of an axis"
+    if window is not None and window.axis in batch[kernel]:
+        return "concatenated along a batch dimension of its product"
     sides = split_sides(len(leaf_shape), view.scanned, stack, inputs, outputs)
     if isinstance(sides, str):
         return sides
@@ -351,13 +406,21 @@ def dot_site(
         if axis not in contract[1 - kernel] and axis not in batch[1 - kernel]
     ]
     num_examples = data.shape[free[0]] if free else 1
-    return DotSite(int(view.source), parent, equation, kernel, view, sides, num_examples)
+    leaf = int(view.source)
+    return DotSite(leaf, parent, equation, kernel, view, sides, num_examples, window=window)
 
 
 def conv_site(
-    parent: Any, equation: Any, kernel: int, view: View, leaf_shape: tuple[int, ...]
+    parent: Any,
+    equation: Any,
+    kernel: int,
+    view: View,
+    leaf_shape: tuple[int, ...],
+    window: Window | None = None,
 ) -> Site | str:
     """Return the site of a ``conv_general_dilated`` whose kernel is a parameter, or why not."""
+    if window is not None:
+        return "concatenated before its convolution"
     if kernel != 1:
         return "a parameter in the place of a convolution's input"
     if equation.params["batch_group_count"] != 1:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from optalr.signals.compat import manual_axes, scan_arity, vary, varying_axes
-from optalr.signals.layers import Layers, Plan
+from optalr.signals.jaxprs import extract
+from optalr.signals.layers import Derivative, Layers, Plan
 from optalr.signals.sites import Sampling, Site, spread
 
 
@@ -134,6 +135,8 @@ def _nest(equation: Any, plan: Plan, index: int, values: list[Any], recorder: Re
         return jax.lax.switch(chosen, branches, *operands)
     if name == "shard_map":
         return _shard_map(params, plans[0], values, recorder)
+    if name == "custom_jvp_call":
+        return _custom_jvp(equation, plan.derivatives[index], plans[0], values, recorder)
     inner = params["jaxpr"]
     jaxpr, consts = (
         (inner.jaxpr, inner.consts) if isinstance(inner, jex_core.ClosedJaxpr) else (inner, ())
@@ -200,19 +203,64 @@ def _shard_map(params: dict[str, Any], plan: Plan, values: list[Any], recorder: 
     )(recorder.slots, *values)
 
 
-def _tap(site: Site, values: list[Any], recorder: Recorder) -> jax.Array:
-    """Evaluate a site's product by its twin."""
-    data, kernel = values[1 - site.kernel], values[site.kernel]
-    sums = recorder.slots[recorder.slot_of(site)]
+def _custom_jvp(
+    equation: Any, derivative: Derivative, plan: Plan, values: list[Any], recorder: Recorder
+):
+    """Evaluate a custom_jvp function; its user's derivative is transposed with its layers tapped.
+
+    The derivative is a linear function of tangents. In it a layer is a product of data and the
+    *tangent* of a parameter, and the cotangent of that product is the layer's β.
+    """
+    read = {v: x for v, x in zip(equation.invars, values, strict=True) if _is_var(v)}
+    args = [read[var] for var in derivative.variables]
+    own = {recorder.slot_of(site) for site in plan.all_sites()}
+    slots = {slot: recorder.slots[slot] for slot in own}
+    axes = frozenset().union(*(varying_axes(jax.typeof(arg)) for arg in args))
+    slots = jax.tree.map(lambda dummy: vary(dummy, axes), slots)
+
+    @jax.custom_vjp
+    def call(slots, flag, *args):
+        del slots, flag
+        return derivative.function(*args)
+
+    def forward(slots, flag, *args):
+        return derivative.function(*args), (slots, flag, args)
+
+    def backward(residuals, cotangents):
+        slots, flag, args = residuals
+        tangents = [jnp.zeros_like(args[i]) for i in derivative.inputs]
+
+        def tangent_map(slots, tangents):
+            inside = dataclasses.replace(recorder, slots=slots, flag=flag)
+            closed = derivative.closed
+            return _run(closed.jaxpr, plan, closed.consts, [*args, *tangents], inside)
+
+        _, pull = jax.vjp(tangent_map, slots, tangents)
+        slots_bar, tangents_bar = pull([cotangents[i] for i in derivative.outputs])
+        args_bar: list[Any] = [None] * len(args)
+        for i, bar in zip(derivative.inputs, tangents_bar, strict=True):
+            args_bar[i] = bar
+        return slots_bar, None, *args_bar
+
+    call.defvjp(forward, backward)
+    return call(slots, recorder.flag, *args)
+
+
+def _tap(sites: tuple[Site, ...], values: list[Any], recorder: Recorder) -> jax.Array:
+    """Evaluate a product by its twin; it is a site of each leaf that its kernel holds."""
+    data, kernel = sites[0].operands(values)
+    sums = tuple(recorder.slots[recorder.slot_of(site)] for site in sites)
     axes = varying_axes(jax.typeof(data)) | varying_axes(jax.typeof(kernel))
     sums = jax.tree.map(lambda dummy: vary(dummy, axes), sums)
     like = jax.tree.map(lambda dummy: jax.ShapeDtypeStruct(dummy.shape, dummy.dtype), sums)
-    return _twin(site, recorder.sampling, like)(data, kernel, sums, recorder.flag)
+    return _twin(sites, recorder.sampling, like)(data, kernel, sums, recorder.flag)
 
 
-def _twin(site: Site, sampling: Sampling, like: Sums) -> Callable[..., jax.Array]:
-    """Return the product of ``site``; its backward pass also measures sums ``like`` these."""
-    product = _product(site)
+def _twin(
+    sites: tuple[Site, ...], sampling: Sampling, like: tuple[Sums, ...]
+) -> Callable[..., jax.Array]:
+    """Return the product of ``sites``; its backward pass also measures sums ``like`` these."""
+    product = sites[0].product()
 
     @jax.custom_vjp
     def twin(data, kernel, sums, flag):
@@ -227,23 +275,14 @@ def _twin(site: Site, sampling: Sampling, like: Sums) -> Callable[..., jax.Array
         data, kernel, flag = residuals
         (data_bar,) = jax.linear_transpose(lambda x: product(x, kernel), data)(cotangent)
         (kernel_bar,) = jax.linear_transpose(lambda w: product(data, w), kernel)(cotangent)
-        measured = _measure_if(flag, site, sampling, data, cotangent, like)
+        measured = tuple(
+            _measure_if(flag, site, sampling, data, cotangent, sums)
+            for site, sums in zip(sites, like, strict=True)
+        )
         return data_bar, kernel_bar, measured, None
 
     twin.defvjp(forward, backward)
     return twin
-
-
-def _product(site: Site) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return the equation of ``site`` as a function of data and kernel."""
-    equation = site.equation
-    evaluate = extract(site.parent, [equation], equation.invars, equation.outvars)
-
-    def product(data, kernel):
-        operands = (data, kernel) if site.kernel == 1 else (kernel, data)
-        return evaluate(*operands)[0]
-
-    return product
 
 
 def _measure_if(flag, site: Site, sampling: Sampling, data, cotangent, like: Sums) -> Sums:
@@ -296,19 +335,6 @@ def _refuse(primals, tangents):
         "wrong. Pass signals=False, or use the matvecs extras['hessian'] and "
         "extras['gauss_newton']."
     )
-
-
-def extract(jaxpr: Any, equations: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]):
-    """Return some equations of a jaxpr as a function of ``inputs`` that returns ``outputs``."""
-    effects = frozenset().union(*(equation.effects for equation in equations))
-    part = jaxpr.replace(
-        constvars=[],
-        invars=list(inputs),
-        outvars=list(outputs),
-        eqns=list(equations),
-        effects=effects,
-    )
-    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(part, ()))
 
 
 def _is_var(var: Any) -> bool:

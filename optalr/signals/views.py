@@ -113,6 +113,98 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
     return dataclasses.replace(view, shape=shape, dims=tuple(dims))
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Several views of one kind (all parameters, or all layers' outputs), concatenated.
+
+    Attributes:
+      parts: the views, in order; they agree in every dimension but ``axis``.
+      axis: the dimension along which they follow one another.
+    """
+
+    parts: tuple[View, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the parts are parameter leaves rather than layers' outputs."""
+        return self.parts[0].is_parameter
+
+    def starts(self) -> tuple[int, ...]:
+        """Return where each part begins along ``axis``."""
+        sizes = [part.shape[self.axis] for part in self.parts]
+        return tuple(sum(sizes[:i]) for i in range(len(sizes)))
+
+
+def parts_of(view: "View | Joined | None") -> tuple[View, ...]:
+    """Return the plain views in ``view``."""
+    if view is None:
+        return ()
+    return view.parts if isinstance(view, Joined) else (view,)
+
+
+def join(seen: Sequence["View | Joined | None"], axis: int) -> Joined | None:
+    """Concatenate views of parameters; None if something else is among them."""
+    parts = tuple(view for view in seen if isinstance(view, View) and view.is_parameter)
+    return Joined(parts, axis) if len(parts) == len(seen) else None
+
+
+REARRANGEMENTS = frozenset({"transpose", "squeeze", "reshape", "broadcast_in_dim"})
+
+
+def rearrange(name: str, params: dict[str, Any], view: View | Joined) -> View | Joined | None:
+    """Follow a view through one of ``REARRANGEMENTS``; None where it cannot be followed."""
+    if isinstance(view, Joined):
+        return _rearrange_joined(name, params, view)
+    if name == "transpose":
+        return transpose(view, params["permutation"])
+    if name == "squeeze":
+        return squeeze(view, params["dimensions"])
+    if name == "reshape":
+        return reshape(view, params["new_sizes"]) if params["dimensions"] is None else None
+    return broadcast(view, params["shape"], tuple(params["broadcast_dimensions"]))
+
+
+def _rearrange_joined(name: str, params: dict[str, Any], joined: Joined) -> Joined | None:
+    """Rearrange each part; the joint must stay one whole dimension."""
+    old, sizes = joined.axis, joined.shape
+    field = "shape" if name == "broadcast_in_dim" else "new_sizes"
+    if name == "transpose":
+        new = list(params["permutation"]).index(old)
+    elif name == "squeeze":
+        new = old - sum(axis < old for axis in params["dimensions"])
+    elif name == "broadcast_in_dim":
+        new = params["broadcast_dimensions"][old]
+    else:
+        before = math.prod(sizes[:old])
+        fits = [
+            axis
+            for axis, size in enumerate(params["new_sizes"])
+            if size == sizes[old] and math.prod(params["new_sizes"][:axis]) == before
+        ]
+        if not fits:
+            return None
+        new = fits[0]
+    parts = []
+    for part in joined.parts:
+        changed = dict(params)
+        if field in params:
+            shape = list(params[field])
+            shape[new] = part.shape[old]
+            changed[field] = tuple(shape)
+        parts.append(rearrange(name, changed, part))
+    if any(part is None for part in parts):
+        return None
+    return Joined(tuple(parts), new)
+
+
 def slice_leading(view: View) -> View | None:
     """Return what one step of a scan sees of a scanned view: the view without its first axis."""
     if len(view.dims[0]) != 1 or view.dims[0][0].axis < 0:

@@ -10,62 +10,12 @@ import numpy as np
 import pytest
 
 import optalr
-from optalr.signals.moments import LayerMoments
-from tests.references import enable_x64
-
-
-def no_layer(name, inputs, outputs):
-    del name, inputs
-    return outputs
-
-
-def reference_moments(model, params, x, y, num_examples):
-    """Return ``{name: (A, B, mean)}`` in float64; inputs are ``(R, m)``, outputs any shape."""
-    with enable_x64(True):
-        params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, x))
-        inputs, shapes = {}, {}
-
-        def discover(name, alpha, outputs):
-            inputs.setdefault(name, []).append(np.asarray(alpha))
-            shapes.setdefault(name, []).append(outputs.shape)
-            return outputs
-
-        model(params, x, y, discover)
-        zeros = {name: [jnp.zeros(s) for s in shape] for name, shape in shapes.items()}
-
-        def perturbed(added):
-            used = dict.fromkeys(added, 0)
-
-            def add(name, alpha, outputs):
-                del alpha
-                used[name] += 1
-                return outputs + added[name][used[name] - 1]
-
-            return model(params, x, y, add)
-
-        betas = jax.grad(perturbed)(zeros)
-        moments = {}
-        for name, uses in inputs.items():
-            alpha = np.concatenate([a.reshape(-1, a.shape[-1]) for a in uses])
-            beta = np.concatenate(
-                [np.asarray(b).reshape(-1, b.shape[-1]) * num_examples for b in betas[name]]
-            )
-            moments[name] = (
-                alpha.T @ alpha / len(alpha),
-                beta.T @ beta / num_examples,
-                alpha.mean(0),
-            )
-        return moments
-
-
-def assert_moments(captured: LayerMoments, expected, rtol=1e-5):
-    inputs, outputs, mean = expected
-    if captured.col_mean is not None:
-        actual = (captured.cols, captured.rows, captured.col_mean)
-    else:
-        actual = (captured.rows, captured.cols, captured.row_mean)
-    for got, want in zip(actual, (inputs, outputs, mean), strict=True):
-        np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol * np.abs(want).max())
+from tests.signals.reference import (
+    assert_moments,
+    no_layer,
+    reference_moments,
+    stack_slice,
+)
 
 
 def cross_entropy(logits, labels):
@@ -127,70 +77,6 @@ def test_a_traced_flag_measures_or_not_and_the_structure_stays(batch):
         assert not np.any(leaf)
 
 
-def conv_model(params, x, y, layer=no_layer):
-    return _conv_model(
-        params, x, y, layer, strides=(2, 1), padding=((1, 0), (2, 1)), dilation=(1, 2)
-    )
-
-
-def _patches(x, kernel, strides, padding, dilation):
-    patches = jax.lax.conv_general_dilated_patches(
-        x,
-        kernel,
-        strides,
-        padding,
-        rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    area = kernel[0] * kernel[1]
-    patches = patches.reshape(*patches.shape[:3], x.shape[-1], area)
-    return jnp.swapaxes(patches, -1, -2).reshape(*patches.shape[:3], -1)
-
-
-def _conv_model(params, x, y, layer, strides, padding, dilation):
-    kernel = params["kernel"]
-    h = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        padding,
-        rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    h = layer("kernel", _patches(x, kernel.shape[:2], strides, padding, dilation), h)
-    h = jnp.tanh(h + params["bias"][None, None, None, :]).reshape(x.shape[0], -1)
-    return cross_entropy(layer("out", h, h @ params["out"]), y)
-
-
-def test_convolution_with_stride_padding_and_dilation():
-    x, y = jax.random.normal(jax.random.key(1), (6, 7, 6, 3)), jnp.arange(6) % 4
-    params = {
-        "kernel": jax.random.normal(jax.random.key(2), (3, 2, 3, 4)) * 0.4,
-        "bias": jnp.full(4, 0.1),
-        "out": jax.random.normal(jax.random.key(3), (4 * 7 * 4 if False else 112, 4)) * 0.2,
-    }
-    shape = jax.eval_shape(
-        lambda: jax.lax.conv_general_dilated(
-            x,
-            params["kernel"],
-            (2, 1),
-            ((1, 0), (2, 1)),
-            rhs_dilation=(1, 2),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-    ).shape
-    params["out"] = jax.random.normal(jax.random.key(3), (int(np.prod(shape[1:])), 4)) * 0.2
-    _, grads, extras = jax.jit(optalr.value_grad_and_extras(conv_model))(params, x, y)
-    expected_grads = jax.jit(jax.grad(conv_model))(params, x, y)
-    jax.tree.map(np.testing.assert_array_equal, grads, expected_grads)
-    expected = reference_moments(conv_model, params, x, y, num_examples=6)
-    moments = extras["signals"]["kernel"]
-    assert_moments(moments, expected["kernel"])
-    assert_moments(extras["signals"]["out"], expected["out"])
-    assert moments.positions == shape[1] * shape[2]
-    assert moments.bias == "['bias']"
-
-
 def scanned(params, x, y, layer=no_layer):
     """Three stacked layers, each followed by a layer shared by all of them."""
 
@@ -224,9 +110,7 @@ def test_scanned_layers_come_out_stacked_and_shared_ones_summed(batch):
     assert stack.rows.shape == (3, 5, 5)
     assert stack.bias == "['stack']['b']"
     for i in range(3):
-        one = LayerMoments(
-            stack.rows[i], stack.cols[i], stack.row_mean[i], None, stack.count, stack.positions
-        )
+        one = stack_slice(stack, i)
         assert_moments(one, expected[f"w{i}"])
     shared = extras["signals"]["shared"]
     assert_moments(shared, expected["shared"])

@@ -1,0 +1,70 @@
+"""Every kind of convolution, captured from Flax linen models as they are."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import optalr
+from tests.signals.reference import (
+    check_capture,
+    linen_layer,
+    no_layer,
+    random_params,
+    reference_moments,
+)
+
+CONVOLUTIONS = {
+    "stride, padding, dilation": nn.Conv(
+        4, (3, 2), strides=(2, 1), padding=((1, 0), (2, 1)), kernel_dilation=(1, 2)
+    ),
+    "no bias": nn.Conv(4, (2, 3), use_bias=False),
+    "1-D": nn.Conv(4, (3,), padding=((2, 1),)),
+    "3-D": nn.Conv(3, (2, 1, 2), padding="VALID"),
+    "groups": nn.Conv(6, (3, 3), feature_group_count=2, strides=2),
+    "depthwise": nn.Conv(8, (3, 3), feature_group_count=4),
+    "1x1": nn.Conv(5, (1, 1)),
+    "transposed": nn.ConvTranspose(3, (3, 2), strides=(2, 1), padding="VALID"),
+}
+
+
+class Net(nn.Module):
+    conv: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        h = jnp.tanh(self.conv(x))
+        return nn.Dense(3)(h.reshape(h.shape[0], -1))
+
+
+def loss_of(model):
+    def loss(params, x, y, layer=no_layer):
+        if layer is no_layer:
+            logits = model.apply({"params": params}, x)
+        else:
+            with linen_layer(layer):
+                logits = model.apply({"params": params}, x)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], -1))
+
+    return loss
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name):
+    conv = CONVOLUTIONS[name]
+    shape = {1: (9,), 2: (6, 5), 3: (4, 3, 3)}[len(conv.kernel_size)]
+    x, y = jax.random.normal(jax.random.key(1), (5, *shape, 4)), jnp.arange(5) % 3
+    model = Net(conv)
+    params = random_params(model.init, jax.random.key(0), x)["params"]
+    loss = loss_of(model)
+    expected = reference_moments(loss, params, x, y, num_examples=5)
+    extras = check_capture(loss, params, (x, y), expected)
+    report = optalr.coverage(loss, params, x, y, strict=True)
+    kernel = report["['conv']['kernel']"]
+    rank = len(shape) + 2
+    assert kernel.view.rows == tuple(range(rank - 1))
+    assert kernel.view.cols == (rank - 1,)
+    moments = extras["signals"]["conv"]["kernel"]
+    assert moments.count == 5
+    if conv.use_bias:
+        assert moments.bias == kernel.view.bias == "['conv']['bias']"
