@@ -121,5 +121,5 @@ def test_shard_map_inside_the_loss(problem, mesh):
 def test_an_axis_over_which_nothing_varies_is_refused(problem):
     params, x, y = problem
     evaluate = optalr.value_grad_and_extras(loss_fn, axis_name="data")
-    with pytest.raises(ValueError, match="axis_name='data'.*check_vma"):
+    with pytest.raises(ValueError, match=r"axis_name='data'.*check_vma"):
         evaluate(params, x, y)
