@@ -1,10 +1,11 @@
-"""Walking optimizer states of any nesting, through whatever wrappers hold them."""
+"""Walking optimizer states of any nesting, and changing them without moving them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def children(node: Any) -> Iterator[tuple[str, Any]]:
@@ -39,6 +40,39 @@ def count_up(count: jax.Array) -> jax.Array:
     """Return ``count + 1``, or ``count`` where that would overflow."""
     limit = jnp.iinfo(count.dtype).max
     return jnp.where(count < limit, count + 1, limit)
+
+
+def update_when(
+    condition: jax.Array, update: Callable[[Any, Any], Any], state: Any, inputs: Any
+) -> Any:
+    """Return ``update(state, inputs)`` where ``condition`` holds, else ``state``, left in place.
+
+    ``jax.lax.cond`` says the same, but XLA copies what passes through a conditional unchanged, and
+    a donated state twice: all factors of a preconditioner in every step of a phase that does not
+    touch them. A loop of no turn or one leaves a donated state where it is. It cannot be
+    differentiated in reverse mode.
+
+    Args:
+      condition: boolean scalar.
+      update: a function that keeps structure, shapes and dtypes of ``state``.
+      state: a pytree of arrays.
+      inputs: a pytree of all else that ``update`` reads. Its arrays are tied to the loop's
+        counter, so that no compiler moves the work on them out of the loop; leaves that are not
+        arrays are passed on as they are.
+    """
+
+    def turn(carry: Any) -> Any:
+        pending, current = carry
+
+        def tie(leaf: Any) -> Any:
+            if not isinstance(leaf, jax.Array | np.ndarray):
+                return leaf
+            return jax.lax.optimization_barrier((leaf, pending))[0]
+
+        # One barrier a leaf: a leaf that update does not read must stay free to be pruned.
+        return jnp.zeros_like(pending), update(current, jax.tree.map(tie, inputs))
+
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, state))[1]
 
 
 def _strong(leaf: Any) -> jax.Array:

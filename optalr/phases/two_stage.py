@@ -5,6 +5,7 @@ the generalization of the other (Ida & Fujiwara 2020; Keskar & Socher 2017; Akib
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import optax
 from optalr.arguments import check_choice, check_interval
 from optalr.phases.momentum import hand_over_momentum
 from optalr.phases.schedulers import phase_schedule
-from optalr.states import count_up, settle, settle_like
+from optalr.states import count_up, settle, settle_like, update_when
 
 
 class TwoStageState(NamedTuple):
@@ -80,7 +81,9 @@ def two_stage(
         there is no momentum to hand over.
 
     Cost: that of the stage in charge; of both between 0 and 1. Memory: the states of both, until
-      ``release_first_stage``.
+      ``release_first_stage``. Donate the state to the compiled step
+      (``jax.jit(step, donate_argnums=...)``): the state that rests is then left where it is, and
+      otherwise copied. The update cannot be differentiated in reverse mode.
 
     Example:
       >>> import jax.numpy as jnp, optax, optalr
@@ -128,51 +131,61 @@ def two_stage(
             second=second_state,
         )
 
+    def hand_over(is_switch: jax.Array, first_state: Any, second_state: Any) -> Any:
+        if not callable(momentum):
+            return second_state
+
+        def apply(current: Any, source: Any) -> Any:
+            return settle_like(momentum(source, current), current)
+
+        return update_when(is_switch, apply, second_state, first_state)
+
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
-        released = isinstance(state.first, Released)
-        weight = jnp.ones((), jnp.float32) if released else jnp.asarray(phase, jnp.float32)
+        inputs = (params, extras)
+        if isinstance(state.first, Released):
+            weight = jnp.ones((), jnp.float32)
+            steps = count_up(state.steps_since_switch)
+            new_updates, second_state = _run(second, state.second, updates, *inputs)
+            return new_updates, TwoStageState(weight, steps, state.first, second_state)
+
+        weight = jnp.asarray(phase, jnp.float32)
         steps = jnp.where(weight > 0, count_up(state.steps_since_switch), 0)
 
-        def run(stage: Any, stage_state: Any) -> Any:
-            new_updates, new_state = stage.update(updates, stage_state, params, **extras)
-            return settle_like(new_updates, updates), settle_like(new_state, stage_state)
+        def before_the_end(carry: Any, inputs: Any) -> Any:
+            updates, first_state, second_state = carry
+            new_updates, first_state = _run(first, first_state, updates, *inputs)
 
-        def run_first(first_state: Any, second_state: Any) -> Any:
-            new_updates, first_state = run(first, first_state)
+            def mix_in(carry: Any, inputs: Any) -> Any:
+                from_second, second_state = _run(second, carry[1], updates, *inputs)
+                return jax.tree.map(partial(_blend, weight), carry[0], from_second), second_state
+
+            new_updates, second_state = update_when(
+                weight > 0, mix_in, (new_updates, second_state), inputs
+            )
             return new_updates, first_state, second_state
 
-        def run_second(first_state: Any, second_state: Any) -> Any:
-            if callable(momentum) and not released:
-                second_state = _at_switch(momentum, steps == 1, first_state, second_state)
-            new_updates, second_state = run(second, second_state)
-            return new_updates, first_state, second_state
+        def at_the_end(carry: Any, inputs: Any) -> Any:
+            return _run(second, carry[1], carry[0], *inputs)
 
-        def run_both(first_state: Any, second_state: Any) -> Any:
-            _, _, second_next = outcome = run_second(first_state, second_state)
-            from_first, first_next = run(first, first_state)
-            blend = jax.tree.map(lambda a, b: _blend(a, b, weight), from_first, outcome[0])
-            return blend, first_next, second_next
-
-        if released:
-            outcome = run_second(state.first, state.second)
-        else:
-            stage_index = jnp.where(weight <= 0, 0, jnp.where(weight >= 1, 2, 1))
-            branches = (run_first, run_both, run_second)
-            outcome = jax.lax.switch(stage_index, branches, state.first, state.second)
-        new_updates, first_state, second_state = outcome
+        # The updates are carried through and changed in place, with no second buffer in phase 1.
+        second_state = hand_over(steps == 1, state.first, state.second)
+        new_updates, first_state, second_state = update_when(
+            weight < 1, before_the_end, (updates, state.first, second_state), inputs
+        )
+        new_updates, second_state = update_when(
+            weight >= 1, at_the_end, (new_updates, second_state), inputs
+        )
         return new_updates, TwoStageState(weight, steps, first_state, second_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _at_switch(momentum: Any, is_switch: jax.Array, first_state: Any, second_state: Any) -> Any:
-    def apply() -> Any:
-        return settle_like(momentum(first_state, second_state), second_state)
-
-    return jax.lax.cond(is_switch, apply, lambda: second_state)
+def _run(stage: Any, state: Any, updates: Any, params: Any, extras: Any) -> tuple[Any, Any]:
+    new_updates, new_state = stage.update(updates, state, params, **extras)
+    return settle_like(new_updates, updates), settle_like(new_state, state)
 
 
-def _blend(a: jax.Array, b: jax.Array, weight: jax.Array) -> jax.Array:
+def _blend(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     share = weight.astype(jnp.finfo(dtype).dtype)
     return ((1 - share) * a.astype(dtype) + share * b.astype(dtype)).astype(a.dtype)
