@@ -1,12 +1,13 @@
 """Adaptive learning rates and curvature for JAX, as composable optax transformations."""
 
-from optalr import linalg
+from optalr import linalg, schedules
 from optalr.diagnostics import metrics, state_bytes, wants_signals
 from optalr.phases import (
     blend_between,
     phase_schedule,
     release_first_stage,
     set_phase,
+    swats,
     switch_at,
     switch_on_plateau,
     two_stage,
@@ -22,6 +23,7 @@ from optalr.signals import (
 )
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.learning_rate import scale_by_recorded_rate
+from optalr.transforms.local_gains import scale_by_local_gains
 
 __all__ = [
     # What a loss reveals.
@@ -36,8 +38,11 @@ __all__ = [
     "KroneckerOptions",
     # Lengths of a step.
     "scale_by_recorded_rate",
+    "scale_by_local_gains",
+    "schedules",
     # Phases: two stages, and when to switch.
     "two_stage",
+    "swats",
     "switch_at",
     "switch_on_plateau",
     "blend_between",

@@ -10,6 +10,7 @@ from optalr.phases.schedulers import (
     phase_schedule,
     switch_at,
 )
+from optalr.phases.swats import SwatsState, swats
 from optalr.phases.two_stage import Released, TwoStageState, two_stage
 
 __all__ = [
@@ -17,12 +18,14 @@ __all__ = [
     "PhaseState",
     "PlateauState",
     "Released",
+    "SwatsState",
     "TwoStageState",
     "blend_between",
     "hand_over_momentum",
     "phase_schedule",
     "release_first_stage",
     "set_phase",
+    "swats",
     "switch_at",
     "switch_on_plateau",
     "two_stage",

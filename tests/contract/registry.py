@@ -47,6 +47,20 @@ PHASE = ("phase", "steps_since_switch")
 
 METHODS = (
     Method(
+        "swats",
+        lambda learning_rate=0.01, b1=0.9, b2=0.99, eps=1e-8, tolerance=1e-3: optalr.swats(
+            learning_rate, b1, b2, eps, tolerance=tolerance
+        ),
+        reports=("learning_rate", "failures", *PHASE),
+    ),
+    Method(
+        "scale_by_local_gains",
+        lambda beta=0.05, min_gain=0.1, max_gain=10.0: optalr.scale_by_local_gains(
+            beta, min_gain=min_gain, max_gain=max_gain
+        ),
+        reports=("failures",),
+    ),
+    Method(
         "scale_by_recorded_rate",
         lambda learning_rate=0.1: optalr.scale_by_recorded_rate(learning_rate),
         reports=("learning_rate",),

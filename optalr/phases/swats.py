@@ -1,0 +1,222 @@
+"""SWATS: Adam until its steps, projected on the gradient, ask for a steady rate; then SGD at it."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optalr.arguments import check_interval, is_concrete
+from optalr.states import count_up, update_when
+
+
+class SwatsState(NamedTuple):
+    """State of ``swats``.
+
+    Attributes:
+      count: int32 scalar, k, updates so far in either phase.
+      moment: structure of params, float32 or wider: Adam's first moment, its bias corrected; after
+        the switch SGD's velocity v.
+      second_moment: structure of params, float32 or wider: Adam's second moment, its bias
+        corrected; at rest after the switch.
+      projected_rate: float32 scalar, λ_k/(1 − β₂ᵏ), the running mean of the projected rates.
+      learning_rate: float32 scalar, the rate of the last update: Adam's, after the switch SGD's.
+      phase: float32 scalar, the phase of the next update: 0 Adam, 1 SGD.
+      steps_since_switch: int32 scalar, updates by SGD so far.
+      failures: int32 scalar, updates whose gradient was not finite.
+    """
+
+    count: jax.Array
+    moment: Any
+    second_moment: Any
+    projected_rate: jax.Array
+    learning_rate: jax.Array
+    phase: jax.Array
+    steps_since_switch: jax.Array
+    failures: jax.Array
+
+
+def swats(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    tolerance: jax.typing.ArrayLike = 1e-9,
+    second_scale: optax.Schedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Begin with Adam and switch to SGD, at a step and a rate that Adam's own steps suggest.
+
+    Choose it to have SGD's generalization without tuning SGD's rate or the switch point. With
+    ``p_k`` Adam's step and ``p_kᵀg_k ≠ 0``,
+
+        γ_k = p_kᵀp_k / (−p_kᵀg_k),    λ_k = β₂ λ_{k−1} + (1 − β₂) γ_k,
+
+    and once ``|λ_k/(1 − β₂ᵏ) − γ_k| < tolerance`` at some ``k > 1``, with ``Λ = λ_k/(1 − β₂ᵏ)``,
+
+        v ← β₁ v + g,    w ← w − (1 − β₁) Λ v,    v = 0 at first.
+
+    Args:
+      learning_rate: Adam's rate, at least 0, or a schedule of the step count.
+      b1: β₁, in [0, 1); also SGD's momentum.
+      b2: β₂, in (0, 1).
+      eps: added to the root of the second moment, at least 0.
+      tolerance: how close the rate must come to its mean, at least 0. Differences of a few units in
+        the last place of float32 count as none.
+      second_scale: a schedule that multiplies Λ, of the updates since the switch (0 at the first).
+
+    Returns:
+      A transformation. ``state.learning_rate`` is Λ (times the scale) after the switch. A gradient
+      that is not finite gives a zero update, leaves the state and is counted in ``failures``.
+
+    Raises:
+      ValueError: an argument lies outside its range.
+
+    Cost: Adam's and two inner products; after the switch that of SGD with momentum. Memory: two
+      copies of the parameters in float32.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> tx = optalr.swats(0.1)
+      >>> params = jnp.array([3.0, 4.0])
+      >>> gradient = jnp.array([1.0, 3.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(2):  # for a constant gradient γ = 0.1 · 2 / (1 + 3) in every step
+      ...     updates, state = tx.update(gradient, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> float(state.phase), round(float(state.projected_rate), 6)
+      (1.0, 0.05)
+      >>> updates, state = tx.update(gradient, state, params)
+      >>> bool(jnp.allclose(updates, -(1 - 0.9) * 0.05 * gradient))
+      True
+
+    Reference: Keskar, Socher, "Improving Generalization Performance by Switching from Adam to SGD",
+      2017, Algorithm 1. Departures: the moments and the mean rate are kept with their bias
+      corrected, which is the same in exact arithmetic and loses no digits in float32; eps is added
+      to the corrected second moment's root, as in Adam's paper; a negative or infinite rate is
+      never switched to; the second phase may have a schedule.
+    """
+    check_interval("learning_rate", learning_rate, 0.0)
+    check_interval("b1", b1, 0.0, 1.0, open_high=True)
+    check_interval("b2", b2, 0.0, 1.0, open_low=True, open_high=True)
+    check_interval("eps", eps, 0.0)
+    check_interval("tolerance", tolerance, 0.0)
+    if second_scale is not None and not callable(second_scale):
+        raise TypeError(f"second_scale must be a schedule or None, got {second_scale!r}.")
+
+    def adam_rate(count: jax.Array) -> jax.Array:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        return jnp.asarray(rate).astype(jnp.float32)
+
+    def init_fn(params: Any) -> SwatsState:
+        zero = jnp.zeros((), jnp.int32)
+        return SwatsState(
+            count=zero,
+            moment=jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params),
+            second_moment=jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params),
+            projected_rate=jnp.zeros((), jnp.float32),
+            learning_rate=adam_rate(zero),
+            phase=jnp.zeros((), jnp.float32),
+            steps_since_switch=zero,
+            failures=zero,
+        )
+
+    def adam_step(carry: Any, inputs: Any) -> Any:
+        del inputs
+        g, state = jax.tree.map(lambda u, m: u.astype(m.dtype), carry[0], carry[1].moment), carry[1]
+        count = count_up(state.count)
+        moment = jax.tree.map(partial(_mean, _share(b1, count)), state.moment, g)
+        squares = jax.tree.map(jnp.square, g)
+        second = jax.tree.map(partial(_mean, _share(b2, count)), state.second_moment, squares)
+        rate = adam_rate(state.count)
+        step = jax.tree.map(lambda m, a: -rate * m / (jnp.sqrt(a) + eps), moment, second)
+        mean_rate, phase, settled = _project(step, g, state.projected_rate, count, b2, tolerance)
+        # SGD's velocity takes the first moment's place, and begins at zero.
+        moment = jax.tree.map(lambda m: jnp.where(settled, 0, m), moment)
+        return _like(step, carry[0]), state._replace(
+            count=count,
+            moment=moment,
+            second_moment=second,
+            projected_rate=mean_rate,
+            learning_rate=rate,
+            phase=phase,
+        )
+
+    def sgd_step(carry: Any, inputs: Any) -> Any:
+        del inputs
+        updates, state = carry
+        velocity = jax.tree.map(lambda v, u: b1 * v + u.astype(v.dtype), state.moment, updates)
+        scale = 1.0 if second_scale is None else second_scale(state.steps_since_switch)
+        rate = jnp.asarray(state.projected_rate * scale).astype(jnp.float32)
+        step = jax.tree.map(lambda v: -(1 - b1) * rate * v, velocity)
+        return _like(step, updates), state._replace(
+            count=count_up(state.count),
+            moment=velocity,
+            learning_rate=rate,
+            steps_since_switch=count_up(state.steps_since_switch),
+        )
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        del params, extras
+        finite = [jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)]
+        usable = jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
+        in_adam = state.phase < 1
+        failures = jnp.where(usable, state.failures, count_up(state.failures))
+        updates = jax.tree.map(lambda u: jnp.where(usable, u, 0), updates)
+        carry = (updates, state._replace(failures=failures))
+        carry = update_when(usable & in_adam, adam_step, carry, None)
+        return update_when(usable & ~in_adam, sgd_step, carry, None)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _project(
+    step: Any,
+    gradient: Any,
+    mean_rate: jax.Array,
+    count: jax.Array,
+    decay: Any,
+    tolerance: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the mean of the projected rates, the phase, and whether the two agree."""
+    rate = _inner(step, step) / -_inner(step, gradient)
+    defined = jnp.isfinite(rate)  # p = 0, and pᵀg = 0, give NaN or infinity
+    share = _share(decay, count)
+    # Without a rate of its own a step only moves the bias correction, from 1 − β₂ᵏ⁻¹ on.
+    silent = mean_rate * (1 - share)
+    mean_rate = jnp.where(defined, mean_rate + share * (rate - mean_rate), silent)
+    slack = tolerance + 4 * jnp.finfo(jnp.float32).eps * jnp.abs(mean_rate)
+    agreed = defined & (jnp.abs(mean_rate - rate) < slack) & (mean_rate > 0) & (count > 1)
+    mean_rate = mean_rate.astype(jnp.float32)
+    return mean_rate, agreed.astype(jnp.float32), agreed
+
+
+def _share(decay: Any, count: jax.Array) -> jax.Array:
+    """Return ``(1 − β) / (1 − βᵏ)``, the weight of the newest value in a corrected mean."""
+    if is_concrete(decay):
+        log_decay = math.log(float(decay)) if float(decay) > 0 else -math.inf
+        complement = 1 - float(decay)
+    else:
+        complement = 1 - decay
+        log_decay = jnp.log1p(-complement)
+    return jnp.asarray(complement / -jnp.expm1(count.astype(jnp.float32) * log_decay), jnp.float32)
+
+
+def _mean(share: jax.Array, mean: jax.Array, value: jax.Array) -> jax.Array:
+    return (mean + share * (value - mean)).astype(mean.dtype)
+
+
+def _inner(a: Any, b: Any) -> jax.Array:
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
+    total = jax.tree.reduce(jnp.add, products)
+    return total.astype(jnp.float32)
+
+
+def _like(step: Any, updates: Any) -> Any:
+    return jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates)
+
+
+def _wide(param: jax.Array) -> Any:
+    return jnp.promote_types(param.dtype, jnp.float32)
