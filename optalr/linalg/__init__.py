@@ -1,6 +1,7 @@
 """Linear algebra that is true without an optimizer: arrays or matvecs in, arrays out."""
 
 from optalr.linalg.bases import EigenBasis, eigenbasis, refresh_eigenbasis
+from optalr.linalg.grouping import inverse_roots
 from optalr.linalg.kronecker import (
     apply_eigenbasis_power,
     apply_kronecker,
@@ -18,6 +19,7 @@ __all__ = [  # noqa: RUF022  (sorted by theme)
     # Inverse roots.
     "InverseRoot",
     "inverse_root",
+    "inverse_roots",
     # Kronecker-factored powers.
     "EigenBasis",
     "apply_eigenbasis_power",

@@ -15,6 +15,7 @@ class MethodResult(NamedTuple):
     residual: jax.Array  # (...)
     condition: jax.Array  # (...), λ_max/λ_min, at most 1/ε
     num_steps: jax.Array  # (...) int32
+    basis: jax.Array | None = None  # (..., n, n), where the caller wants it
 
 
 def floor_spectrum(values: jax.Array) -> jax.Array:
@@ -28,7 +29,9 @@ def root_from_eigenbasis(
 ) -> MethodResult:
     """Return ``V λ^{-1/p} Vᵀ`` and how far it is from the root."""
     values = floor_spectrum(values)
-    inverse = jnp.power(values, jnp.asarray(-1 / p, values.dtype))
+    # One power, or one a matrix where p is traced.
+    power = jnp.asarray(-1 / p, values.dtype)
+    inverse = jnp.power(values, power[..., None] if power.ndim else power)
     root = _spd.matmul(vectors * inverse[..., None, :], _spd.transpose(vectors))
     whole = _spd.whole_number(p)
     if whole is not None:
@@ -42,10 +45,25 @@ def root_from_eigenbasis(
     return MethodResult(root, residual, condition, jnp.ones(residual.shape, jnp.int32))
 
 
-def eigh_root(matrix: jax.Array, p: Any) -> MethodResult:
+def eigh_root(matrix: jax.Array, p: Any, *, keep_basis: bool = False) -> MethodResult:
     """Return the inverse p-th root of a normalized stack by a full eigendecomposition."""
     values, vectors = eigh(matrix)
-    return root_from_eigenbasis(matrix, values, vectors, p)
+    result = root_from_eigenbasis(matrix, values, vectors, p)
+    return result._replace(basis=vectors) if keep_basis else result
+
+
+def refreshed_root(matrix: jax.Array, basis: jax.Array, p: Any) -> MethodResult:
+    """Return the inverse p-th root in a basis improved by one QR step, and that basis."""
+    vectors = orthogonal_step(matrix, basis)
+    values = jnp.sum(vectors * _spd.matmul(matrix, vectors), -2)
+    return root_from_eigenbasis(matrix, values, vectors, p)._replace(basis=vectors)
+
+
+def orthogonal_step(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Return ``qr(A Q)`` with the columns of Q sorted by falling ``diag(QᵀAQ)``."""
+    image = _spd.matmul(matrix, vectors)
+    order = jnp.argsort(-jnp.sum(vectors * image, -2), axis=-1)
+    return jnp.linalg.qr(jnp.take_along_axis(image, order[..., None, :], -1))[0]
 
 
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,10 +20,10 @@ TOLERANCE_FACTOR = 8.0
 
 
 class Normalized(NamedTuple):
-    """A damped matrix, ready for a method: ``matrix * scale`` is the original plus damping."""
+    """A damped matrix, ready for a method: ``matrix · 2^exponent`` is the original plus damping."""
 
     matrix: jax.Array  # (..., n, n), largest entry in [1/2, 1); the identity where not usable
-    scale: jax.Array  # (...), a power of two
+    exponent: jax.Array  # (...) int32
     finite: jax.Array  # (...) bool
     usable: jax.Array  # (...) bool: finite, and not zero
 
@@ -41,6 +41,11 @@ def transpose(a: jax.Array) -> jax.Array:
 def column(a: jax.Array) -> jax.Array:
     """Give a stack of scalars ``(...)`` the shape ``(..., 1, 1)`` of a stack of matrices."""
     return a[..., None, None]
+
+
+def align(flag: jax.Array, array: jax.Array) -> jax.Array:
+    """Give a stack of flags trailing axes of size one, as many as ``array`` has."""
+    return flag.reshape(flag.shape + (1,) * (array.ndim - flag.ndim))
 
 
 def identity_like(a: jax.Array) -> jax.Array:
@@ -96,8 +101,13 @@ def normalize(matrix: jax.Array, damping: jax.Array) -> Normalized:
     down = jnp.ldexp(jnp.ones_like(damping), -exponent)
     half = matrix * column(down)
     damped = 0.5 * (half + transpose(half)) + column(damping * down) * eye
-    scale = jnp.ldexp(jnp.ones_like(damping), exponent)
-    return Normalized(jnp.where(column(usable), damped, eye), scale, finite, usable)
+    return Normalized(jnp.where(column(usable), damped, eye), exponent, finite, usable)
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """Return ``2^exponent`` for a fractional exponent, without the error of a large one."""
+    whole = jnp.round(exponent)
+    return jnp.ldexp(jnp.exp2(exponent - whole), whole.astype(jnp.int32))
 
 
 def integer_power(matrix: jax.Array, power: int) -> jax.Array:

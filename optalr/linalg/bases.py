@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.linalg import _spd
-from optalr.linalg._eigh import eigh
+from optalr.linalg._eigh import eigh, orthogonal_step
 
 
 class EigenBasis(NamedTuple):
@@ -30,6 +30,7 @@ class EigenBasis(NamedTuple):
     residual: jax.Array
 
 
+@jax.jit
 def eigenbasis(matrix: Any) -> EigenBasis:
     """Compute the full eigendecomposition of each symmetric matrix in a stack.
 
@@ -52,6 +53,7 @@ def eigenbasis(matrix: Any) -> EigenBasis:
     return _judge(normalized, image, vectors, values)
 
 
+@jax.jit
 def refresh_eigenbasis(matrix: Any, vectors: jax.Array) -> EigenBasis:
     """Improve an eigenbasis by one step of orthogonal iteration, ``Q ← qr(A Q)``.
 
@@ -92,13 +94,6 @@ def refresh_eigenbasis(matrix: Any, vectors: jax.Array) -> EigenBasis:
     return _judge(normalized, image, vectors, jnp.sum(vectors * image, -2))
 
 
-def orthogonal_step(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Return ``qr(A Q)`` with the columns of Q sorted by falling ``diag(QᵀAQ)``."""
-    image = _spd.matmul(matrix, vectors)
-    order = jnp.argsort(-jnp.sum(vectors * image, -2), axis=-1)
-    return jnp.linalg.qr(jnp.take_along_axis(image, order[..., None, :], -1))[0]
-
-
 def _judge(
     normalized: _spd.Normalized, image: jax.Array, vectors: jax.Array, values: jax.Array
 ) -> EigenBasis:
@@ -106,7 +101,7 @@ def _judge(
     error = _spd.frobenius(image - vectors * values[..., None, :])
     residual = error / _spd.frobenius(normalized.matrix)
     good = normalized.finite & jnp.isfinite(residual)
-    values = values * normalized.scale[..., None]
+    values = jnp.ldexp(values, normalized.exponent[..., None])
     return EigenBasis(
         vectors=jnp.where(_spd.column(good), vectors, _spd.identity_like(vectors)),
         values=jnp.where((good & normalized.usable)[..., None], values, 0),

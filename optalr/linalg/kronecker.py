@@ -105,6 +105,7 @@ def _relative_spectrum(values: jax.Array | None, dtype: Any) -> tuple[jax.Array,
     return values / divisor[..., None], jnp.log(largest)
 
 
+@jax.jit
 def apply_eigenbasis_power(
     matrix: jax.Array,
     left: EigenBasis | None,
@@ -153,6 +154,7 @@ def mean_eigenvalue(matrix: jax.Array) -> jax.Array:
     return jnp.mean(jnp.diagonal(matrix, axis1=-2, axis2=-1), -1)
 
 
+@jax.jit
 def split_damping(left: jax.Array, right: jax.Array, damping: Any) -> tuple[jax.Array, jax.Array]:
     """Share the damping λ of ``B ⊗ A`` out between the factors, ``(π√λ, √λ/π)``.
 
@@ -185,6 +187,7 @@ def split_damping(left: jax.Array, right: jax.Array, damping: Any) -> tuple[jax.
     return root * (root_left / root_right), root * (root_right / root_left)
 
 
+@jax.jit
 def carry_first_moments(
     moment: jax.Array,
     old: tuple[jax.Array | None, jax.Array | None],
@@ -201,6 +204,7 @@ def carry_first_moments(
     return apply_kronecker(moment, left, None if right is None else _spd.transpose(right))
 
 
+@jax.jit
 def carry_second_moments(
     moment: jax.Array,
     old: tuple[jax.Array | None, jax.Array | None],
