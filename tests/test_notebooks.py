@@ -22,7 +22,9 @@ def test_notebook_runs(path, monkeypatch):
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}})
     client.execute()
     assert all(
-        output.output_type != "error" for cell in notebook.cells for output in cell.get("outputs", [])
+        output.output_type != "error"
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
     )
 
 
