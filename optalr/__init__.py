@@ -19,6 +19,7 @@ from optalr.signals import (
     LeafView,
     composite_loss,
     coverage,
+    tap_layer,
     value_grad_and_extras,
 )
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
@@ -30,6 +31,7 @@ __all__ = [
     "value_grad_and_extras",
     "composite_loss",
     "coverage",
+    "tap_layer",
     "Coverage",
     "LayerMoments",
     "LeafView",

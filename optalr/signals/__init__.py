@@ -1,6 +1,7 @@
 """What a loss reveals on the way to its gradient: layer signals and curvature products."""
 
 from optalr.signals.extras import value_grad_and_extras
+from optalr.signals.hand import tap_layer
 from optalr.signals.moments import Coverage, LayerMoments, LeafView
 from optalr.signals.problem import composite_loss
 from optalr.signals.report import coverage
@@ -11,5 +12,6 @@ __all__ = [
     "LeafView",
     "composite_loss",
     "coverage",
+    "tap_layer",
     "value_grad_and_extras",
 ]

@@ -16,9 +16,10 @@ from jax.extend import core as jex_core
 
 from optalr.signals import views
 from optalr.signals.compat import open_jaxpr, scan_arity, varying_axes
+from optalr.signals.hand import MARK
 from optalr.signals.jaxprs import extract, variables
 from optalr.signals.moments import LeafView
-from optalr.signals.sites import Site, Window, conv_site, dot_site
+from optalr.signals.sites import HandSite, Site, Window, conv_site, dot_site, hand_site
 from optalr.signals.views import Joined, View
 
 # Primitives whose output is their first operand, entry for entry.
@@ -179,6 +180,8 @@ class _Finder:
             return [self.add(equation, seen)]
         if name in ("dot_general", "conv_general_dilated"):
             return [self.product(jaxpr, plan, index, seen)]
+        if name in _CALLS and equation.params.get("name", "").startswith(MARK):
+            return [self.hand(jaxpr, plan, index, seen)]
         if name in _CALLS or name in _REMAT or name in ("scan", "cond", "shard_map"):
             return self.nest(plan, index, equation, seen)
         if name == "custom_jvp_call" and any(v is not None and v.is_parameter for v in seen):
@@ -221,6 +224,22 @@ class _Finder:
         differ = [i for i, size in enumerate(full) if size != outputs[0].shape[i]]
         joined = Joined(tuple(outputs), differ[0])
         return joined if joined.shape == full else None
+
+    def hand(self, jaxpr: Any, plan: Plan, index: int, seen: list[Looks]) -> Looks:
+        """Take a layer that the user declared."""
+        equation = jaxpr.eqns[index]
+        view = seen[2]
+        if not isinstance(view, View) or not view.is_parameter:
+            self.note(view, "tapped by hand, but not as a whole leaf")
+            return seen[0]
+        site = hand_site(jaxpr, equation, view, self.leaf_shapes[view.source])
+        if isinstance(site, str):
+            self.note(view, site)
+            return seen[0]
+        site = self.across_devices(site)
+        self.found.append(site)
+        plan.taps[index] = (site,)
+        return site.output_view()
 
     def across_devices(self, site: Site) -> Site:
         """Return the site with the examples of all devices that hold a part of its input."""
@@ -348,7 +367,12 @@ class _Finder:
         """Keep the sites that agree on their leaf's view; pair biases; name the head."""
         chosen: dict[int, LeafView] = {}
         accepted: list[Site] = []
+        by_hand = {site.leaf for site in self.found if isinstance(site, HandSite)}
+        for leaf in by_hand:  # what the user declares stands in place of what was found
+            self.notes[leaf].clear()
         for site in self.found:
+            if site.leaf in by_hand and not isinstance(site, HandSite):
+                continue
             view = chosen.setdefault(site.leaf, site.leaf_view)
             if view == site.leaf_view:
                 accepted.append(site)
@@ -357,7 +381,7 @@ class _Finder:
         biases: dict[int, int] = {}
         owners: dict[int, int] = {}
         for site, bias in self.bias_uses:
-            if site not in accepted:
+            if site not in accepted and site.leaf not in by_hand:
                 self.notes[bias].append("added to a layer that is not captured")
             elif owners.setdefault(bias, site.leaf) != site.leaf:
                 self.notes[bias].append("added to the outputs of two layers")

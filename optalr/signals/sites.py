@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optalr.signals.hand import split_axis
 from optalr.signals.jaxprs import extract
 from optalr.signals.moments import LeafView
-from optalr.signals.views import Atom, Sides, View, axes_of, leaf_order, split_sides, whole
+from optalr.signals.views import Atom, Dims, Sides, View, axes_of, leaf_order, split_sides, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Site:
       leaf: index of the parameter leaf.
       parent: the jaxpr that holds the equation.
       equation: the traced equation.
-      kernel: which operand of the equation is the parameter, 0 or 1.
+      kernel: which operand of the equation is the parameter, 0 or 1 (a hand tap: how many of the
+        kernel's axes come before the split between its two sides).
       view: how that operand looks at the leaf.
       sides: the leaf's axes by side of the product.
       num_examples: N, the size of the input's first free axis (over all devices of a shard_map
@@ -97,6 +100,15 @@ class Site:
 
         return product
 
+    def pull_back(
+        self, data: jax.Array, kernel: jax.Array, cotangent: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the cotangents of data and kernel."""
+        product = self.product()
+        (data_bar,) = jax.linear_transpose(lambda x: product(x, kernel), data)(cotangent)
+        (kernel_bar,) = jax.linear_transpose(lambda w: product(data, w), kernel)(cotangent)
+        return data_bar, kernel_bar
+
     def output_view(self) -> View:
         """Return the site's output as a view, with the leaf's axes at the feature dimensions."""
         raise NotImplementedError
@@ -124,8 +136,25 @@ def comb(length: int, keep: int, seed: jax.Array) -> jax.Array:
 
     Every index is as likely as every other, so means over the comb are unbiased.
     """
+    return _from_random_start(length, length // keep, keep, seed)
+
+
+def scatter(length: int, keep: int, seed: jax.Array) -> jax.Array:
+    """Return ``keep`` of ``length`` indices, in golden-ratio steps from a random start.
+
+    Unbiased as ``comb`` is, but not aligned with rows and columns of an image whose positions are
+    numbered row by row: an even spacing would look at few columns only.
+    """
+    stride = round(length * 0.6180339887)
+    while math.gcd(stride, length) != 1:
+        stride += 1
+    return _from_random_start(length, stride, keep, seed)
+
+
+def _from_random_start(length: int, stride: int, keep: int, seed: jax.Array) -> jax.Array:
+    offsets = np.arange(keep, dtype=np.int64) * stride % length
     start = (seed % jnp.uint32(length)).astype(jnp.int32)
-    return (start + (length // keep) * jnp.arange(keep)) % length
+    return (start + offsets.astype(np.int32)) % length
 
 
 def spread(seed: jax.Array) -> jax.Array:
@@ -221,16 +250,63 @@ class DotSite(Site):
                 ).reshape(array.shape)
                 for array in (data, cotangent)
             )
-        keep_examples, keep_positions = sampled_counts(examples, positions, sampling)
-        if keep_examples < examples:
-            index = comb(examples, keep_examples, seed)
-            data, cotangent = data[:, index], cotangent[:, index]
-        if keep_positions < positions:
-            index = comb(positions, keep_positions, spread(seed))
-            data, cotangent = data[:, :, index], cotangent[:, :, index]
-        scale = examples * positions / (keep_examples * keep_positions)
-        rows = keep_examples * keep_positions
-        return data.reshape(stack, rows, -1), cotangent.reshape(stack, rows, -1), scale
+        return _sample(data, cotangent, sampling, seed)
+
+
+class HandSite(Site):
+    """A layer that the user declared with ``tap_layer``; its product is the identity on outputs.
+
+    The equation's inputs are outputs ``(N, ..., n, 1)``, inputs ``(N, ..., m, 1)`` and the kernel.
+    """
+
+    def operands(self, values):
+        return values[1], values[0]
+
+    def product(self):
+        return lambda data, outputs: outputs
+
+    def pull_back(self, data, kernel, cotangent):
+        return jnp.zeros_like(data), cotangent
+
+    def output_view(self) -> View:
+        shape = self.equation.outvars[0].aval.shape
+        lead = [(Atom(-1 - axis, 1, size),) for axis, size in enumerate(shape[:-2])]
+        features = tuple(atom for dim in self._sides[1] for atom in dim)
+        return whole(self, shape).with_dims([*lead, features, ()])
+
+    @property
+    def _sides(self) -> tuple[Dims, Dims]:
+        """The kernel's dimensions on the input's side and on the output's."""
+        first, last = self.view.dims[: self.kernel], self.view.dims[self.kernel :]
+        rows = self.equation.params["name"].endswith("rows")
+        return (first, last) if rows else (last, first)
+
+    def signals(self, data, cotangent, sampling, seed):
+        inputs, outputs = self._sides
+        lead = data.ndim - 2
+        data = _features(data, lead, inputs)
+        cotangent = _features(cotangent, lead, outputs)
+        examples = data.shape[0] if lead else 1
+        data = data.reshape(1, examples, -1, data.shape[-1])
+        cotangent = cotangent.reshape(1, examples, -1, cotangent.shape[-1])
+        return _sample(data, cotangent, sampling, seed)
+
+
+def _sample(
+    data: jax.Array, cotangent: jax.Array, sampling: Sampling, seed: jax.Array
+) -> tuple[jax.Array, jax.Array, float]:
+    """Pick examples and positions of ``(stack, examples, positions, features)``; flatten them."""
+    stack, examples, positions, _ = data.shape
+    keep_examples, keep_positions = sampled_counts(examples, positions, sampling)
+    if keep_examples < examples:
+        index = comb(examples, keep_examples, seed)
+        data, cotangent = data[:, index], cotangent[:, index]
+    if keep_positions < positions:
+        index = scatter(positions, keep_positions, spread(seed))
+        data, cotangent = data[:, :, index], cotangent[:, :, index]
+    scale = examples * positions / (keep_examples * keep_positions)
+    rows = keep_examples * keep_positions
+    return data.reshape(stack, rows, -1), cotangent.reshape(stack, rows, -1), scale
 
 
 class ConvSite(Site):
@@ -273,7 +349,7 @@ class ConvSite(Site):
             kernel_shape, out_shape, params["window_strides"], params["rhs_dilation"]
         )
         if keep_positions < positions:
-            index = comb(positions, keep_positions, spread(seed))
+            index = scatter(positions, keep_positions, spread(seed))
             cotangent = cotangent[:, index]
             patches = _gather_patches(data, geometry, index)
         else:
@@ -435,3 +511,22 @@ def conv_site(
     num_examples = data.shape[equation.params["dimension_numbers"].lhs_spec[0]]
     groups = equation.params["feature_group_count"]
     return ConvSite(int(view.source), parent, equation, kernel, view, sides, num_examples, groups)
+
+
+def hand_site(parent: Any, equation: Any, view: View, leaf_shape: tuple[int, ...]) -> Site | str:
+    """Return the site of a ``tap_layer``, or why its kernel is none of the leaf's matrices."""
+    outputs, inputs = (var.aval.shape for var in equation.invars[:2])
+    m, n = inputs[-2], outputs[-2]
+    rows = equation.params["name"].endswith("rows")
+    split = split_axis(view.shape, *((m, n) if rows else (n, m)))
+    if split is None:
+        return "tapped by hand under a vmap over the kernel"
+    first = [atom for dim in view.dims[:split] for atom in dim]
+    last = [atom for dim in view.dims[split:] for atom in dim]
+    pair = (first, last) if rows else (last, first)
+    sides = split_sides(len(leaf_shape), view.scanned, (), *pair)
+    if isinstance(sides, str):
+        return sides
+    num_examples = inputs[0] if len(inputs) > 2 else 1
+    # ``kernel`` holds where the kernel's axes divide into the two sides.
+    return HandSite(int(view.source), parent, equation, split, view, sides, num_examples)

@@ -22,7 +22,7 @@ from jax.extend import core as jex_core
 from optalr.signals.compat import manual_axes, scan_arity, vary, varying_axes
 from optalr.signals.jaxprs import extract
 from optalr.signals.layers import Derivative, Layers, Plan
-from optalr.signals.sites import Sampling, Site, spread
+from optalr.signals.sites import HandSite, Sampling, Site, spread
 
 
 class Sums(NamedTuple):
@@ -249,6 +249,8 @@ def _custom_jvp(
 def _tap(sites: tuple[Site, ...], values: list[Any], recorder: Recorder) -> jax.Array:
     """Evaluate a product by its twin; it is a site of each leaf that its kernel holds."""
     data, kernel = sites[0].operands(values)
+    if isinstance(sites[0], HandSite):  # its value does not depend on the declared inputs
+        data = jax.lax.stop_gradient(data)
     sums = tuple(recorder.slots[recorder.slot_of(site)] for site in sites)
     axes = varying_axes(jax.typeof(data)) | varying_axes(jax.typeof(kernel))
     sums = jax.tree.map(lambda dummy: vary(dummy, axes), sums)
@@ -273,8 +275,7 @@ def _twin(
 
     def backward(residuals, cotangent):
         data, kernel, flag = residuals
-        (data_bar,) = jax.linear_transpose(lambda x: product(x, kernel), data)(cotangent)
-        (kernel_bar,) = jax.linear_transpose(lambda w: product(data, w), kernel)(cotangent)
+        data_bar, kernel_bar = sites[0].pull_back(data, kernel, cotangent)
         measured = tuple(
             _measure_if(flag, site, sampling, data, cotangent, sums)
             for site, sums in zip(sites, like, strict=True)
@@ -305,7 +306,10 @@ def _measure_if(flag, site: Site, sampling: Sampling, data, cotangent, like: Sum
 def _measure(site: Site, sampling: Sampling, data, cotangent, dtype) -> Sums:
     """Compute the four sums of one site, each an estimate of the sum over all positions."""
     data, cotangent = _only_once((data, cotangent))
-    seed = jax.lax.bitcast_convert_type(jnp.sum(cotangent.astype(jnp.float32)), jnp.uint32)
+    # Where a sample starts is hashed from the cotangent, so that it varies from step to step with
+    # no key to pass. Of absolute values: a softmax's cotangents sum to zero.
+    size = jnp.sum(jnp.abs(cotangent.astype(jnp.float32)))
+    seed = jax.lax.bitcast_convert_type(size, jnp.uint32)
     inputs, outputs, scale = site.signals(data, cotangent, sampling, spread(seed))
     inputs, outputs = inputs.astype(dtype), outputs.astype(dtype)
     return Sums(
