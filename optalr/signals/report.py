@@ -34,7 +34,7 @@ def coverage(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> loss_fn = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"] + params["b"]))
+      >>> loss_fn = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]))
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
       >>> coverage(loss_fn, params, jnp.ones((4, 3))).treatment
       {"['b']": 'bias', "['w']": 'kronecker'}
