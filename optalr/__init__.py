@@ -12,7 +12,7 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
-from optalr.recipes import tso_alra
+from optalr.recipes import CLASSICAL_RULES, classical, tso_alra
 from optalr.signals import (
     Coverage,
     LayerMoments,
@@ -22,6 +22,7 @@ from optalr.signals import (
     tap_layer,
     value_grad_and_extras,
 )
+from optalr.transforms.guard import guard
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.learning_rate import scale_by_recorded_rate
 from optalr.transforms.local_gains import scale_by_local_gains
@@ -41,6 +42,7 @@ __all__ = [
     # Lengths of a step.
     "scale_by_recorded_rate",
     "scale_by_local_gains",
+    "guard",
     "schedules",
     # Phases: two stages, and when to switch.
     "two_stage",
@@ -53,6 +55,8 @@ __all__ = [
     "release_first_stage",
     # Recipes: complete optimizers.
     "tso_alra",
+    "classical",
+    "CLASSICAL_RULES",
     # Reading a state.
     "metrics",
     "wants_signals",

@@ -61,6 +61,13 @@ METHODS = (
         reports=("failures",),
     ),
     Method(
+        "classical",
+        lambda learning_rate=0.01: optalr.classical(
+            "adam", learning_rate, gains=optalr.scale_by_local_gains()
+        ),
+        reports=("learning_rate", "failures"),
+    ),
+    Method(
         "scale_by_recorded_rate",
         lambda learning_rate=0.1: optalr.scale_by_recorded_rate(learning_rate),
         reports=("learning_rate",),

@@ -1,0 +1,84 @@
+"""Making a foreign transformation keep this library's promises on numbers."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optalr.states import count_up, settle, settle_like, update_when
+
+
+class GuardState(NamedTuple):
+    """State of ``guard``.
+
+    Attributes:
+      failures: int32 scalar, updates that were not finite.
+      inner_state: the state of the guarded transformation, in float32 or wider.
+    """
+
+    failures: jax.Array
+    inner_state: Any
+
+
+def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Run a transformation in float32, and not at all on a gradient that is not finite.
+
+    Choose it around optax's rules where parameters are bfloat16 or float16 (a decay of 0.999 is 1
+    in bfloat16, an eps of 1e-8 is 0 in float16), or where one bad batch must not end a run.
+
+    Args:
+      inner: any gradient transformation.
+
+    Returns:
+      A transformation whose updates have the dtypes they came in. A gradient that is not finite
+      gives a zero update, leaves the state and is counted in ``failures``.
+
+    Raises:
+      TypeError: ``inner`` is not a gradient transformation.
+
+    Cost: that of ``inner`` and one pass over the gradient; its state is in float32.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> tx = optalr.guard(optax.adam(0.1))
+      >>> params = jnp.ones(2, jnp.bfloat16)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array([jnp.nan, 1.0], jnp.bfloat16), state, params)
+      >>> optax.apply_updates(params, updates).tolist(), int(optalr.metrics(state)["failures"])
+      ([1.0, 1.0], 1)
+    """
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}.")
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> GuardState:
+        return GuardState(jnp.zeros((), jnp.int32), settle(inner.init(_widen(params))))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
+        usable = jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
+
+        def run(carry: Any, inputs: Any) -> Any:
+            wide, inner_state = carry
+            new_updates, new_state = inner.update(wide, inner_state, inputs[0], **inputs[1])
+            return settle_like(new_updates, wide), settle_like(new_state, inner_state)
+
+        carry = (_widen(updates), state.inner_state)
+        new_updates, inner_state = update_when(usable, run, carry, (_widen(params), extras))
+        new_updates = jax.tree.map(
+            lambda new, old: jnp.where(usable, new, 0).astype(old.dtype), new_updates, updates
+        )
+        failures = jnp.where(usable, state.failures, count_up(state.failures))
+        return new_updates, GuardState(failures, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _widen(tree: Any) -> Any:
+    def widen(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    return jax.tree.map(widen, tree)
