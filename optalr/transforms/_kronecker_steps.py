@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import is_concrete
-from optalr.linalg import inverse_root
+from optalr.linalg import eigenbasis, inverse_root
 from optalr.transforms import _kronecker_factors as factors
 from optalr.transforms._kronecker_plan import LeafPlan, Source
 
-# Of an eigendecomposition ‖QΛQᵀ − A‖_F/‖A‖_F must stay below this, in units of √n ε.
+# Of an eigendecomposition ‖AQ − QΛ‖_F/‖A‖_F must stay below this, in units of √n ε.
 _EIGH_TOLERANCE = 100.0
 
 Leaves = list[Any]
@@ -219,20 +219,13 @@ def _decompose(setup: Setup, matrices: jax.Array, dampings: jax.Array) -> Outcom
             matrices, -1 / setup.exponent, damping=dampings, method=setup.root_method
         )
         return Outcome(result.root, ones, result.residual, result.success)
-    scale = jnp.max(jnp.abs(matrices), (-2, -1))
-    usable = jnp.isfinite(scale) & (scale > 0)
-    eye = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
-    safe = jnp.where(usable, scale, 1)[:, None, None]
-    normalized = jnp.where(usable[:, None, None], matrices / safe, eye)
-    values, basis = jnp.linalg.eigh(normalized)
-    rebuilt = (basis * values[:, None, :]) @ jnp.swapaxes(basis, -1, -2)
-    norm = jnp.sqrt(jnp.sum(jnp.square(normalized), (-2, -1)))
-    residual = jnp.sqrt(jnp.sum(jnp.square(rebuilt - normalized), (-2, -1))) / norm
+    basis = eigenbasis(matrices)
     limit = _EIGH_TOLERANCE * jnp.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5
-    success = jnp.isfinite(residual) & (residual <= limit)
-    # A zero factor is not a failure: its basis is the identity, its eigenvalues are zero.
-    values = jnp.where(scale[:, None] > 0, jnp.maximum(values, 0) * safe[:, :, 0], 0)
-    return Outcome(basis, values, residual, success & jnp.isfinite(scale))
+    values = jnp.maximum(basis.values, 0)
+    # A factor that is zero is no failure: any basis is one of its bases.
+    zero = (matrices == 0).all((-2, -1))
+    success = (basis.residual <= limit) | zero
+    return Outcome(basis.vectors, values, jnp.where(zero, 0, basis.residual), success)
 
 
 def _diagonal_root(setup: Setup, diagonal: jax.Array, damping: jax.Array) -> jax.Array:

@@ -1,0 +1,260 @@
+"""The options of the Kronecker form: damping, eigenbases, grafting, blocks; its cost."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optalr
+from optalr.signals.moments import LayerMoments
+from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
+
+BARE = KroneckerOptions(warmup=0, min_batches=1, max_update=None)
+N = 16
+
+
+def gram(rng, size, scale=1.0):
+    factor = rng.standard_normal((2 * size, size))
+    return scale * factor.T @ factor / (2 * size)
+
+
+def moments(rows, cols, count=N):
+    rows, cols = jnp.asarray(rows, jnp.float32), jnp.asarray(cols, jnp.float32)
+    mean = jnp.zeros(rows.shape[:-1], jnp.float32)
+    return LayerMoments(rows, cols, mean, None, jnp.float32(count), jnp.float32(1))
+
+
+def power_of(matrix, power):
+    values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
+    return (vectors * values**power) @ vectors.T
+
+
+@functools.cache
+def jitted(update):
+    return jax.jit(lambda grads, state, extras: update(grads, state, **extras))
+
+
+def run(tx, grads, signals, state=None):
+    state = tx.init(grads) if state is None else state
+    extras = {} if signals is None else {"signals": signals}
+    return jitted(tx.update)(grads, state, extras)
+
+
+def vec(matrix):
+    return np.asarray(matrix, np.float64).T.reshape(-1)
+
+
+@pytest.fixture
+def leaf():
+    rng = np.random.default_rng(1)
+    g = jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)
+    return g, gram(rng, 5), gram(rng, 3, 1e-2)
+
+
+def test_absolute_damping_is_the_papers(leaf):
+    g, rows, cols = leaf
+    options = dataclasses.replace(BARE, damping_form="absolute")
+    updates, _ = run(scale_by_kronecker(damping=1e-2, options=options), g, moments(rows, cols))
+    a, b = rows + 1e-2 * np.eye(5), cols + 1e-2 * np.eye(3)
+    np.testing.assert_allclose(
+        updates, power_of(a, -0.5) @ np.asarray(g) @ power_of(b, -0.5), rtol=1e-4
+    )
+
+
+def test_balanced_damping_is_shared_by_the_mean_eigenvalues(leaf):
+    g, rows, cols = leaf
+    options = dataclasses.replace(BARE, damping_form="balanced")
+    updates, _ = run(scale_by_kronecker(damping=1e-4, options=options), g, moments(rows, cols))
+    pi = np.sqrt((np.trace(rows) / 5) / (np.trace(cols) / 3))
+    a, b = rows + 1e-2 * pi * np.eye(5), cols + 1e-2 / pi * np.eye(3)
+    np.testing.assert_allclose(
+        updates, power_of(a, -0.5) @ np.asarray(g) @ power_of(b, -0.5), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("form", ["absolute", "relative"])
+@pytest.mark.parametrize("power", [-0.5, -1.0])
+def test_exact_damping_is_that_of_the_dense_matrix(leaf, form, power):
+    g, rows, cols = leaf
+    options = dataclasses.replace(BARE, spectrum="exact", damping_form=form)
+    tx = scale_by_kronecker(power, damping=1e-3, options=options)
+    updates, _ = run(tx, g, moments(rows, cols))
+    dense = np.kron(cols, rows)
+    added = 1e-3 * (np.trace(dense) / 15 if form == "relative" else 1)
+    expected = power_of(dense + added * np.eye(15), power) @ vec(g)
+    np.testing.assert_allclose(vec(updates), expected, rtol=2e-4, atol=1e-3)
+
+
+def test_lemma_1_the_fisher_norm_of_the_update_is_the_gradients(leaf):
+    g, rows, cols = leaf
+    options = dataclasses.replace(BARE, spectrum="exact", damping_form="absolute")
+    updates, _ = run(scale_by_kronecker(damping=1e-3, options=options), g, moments(rows, cols))
+    fisher = np.kron(cols, rows) + 1e-3 * np.eye(15)
+    np.testing.assert_allclose(vec(updates) @ fisher @ vec(updates), vec(g) @ vec(g), rtol=1e-4)
+
+
+def test_measured_spectrum_is_a_moving_average_in_the_eigenbasis(leaf):
+    g, rows, cols = leaf
+    options = dataclasses.replace(BARE, spectrum="measured", damping_form="absolute")
+    tx = scale_by_kronecker(decay=0.9, damping=1e-3, options=options)
+    signals = moments(rows, cols)
+    _, state = run(tx, g, signals)
+    other = jnp.flip(g, 0)
+    updates, state = run(tx, other, signals, state)
+    (a, qa), (b, qb) = (np.linalg.eigh(np.float64(x)) for x in (rows, cols))
+    turned = qa.T @ np.asarray(other, np.float64) @ qb
+    v = 0.9 * np.outer(a, b) + 0.1 * N * turned**2
+    expected = qa @ (turned / np.sqrt(v + 1e-3)) @ qb.T
+    np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_measured_moments_survive_a_change_of_basis():
+    rng = np.random.default_rng(2)
+    g = jnp.asarray(rng.standard_normal((4, 3)), jnp.float32)
+    rows, cols = np.diag([4.0, 3.0, 2.0, 1.0]), np.diag([3.0, 2.0, 1.0])
+    options = dataclasses.replace(BARE, spectrum="measured")
+    tx = scale_by_kronecker(decay=0.5, options=options)
+    _, state = run(tx, g, moments(rows, cols))
+    sum_before = float(state.second_moments.sum())
+    # The order of the eigenvalues turns round; each direction must keep its own moment.
+    flipped = 0 * g, moments(10 * rows[::-1, ::-1], 10 * cols[::-1, ::-1], count=N)
+    _, after = run(tx, flipped[0], flipped[1], state)
+    np.testing.assert_allclose(after.second_moments.sum(), 0.5 * sum_before, rtol=1e-4)
+    old = _diagonal_of(state)
+    np.testing.assert_allclose(_diagonal_of(after), 0.5 * old, rtol=1e-4, atol=1e-5)
+
+
+def _diagonal_of(state):
+    """The second moments of the gradient's own entries that a state stands for."""
+    return jnp.square(state.row_roots) @ state.second_moments @ jnp.square(state.col_roots).T
+
+
+@pytest.mark.parametrize(
+    ("graft", "norm_of"),
+    [
+        (optax.identity(), lambda g: jnp.linalg.norm(g)),
+        (optax.scale_by_adam(), lambda g: jnp.sqrt(g.size)),
+    ],
+)
+def test_grafting_takes_the_other_methods_norm(leaf, graft, norm_of):
+    g, rows, cols = leaf
+    tx = scale_by_kronecker(options=dataclasses.replace(BARE, graft=graft))
+    plain, _ = run(scale_by_kronecker(options=BARE), g, moments(rows, cols))
+    updates, _ = run(tx, g, moments(rows, cols))
+    np.testing.assert_allclose(jnp.linalg.norm(updates), norm_of(g), rtol=1e-4)
+    np.testing.assert_allclose(
+        updates / jnp.linalg.norm(updates), plain / jnp.linalg.norm(plain), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_before_the_first_roots_the_grafted_method_acts(leaf):
+    g, rows, cols = leaf
+    options = KroneckerOptions(graft=optax.scale_by_adam(), max_update=None)
+    updates, _ = run(scale_by_kronecker(options=options), g, moments(rows, cols))
+    np.testing.assert_allclose(updates, jnp.sign(g), rtol=1e-4)
+
+
+@pytest.mark.parametrize("spectrum", ["factored", "exact", "measured"])
+@pytest.mark.parametrize("size", [7, 8])
+def test_blocks_are_the_diagonal_blocks_of_the_factor(spectrum, size):
+    rng = np.random.default_rng(3)
+    g = jnp.asarray(rng.standard_normal((size, 3)), jnp.float32)
+    rows, cols = gram(rng, size), gram(rng, 3)
+    masked = rows.copy()
+    masked[:4, 4:] = masked[4:, :4] = 0
+    options = dataclasses.replace(BARE, spectrum=spectrum, damping_form="absolute")
+    blocked = dataclasses.replace(options, block_size=4)
+    updates, state = run(scale_by_kronecker(damping=1e-2, options=blocked), g, moments(rows, cols))
+    expected, _ = run(scale_by_kronecker(damping=1e-2, options=options), g, moments(masked, cols))
+    assert state.row_factors.shape == (2, 4, 4)
+    np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("spectrum", ["factored", "exact", "measured"])
+def test_a_diagonal_side_is_right_in_every_spectrum(spectrum):
+    rng = np.random.default_rng(4)
+    g = jnp.asarray(rng.standard_normal((7, 3)), jnp.float32)
+    rows, cols = gram(rng, 7), gram(rng, 3)
+    options = dataclasses.replace(BARE, spectrum=spectrum, damping_form="absolute")
+    small = dataclasses.replace(options, max_factor_size=4)
+    updates, _ = run(scale_by_kronecker(damping=1e-2, options=small), g, moments(rows, cols))
+    diagonal = np.diag(np.diag(rows))
+    expected, _ = run(scale_by_kronecker(damping=1e-2, options=options), g, moments(diagonal, cols))
+    np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_refresh_is_a_branch_outside_vmap(leaf):
+    g, rows, cols = leaf
+    tx = scale_by_kronecker()
+    jaxpr = jax.make_jaxpr(lambda g, s, e: tx.update(g, s, signals=e))(
+        g, tx.init(g), moments(rows, cols)
+    )
+    outside = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "cond"])
+    branches = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"])
+    assert "eigh" in branches or "cholesky" in branches
+    assert "eigh" not in outside
+    assert "cholesky" not in outside
+
+
+def test_a_step_without_refresh_pays_nothing_for_roots():
+    """Time of a step between refreshes, against one that has no refresh in it at all."""
+    rng = np.random.default_rng(5)
+    g = jnp.asarray(rng.standard_normal((400, 400)), jnp.float32)
+    signals = moments(gram(rng, 400), gram(rng, 400))
+    often = scale_by_kronecker(update_every=1, signals_every=1000, options=BARE)
+    seldom = scale_by_kronecker(update_every=10**6, signals_every=1000, options=BARE)
+    update = {name: jitted(tx.update) for name, tx in (("often", often), ("seldom", seldom))}
+    extras = {"signals": signals}
+    _, state = update["seldom"](g, seldom.init(g), extras)
+    late = state._replace(count=jnp.int32(10**5), signal_age=jnp.int32(1))
+
+    def seconds(name):
+        start = time.perf_counter()
+        jax.block_until_ready(update[name](g, late, extras))
+        return time.perf_counter() - start
+
+    seconds("often")  # compiles
+    pairs = [(seconds("often"), seconds("seldom")) for _ in range(9)]
+    # A refresh of two factors of 400 costs some 20 times the two products of an update.
+    assert np.median([often / seldom for often, seldom in pairs]) > 3
+
+
+def test_captured_moments_train_a_small_net_at_the_papers_rate():
+    """The whole path: capture, precondition, switch, at rate 1e-2 out of the box."""
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.standard_normal((64, 6)) * [30, 10, 3, 1, 0.3, 0.1], jnp.float32)
+    y = jnp.asarray(np.argmax(rng.standard_normal((64, 6)) @ rng.standard_normal((6, 3)), -1))
+    params = {
+        "a": {"w": jnp.asarray(rng.standard_normal((6, 16)) / 3, jnp.float32), "b": jnp.zeros(16)},
+        "c": {"w": jnp.asarray(rng.standard_normal((16, 3)) / 4, jnp.float32), "b": jnp.zeros(3)},
+    }
+
+    def loss_fn(p, x, y):
+        h = jnp.tanh(x @ p["a"]["w"] + p["a"]["b"][None, :])
+        logits = h @ p["c"]["w"] + p["c"]["b"][None, :]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    evaluate = optalr.value_grad_and_extras(loss_fn)
+    losses = {}
+    for name, tx in (
+        ("tso", optalr.tso_alra(1e-2, switch_at=150)),
+        ("sgd", optax.sgd(1e-2, 0.9)),
+    ):
+
+        def step(carry, _, tx=tx):
+            p, state = carry
+            wants = optalr.wants_signals(state)
+            loss, grads, extras = evaluate(p, x, y, signals=wants)
+            updates, state = optax.with_extra_args_support(tx).update(grads, state, p, **extras)
+            return (optax.apply_updates(p, updates), state), loss
+
+        scan = jax.jit(lambda c, step=step: jax.lax.scan(step, c, length=200))
+        _, trace = scan((params, tx.init(params)))
+        losses[name] = trace
+    assert bool(jnp.isfinite(losses["tso"]).all())
+    assert float(losses["tso"][-1]) < 0.75 * float(losses["sgd"][-1])
