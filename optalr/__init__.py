@@ -22,6 +22,8 @@ from optalr.signals import (
     tap_layer,
     value_grad_and_extras,
 )
+from optalr.transforms.block_diagonal import scale_by_block_diagonal
+from optalr.transforms.full_matrix import scale_by_full_matrix
 from optalr.transforms.guard import guard
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.learning_rate import scale_by_recorded_rate
@@ -39,6 +41,8 @@ __all__ = [
     # Directions.
     "scale_by_kronecker",
     "KroneckerOptions",
+    "scale_by_block_diagonal",
+    "scale_by_full_matrix",
     # Lengths of a step.
     "scale_by_recorded_rate",
     "scale_by_local_gains",

@@ -18,6 +18,7 @@ import optax
 
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.signals.moments import Coverage, is_moments
+from optalr.states import count_up
 from optalr.transforms import _kronecker_steps as steps
 from optalr.transforms._kronecker_plan import find_sources, leaves_with_path, plan_leaves
 
@@ -344,7 +345,7 @@ def _measure(setup, clock, memory, state, grads, signals):
     measured = due & good
     decay = jnp.asarray(setup.decay, jnp.float32)
     return memory, state._replace(
-        signal_age=jnp.where(due, 1, optax.safe_increment(state.signal_age)),
+        signal_age=jnp.where(due, 1, count_up(state.signal_age)),
         failures=state.failures + (~good).astype(jnp.int32),
         measurements=state.measurements + measured.astype(jnp.int32),
         samples=state.samples + jnp.where(measured, steps.evidence(setup), 0),
@@ -354,7 +355,7 @@ def _measure(setup, clock, memory, state, grads, signals):
 
 def _refresh(setup, clock, memory, state):
     """Take new roots, where they are due."""
-    state = state._replace(root_age=optax.safe_increment(state.root_age))
+    state = state._replace(root_age=count_up(state.root_age))
     due = clock.refreshes(state)
     names = ("row_roots", "col_roots", "row_eigenvalues", "col_eigenvalues", "second_moments")
     kept = {name: getattr(memory, name) for name in names}
@@ -398,7 +399,7 @@ def _finish(new, state, clock, from_signals):
     norm = jnp.sqrt(sum(squares, start=jnp.float32(0)))
     finite = steps.all_finite(new)
     new = [jnp.where(finite, u, 0) for u in new]
-    count = optax.safe_increment(state.count)
+    count = count_up(state.count)
     return new, state._replace(
         count=count,
         failures=state.failures + (~finite).astype(jnp.int32),

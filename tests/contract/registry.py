@@ -108,6 +108,30 @@ METHODS = (
         rtol=1e-3,
     ),
     Method(
+        "scale_by_block_diagonal",
+        lambda power=-0.5, decay=0.9, damping=1e-2: optalr.scale_by_block_diagonal(
+            power, decay=decay, damping=damping
+        ),
+        reports=("damping", "root_age", "root_residual", "failures", "update_norm"),
+        rtol=1e-3,
+    ),
+    Method(
+        "scale_by_full_matrix",
+        lambda power=-0.5, decay=0.9, damping=1e-2: optalr.scale_by_full_matrix(
+            power, decay=decay, damping=damping, update_every=2
+        ),
+        reports=("damping", "root_age", "root_residual", "failures", "update_norm"),
+        rtol=1e-3,
+    ),
+    Method(
+        "scale_by_full_matrix_window",
+        lambda decay=0.9, damping=1e-2: optalr.scale_by_full_matrix(
+            decay=decay, damping=damping, window=3
+        ),
+        reports=("damping", "failures", "update_norm"),
+        rtol=1e-3,
+    ),
+    Method(
         "shampoo",
         lambda: optalr.scale_by_kronecker(
             damping=1e-2,
