@@ -1,0 +1,333 @@
+"""The exponentially decaying flow: the gradient solved against curvature by a few Krylov steps.
+
+The flow ``G dw/dt = −∇`` makes the loss's derivative in the outputs decay as ``e^{−t}``. With the
+Gauss-Newton matrix (type G) or the Hessian (type H) for ``A``, a step solves ``(A + λI) v = ∇`` by
+``k`` steps of MINRES and moves along ``−v``: ``k = 1`` is a gradient step whose length is set by
+the curvature along the gradient, a large ``k`` is a Gauss-Newton or Newton step.
+
+"Exponentially decaying flows for optimization in deep learning", eq. 20-24 and appendix A.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optalr.arguments import check_choice, check_count, check_interval, require_extra
+from optalr.linalg.minres import MinresResult, minres, minres_step
+from optalr.states import count_up
+
+_SUPPLY = (
+    "Give the loss as optalr.composite_loss(predict_fn, output_loss), replace jax.value_and_grad "
+    "by evaluate = optalr.value_grad_and_extras(loss), call value, grads, extras = "
+    "evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); or choose "
+    "curvature='hessian', which works with any loss."
+)
+
+
+class LevenbergMarquardt(NamedTuple):
+    """A damping that follows how well the quadratic model predicts the loss.
+
+    After each step the actual decrease ``L(w) − L(w − s v)`` is divided by the predicted one,
+    ``s ∇ᵀv − s²/2 vᵀAv``. Below ``low`` (or where the loss is not finite, or curvature was not
+    positive) the next λ is ``grow`` times larger, above ``high`` ``shrink`` times.
+
+    Attributes:
+      initial: λ of the first step, > 0.
+      grow: factor, > 1.
+      shrink: factor, in (0, 1).
+      low: ratio below which λ grows, in (0, high].
+      high: ratio above which λ shrinks.
+      step_size: s, the step that is judged; the learning rate that follows in the chain, > 0.
+      smallest: λ never falls below it, > 0.
+      largest: λ never rises above it.
+
+    Reference:
+      Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", 1963; factors
+      as in Martens, "Deep learning via Hessian-free optimization", 2010.
+    """
+
+    initial: float = 1.0
+    grow: float = 1.5
+    shrink: float = 2 / 3
+    low: float = 0.25
+    high: float = 0.75
+    step_size: float = 1.0
+    smallest: float = 1e-8
+    largest: float = 1e8
+
+
+class KrylovFlowState(NamedTuple):
+    """State of ``scale_by_krylov_flow``; every field changes at every update.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      wants_signals: bool scalar, constant: whether a preconditioner reads signals.
+      damping: float32 scalar, λ of the last solve; before the first, that of a gradient of norm 1.
+      next_damping: float32 scalar, λ of the next solve under a Levenberg-Marquardt rule.
+      krylov_residual: float32 scalar, ``‖∇ − (A + λI) v‖/‖∇‖`` of the last solve.
+      reduction_ratio: float32 scalar, actual over predicted decrease; 1 without the rule.
+      negative_curvature: int32 scalar, updates that met a direction of nonpositive curvature.
+      failures: int32 scalar, updates in which the gradient or a product was not finite.
+    """
+
+    count: jax.Array
+    wants_signals: jax.Array
+    damping: jax.Array
+    next_damping: jax.Array
+    krylov_residual: jax.Array
+    reduction_ratio: jax.Array
+    negative_curvature: jax.Array
+    failures: jax.Array
+
+
+def scale_by_krylov_flow(
+    *,
+    curvature: str = "gauss_newton",
+    num_steps: int = 1,
+    damping: tuple[Any, Any] | LevenbergMarquardt = (1.0, 1.0),
+    tol: Any = 0.0,
+    preconditioner: Callable[..., Callable[[Any], Any]] | None = None,
+    negative_curvature: str = "descend",
+) -> optax.GradientTransformationExtraArgs:
+    """Replace the gradient by a few MINRES steps toward ``(A + λI)⁻¹`` of it.
+
+    Choose it for least squares and cross-entropy losses where a gradient step makes slow progress
+    and one to a few curvature products a step are affordable: in full-batch fitting with many
+    steps and little damping, in mini-batch training with ``num_steps`` 1 or 2 and the default
+    damping. The result is an ascent direction: a learning rate (1 for the undamped flow), a learned
+    rate, momentum or clipping may follow.
+
+    Args:
+      curvature: ``"gauss_newton"`` (type G; the loss must be an ``optalr.composite_loss``) or
+        ``"hessian"`` (type H).
+      num_steps: k, MINRES steps, a Python int of at least 1; 1 is solved in closed form.
+      damping: ``(a, b)`` for ``λ = a ‖∇‖^b``, both at least 0: ``(1, 1)`` for mini-batches,
+        ``(0, b)`` for none, ``(λ, 0)`` for a constant; ``a`` may be a schedule. Or a
+        ``LevenbergMarquardt`` rule, which costs one more evaluation of the loss.
+      tol: leave the solution alone once its residual is below ``tol ‖∇‖``; in [0, 1).
+      preconditioner: ``preconditioner(extras, damping)`` returns the linear map ``r ↦ M r`` that
+        approximates ``(A + λI)⁻¹``, for example ``optalr.kronecker_preconditioner()``.
+      negative_curvature: ``"descend"``: where MINRES ends in a direction along which the loss
+        rises, take its last iterate before nonpositive curvature showed up (in the first step,
+        the gradient with the absolute value of its factor). ``"keep"``: the flow as the paper has
+        it, which can climb.
+
+    Returns:
+      A transformation that solves against whatever arrives in the chain.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: at ``update``, if an extra is missing.
+
+    Cost:
+      A product is one pass of the linearized model and one of its transpose (type G; four matrix
+      products a layer where the gradient takes three) or about two gradients (type H). Memory: some
+      ten times the parameters, and one linearization, whatever ``num_steps`` is.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> X, y = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([5.0, 6.0])
+      >>> loss = optalr.composite_loss(lambda w: X @ w, lambda z: 0.5 * jnp.sum((z - y) ** 2))
+      >>> tx = optax.chain(
+      ...     scale_by_krylov_flow(num_steps=2, damping=(0.0, 1.0)), optax.scale(-1.0)
+      ... )
+      >>> w = jnp.zeros(2)
+      >>> value, grads, extras = optalr.value_grad_and_extras(loss)(w)
+      >>> updates, state = tx.update(grads, tx.init(w), w, **extras)
+      >>> bool(loss(optax.apply_updates(w, updates)) < 1e-6)
+      True
+
+    Reference:
+      "Exponentially decaying flows for optimization in deep learning", eq. 20-24, algorithms 1 and
+      2. Algorithm 1 as printed adds ``λ∇`` to each product, which must be λ times the Lanczos
+      vector. The paper leaves negative curvature (type H) unguarded: ``"keep"``.
+    """
+    check_choice("curvature", curvature, ("gauss_newton", "hessian"))
+    check_choice("negative_curvature", negative_curvature, ("descend", "keep"))
+    check_count("num_steps", num_steps)
+    check_interval("tol", tol, 0.0, 1.0, open_high=True)
+    rule = _damping_rule(damping)
+
+    def init_fn(params: Any) -> KrylovFlowState:
+        del params
+        count = jnp.zeros((), jnp.int32)
+        first = rule(count, jnp.float32(1.0), jnp.float32(getattr(damping, "initial", 0.0)))
+        return KrylovFlowState(
+            count=count,
+            wants_signals=jnp.asarray(preconditioner is not None),
+            damping=first,
+            next_damping=first,
+            krylov_residual=jnp.zeros((), jnp.float32),
+            reduction_ratio=jnp.ones((), jnp.float32),
+            negative_curvature=jnp.zeros((), jnp.int32),
+            failures=jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(updates: Any, state: KrylovFlowState, params: Any = None, **extras: Any) -> Any:
+        del params
+        remedy = _SUPPLY if curvature == "gauss_newton" else ""
+        product = require_extra(extras, curvature, "scale_by_krylov_flow", remedy)
+        if isinstance(damping, LevenbergMarquardt):
+            for name in ("value", "value_fn", "point"):
+                require_extra(extras, name, "scale_by_krylov_flow with LevenbergMarquardt")
+
+        gradient = jax.tree.map(lambda u: u.astype(_at_least_float32(u)), updates)
+        norm = optax.tree.norm(gradient).astype(jnp.float32)
+        shift = rule(state.count, norm, state.next_damping)
+        shift = jnp.where(jnp.isfinite(shift), shift, state.damping)
+        matvec = _restricted(product, updates, extras.get("point"))
+        if num_steps == 1 and preconditioner is None:
+            solved = minres_step(matvec, gradient, damping=shift)
+        else:
+            mapping = None if preconditioner is None else preconditioner(extras, shift)
+            solved = minres(
+                matvec,
+                gradient,
+                num_steps=num_steps,
+                damping=shift,
+                tol=tol,
+                preconditioner=mapping,
+            )
+
+        direction, descends = solved.solution, jnp.asarray(True)
+        if negative_curvature == "descend":
+            descends = _dot(gradient, direction) > 0
+            direction = _where(descends, direction, solved.trusted)
+        state = _measured(state, solved, shift)
+        if isinstance(damping, LevenbergMarquardt):
+            state = _judged(state, damping, solved, gradient, direction, descends, extras)
+        return jax.tree.map(lambda v, u: v.astype(u.dtype), direction, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _damping_rule(damping: Any) -> Callable[[Any, Any, Any], jax.Array]:
+    """Check ``damping`` and return ``(count, gradient norm, λ of the rule) ↦ λ``."""
+    if isinstance(damping, LevenbergMarquardt):
+        check_interval("damping.initial", damping.initial, 0.0, open_low=True)
+        check_interval("damping.grow", damping.grow, 1.0, open_low=True)
+        check_interval("damping.shrink", damping.shrink, 0.0, 1.0, open_low=True, open_high=True)
+        check_interval("damping.high", damping.high, 0.0, open_low=True)
+        check_interval("damping.low", damping.low, 0.0, damping.high, open_low=True)
+        check_interval("damping.step_size", damping.step_size, 0.0, open_low=True)
+        check_interval("damping.smallest", damping.smallest, 0.0, open_low=True)
+        check_interval("damping.largest", damping.largest, damping.smallest)
+        return lambda count, norm, following: following
+    if not isinstance(damping, tuple | list) or len(damping) != 2:
+        raise TypeError(
+            f"damping must be a pair (a, b) for a * norm(gradient)**b, or a LevenbergMarquardt "
+            f"rule, got {damping!r}. Pass (value, 0) for a constant."
+        )
+    factor, power = damping
+    check_interval("damping[0]", factor, 0.0, open_high=True)
+    check_interval("damping[1]", power, 0.0, open_high=True)
+
+    def rule(count: Any, norm: Any, following: Any) -> jax.Array:
+        del following
+        scale = factor(count) if callable(factor) else factor
+        return (jnp.asarray(scale) * norm ** jnp.asarray(power, norm.dtype)).astype(jnp.float32)
+
+    return rule
+
+
+def _restricted(product: Any, updates: Any, point: Any) -> Callable[[Any], Any]:
+    """Return the product as a map of trees like ``updates``, which may lack masked leaves."""
+    if point is None or jax.tree.structure(point) == jax.tree.structure(updates):
+        like = updates if point is None else point
+        return lambda v: product(jax.tree.map(lambda x, p: x.astype(p.dtype), v, like))
+    places = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(updates)}
+    known = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(point)}
+    if not places <= known:
+        raise ValueError(
+            f"updates hold leaves that extras['point'] lacks: {sorted(places - known)}. Pass the "
+            "extras of the parameters that are being updated."
+        )
+
+    def restricted(v: Any) -> Any:
+        full = product(embed(v, point))
+        found = dict(_by_path(full))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: found[jax.tree_util.keystr(path)], v
+        )
+
+    return restricted
+
+
+def embed(v: Any, point: Any) -> Any:
+    """Return ``v`` in the structure and dtypes of ``point``, zero where ``v`` has no leaf."""
+    found = dict(_by_path(v))
+
+    def leaf(path: Any, p: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return found[name].astype(p.dtype) if name in found else jnp.zeros_like(p)
+
+    return jax.tree_util.tree_map_with_path(leaf, point)
+
+
+def _by_path(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+
+
+def _measured(state: KrylovFlowState, solved: MinresResult, shift: Any) -> KrylovFlowState:
+    start, end = solved.residual_norms[0], solved.residual_norms[-1]
+    relative = (end / jnp.where(start > 0, start, 1.0)).astype(jnp.float32)
+    return state._replace(
+        count=count_up(state.count),
+        damping=shift,
+        krylov_residual=jnp.where(jnp.isfinite(relative), relative, state.krylov_residual),
+        negative_curvature=state.negative_curvature
+        + solved.nonpositive_curvature.astype(jnp.int32),
+        failures=state.failures + solved.failed.astype(jnp.int32),
+    )
+
+
+def _judged(
+    state: KrylovFlowState,
+    rule: LevenbergMarquardt,
+    solved: MinresResult,
+    gradient: Any,
+    direction: Any,
+    descends: Any,
+    extras: dict[str, Any],
+) -> KrylovFlowState:
+    """Compare the loss after the step with the quadratic model and set the next λ."""
+    step = rule.step_size
+    moved = jax.tree.map(
+        lambda p, v: (p - step * v.astype(_at_least_float32(p))).astype(p.dtype),
+        extras["point"],
+        embed(direction, extras["point"]),
+    )
+    actual = extras["value"] - extras["value_fn"](moved)
+    slope = _dot(gradient, direction)
+    # vᵀ(A + λI)v = vᵀ(∇ − r), at no further product.
+    curved = slope - _dot(direction, solved.residual) - state.damping * _dot(direction, direction)
+    predicted = step * slope - 0.5 * step**2 * curved
+    ratio = actual / jnp.where(predicted == 0, 1.0, predicted)
+    trusted = jnp.isfinite(ratio) & descends & (predicted > 0)
+    ratio = jnp.where(trusted, ratio, 0.0).astype(jnp.float32)
+    factor = jnp.where(
+        ratio < rule.low, rule.grow, jnp.where(ratio > rule.high, rule.shrink, 1.0)
+    )
+    following = jnp.clip(state.damping * factor, rule.smallest, rule.largest)
+    still = slope == 0  # a zero gradient says nothing about the model
+    return state._replace(
+        next_damping=jnp.where(still, state.damping, following).astype(jnp.float32),
+        reduction_ratio=jnp.where(still, state.reduction_ratio, ratio),
+    )
+
+
+def _dot(x: Any, y: Any) -> jax.Array:
+    products = jax.tree.map(lambda a, b: jnp.sum(a * b, dtype=jnp.float32), x, y)
+    return sum(jax.tree.leaves(products), jnp.zeros((), jnp.float32))
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def _at_least_float32(leaf: Any) -> Any:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
