@@ -1,6 +1,12 @@
 """Adaptive learning rates and curvature for JAX, as composable optax transformations."""
 
 from optalr import linalg, schedules
+from optalr.decay_profiles import (
+    exponential_profile,
+    flow_schedule,
+    linear_profile,
+    power_profile,
+)
 from optalr.diagnostics import metrics, state_bytes, wants_signals
 from optalr.phases import (
     blend_between,
@@ -12,13 +18,16 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
-from optalr.recipes import CLASSICAL_RULES, classical, tso_alra
+from optalr.recipes import CLASSICAL_RULES, classical, edf, tso_alra
 from optalr.signals import (
     Coverage,
     LayerMoments,
     LeafView,
     composite_loss,
     coverage,
+    curvature_products,
+    full_batch,
+    kronecker_preconditioner,
     tap_layer,
     value_grad_and_extras,
 )
@@ -26,8 +35,10 @@ from optalr.transforms.block_diagonal import scale_by_block_diagonal
 from optalr.transforms.full_matrix import scale_by_full_matrix
 from optalr.transforms.guard import guard
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
+from optalr.transforms.krylov_flow import LevenbergMarquardt, scale_by_krylov_flow
 from optalr.transforms.learning_rate import scale_by_recorded_rate
 from optalr.transforms.local_gains import scale_by_local_gains
+from optalr.transforms.nesterov_flow import accelerate_by_nesterov_flow
 
 __all__ = [
     # What a loss reveals.
@@ -43,6 +54,18 @@ __all__ = [
     "KroneckerOptions",
     "scale_by_block_diagonal",
     "scale_by_full_matrix",
+    # Flows: curvature products, their solver, their decay.
+    "edf",
+    "scale_by_krylov_flow",
+    "LevenbergMarquardt",
+    "kronecker_preconditioner",
+    "accelerate_by_nesterov_flow",
+    "curvature_products",
+    "full_batch",
+    "flow_schedule",
+    "exponential_profile",
+    "linear_profile",
+    "power_profile",
     # Lengths of a step.
     "scale_by_recorded_rate",
     "scale_by_local_gains",

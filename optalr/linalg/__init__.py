@@ -13,6 +13,7 @@ from optalr.linalg.kronecker import (
     split_damping,
     to_eigenbasis,
 )
+from optalr.linalg.minres import MinresResult, minres, minres_step
 from optalr.linalg.roots import InverseRoot, inverse_root
 
 __all__ = [  # noqa: RUF022  (sorted by theme)
@@ -33,4 +34,8 @@ __all__ = [  # noqa: RUF022  (sorted by theme)
     "refresh_eigenbasis",
     "split_damping",
     "to_eigenbasis",
+    # Solving with products only.
+    "MinresResult",
+    "minres",
+    "minres_step",
 ]

@@ -6,6 +6,7 @@ singular. The Lanczos recurrence and the Givens rotations are those of Paige & S
 a fixed number of vectors whatever ``k`` is.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,7 +106,8 @@ def minres(
       num_steps: steps, a Python int of at least 1.
       damping: λ, added to the diagonal; any finite number, may be traced.
       tol: stop where ``‖r‖ ≤ tol ‖b‖``; in [0, 1), may be traced. Whatever it is, steps within
-        rounding of the end are not taken.
+        rounding of the end are not taken, nor steps past a least-squares solution, where
+        ``‖(A + λI) r‖ ≤ √ε ‖A + λI‖ ‖r‖``.
       preconditioner: ``r ↦ M r`` with ``M ≈ (A + λI)⁻¹`` linear, symmetric and positive definite,
         on trees in the dtype of the internal computation.
 
@@ -273,10 +275,16 @@ def _step(
     product: Any, preconditioner: Any, floor: Any, norm: Any, old: _Vectors, was: _Scalars
 ) -> tuple[_Vectors, _Scalars]:
     u = product(old.lanczos)
+    # The product stays outside: on a CPU a convolution's gradient is slow inside control flow.
+    return _unless_over(preconditioner, u, floor, norm, old, was)
 
-    # The product stays outside: on a CPU a convolution's gradient is slow inside control flow. The
-    # branch makes a run that is over cost its products only, and it keeps the compiler from putting
-    # off all updates of the solution to the end, with every direction alive until then.
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unless_over(
+    preconditioner: Any, u: Any, floor: Any, norm: Any, old: _Vectors, was: _Scalars
+) -> tuple[_Vectors, _Scalars]:
+    # The branch makes a run that is over cost its products only, and it keeps the compiler from
+    # putting off all updates of the solution to the end, with every direction alive until then.
     def go() -> tuple[_Vectors, _Scalars]:
         return _advance(u, preconditioner, floor, norm, old, was)
 
@@ -337,8 +345,9 @@ def _rotate(
 
     scale = jnp.maximum(was.scale, jnp.hypot(jnp.hypot(alpha, beta), was.offdiagonal))
     rounding = _ROUNDINGS * jnp.finfo(beta.dtype).eps * scale
-    # ‖A r‖/‖r‖ of the residual before this step: zero where it is a least-squares solution already.
-    stationary = jnp.hypot(delta, was.cosine * beta) <= rounding
+    # ‖A r‖/‖r‖ of the residual before this step: nearly zero where it is a least-squares solution
+    # already. Half the digits, because the next step would divide noise by that number.
+    stationary = jnp.hypot(delta, was.cosine * beta) <= jnp.finfo(beta.dtype).eps ** 0.5 * scale
     sound = jnp.isfinite(alpha) & jnp.isfinite(beta2) & jnp.isfinite(rho1)
     sound &= beta2 >= -rounding * scale
     active = sound & ~stationary

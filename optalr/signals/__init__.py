@@ -1,8 +1,10 @@
 """What a loss reveals on the way to its gradient: layer signals and curvature products."""
 
 from optalr.signals.extras import value_grad_and_extras
+from optalr.signals.full_batch import curvature_products, full_batch
 from optalr.signals.hand import tap_layer
 from optalr.signals.moments import Coverage, LayerMoments, LeafView
+from optalr.signals.preconditioner import kronecker_preconditioner
 from optalr.signals.problem import composite_loss
 from optalr.signals.report import coverage
 
@@ -12,6 +14,9 @@ __all__ = [
     "LeafView",
     "composite_loss",
     "coverage",
+    "curvature_products",
+    "full_batch",
+    "kronecker_preconditioner",
     "tap_layer",
     "value_grad_and_extras",
 ]

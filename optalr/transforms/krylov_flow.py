@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_choice, check_count, check_interval, require_extra
+from optalr.arguments import check_choice, check_count, check_interval, is_concrete, require_extra
 from optalr.linalg.minres import MinresResult, minres, minres_step
 from optalr.states import count_up
 
@@ -148,6 +148,12 @@ def scale_by_krylov_flow(
     check_choice("curvature", curvature, ("gauss_newton", "hessian"))
     check_choice("negative_curvature", negative_curvature, ("descend", "keep"))
     check_count("num_steps", num_steps)
+    if not is_concrete(num_steps):
+        raise TypeError(
+            "num_steps must be a Python int, got a traced value: the steps are unrolled. Pass "
+            "static_args=('num_steps',) to optax.inject_hyperparams."
+        )
+    num_steps = int(num_steps)
     check_interval("tol", tol, 0.0, 1.0, open_high=True)
     rule = _damping_rule(damping)
 
@@ -166,7 +172,7 @@ def scale_by_krylov_flow(
             failures=jnp.zeros((), jnp.int32),
         )
 
-    def update_fn(updates: Any, state: KrylovFlowState, params: Any = None, **extras: Any) -> Any:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params
         remedy = _SUPPLY if curvature == "gauss_newton" else ""
         product = require_extra(extras, curvature, "scale_by_krylov_flow", remedy)
@@ -309,9 +315,7 @@ def _judged(
     ratio = actual / jnp.where(predicted == 0, 1.0, predicted)
     trusted = jnp.isfinite(ratio) & descends & (predicted > 0)
     ratio = jnp.where(trusted, ratio, 0.0).astype(jnp.float32)
-    factor = jnp.where(
-        ratio < rule.low, rule.grow, jnp.where(ratio > rule.high, rule.shrink, 1.0)
-    )
+    factor = jnp.where(ratio < rule.low, rule.grow, jnp.where(ratio > rule.high, rule.shrink, 1.0))
     following = jnp.clip(state.damping * factor, rule.smallest, rule.largest)
     still = slope == 0  # a zero gradient says nothing about the model
     return state._replace(

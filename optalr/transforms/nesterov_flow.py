@@ -69,8 +69,8 @@ def accelerate_by_nesterov_flow(
     check_interval("friction", friction, 0.0, open_low=True, open_high=True)
 
     def weight(k: jax.Array) -> jax.Array:
-        k = k.astype(jnp.float32)
-        return jnp.where(k > 0, (k - 1) / (k + jnp.asarray(friction, jnp.float32) - 1), 0.0)
+        k = jnp.maximum(k, 1).astype(jnp.float32)
+        return (k - 1) / (k + jnp.asarray(friction, jnp.float32) - 1)
 
     def init_fn(params: Any) -> NesterovFlowState:
         velocity = jax.tree.map(
@@ -79,14 +79,17 @@ def accelerate_by_nesterov_flow(
         zero = jnp.zeros((), jnp.int32)
         return NesterovFlowState(zero, zero, velocity)
 
-    def update_fn(updates: Any, state: NesterovFlowState, params: Any = None, **extras: Any) -> Any:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras
         before, now = weight(state.count), weight(state.count + 1)
         finite = jnp.all(
             jnp.stack([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)] or [True])
         )
-        velocity = jax.tree.map(lambda m, u: before * m + u.astype(m.dtype), state.velocity, updates)
-        velocity = jax.tree.map(lambda m, old: jnp.where(finite, m, old), velocity, state.velocity)
+        velocity = jax.tree.map(
+            lambda m, u: jnp.where(finite, before * m + u.astype(m.dtype), m),
+            state.velocity,
+            updates,
+        )
         moved = jax.tree.map(
             lambda u, m: jnp.where(finite, u.astype(m.dtype) + now * m, 0.0).astype(u.dtype),
             updates,

@@ -35,10 +35,10 @@ def solve(A, b, steps, **kwargs):
     return minres(lambda v: jnp.asarray(A) @ v, jnp.asarray(b), num_steps=steps, **kwargs)
 
 
-DEFINITE = symmetric(np.geomspace(1e-1, 1e1, 12))
+DEFINITE = symmetric(np.geomspace(1e-1, 1e1, 10))
 INDEFINITE = symmetric([-5.0, -1.0, -0.3, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 7.0])
-SINGULAR = symmetric([0.0, 0.0, 0.0, -2.0, 0.5, 1.0, 2.0, 3.0, 5.0])
-RHS = np.random.default_rng(7).standard_normal(12)
+SINGULAR = symmetric([0.0, 0.0, 0.0, -2.0, -0.5, 0.5, 1.0, 2.0, 3.0, 5.0])
+RHS = np.random.default_rng(7).standard_normal(10)
 
 
 @pytest.mark.usefixtures("x64")
@@ -46,9 +46,9 @@ RHS = np.random.default_rng(7).standard_normal(12)
     ("A", "b"),
     [
         (DEFINITE, RHS),
-        (INDEFINITE, RHS[:10]),
-        (SINGULAR, SINGULAR @ RHS[:9]),
-        (SINGULAR, RHS[:9]),
+        (INDEFINITE, RHS),
+        (SINGULAR, SINGULAR @ RHS),
+        (SINGULAR, RHS),
     ],
     ids=["definite", "indefinite", "singular consistent", "singular inconsistent"],
 )
@@ -56,7 +56,7 @@ RHS = np.random.default_rng(7).standard_normal(12)
 def test_every_iterate_equals_scipys(A, b, damping):
     expected = scipy_iterates(A, b, len(b), shift=damping)
     for k in (1, 3, 8):
-        result = jax.jit(partial(solve, steps=k))(A, b, damping=damping)
+        result = solve(A, b, k, damping=damping)
         reached = expected[min(k, len(expected)) - 1]
         # Near the end of an inconsistent system SciPy walks on in the null space; compare before.
         if np.linalg.norm(reached) < 1e3 * np.linalg.norm(expected[0]):
@@ -73,10 +73,10 @@ def test_every_iterate_equals_scipys(A, b, damping):
 
 @pytest.mark.usefixtures("x64")
 def test_inconsistent_system_ends_in_a_least_squares_solution():
-    b = RHS[:9]
-    result = jax.jit(partial(solve, steps=14))(SINGULAR, b)
+    b = RHS
+    result = solve(SINGULAR, b, 14)
     residual = b - SINGULAR @ result.solution
-    np.testing.assert_allclose(SINGULAR @ residual, np.zeros(9), atol=1e-7)
+    np.testing.assert_allclose(SINGULAR @ residual, np.zeros(10), atol=1e-7)
     assert float(jnp.linalg.norm(result.solution)) < 1e3
     assert not bool(result.failed)
 
@@ -84,7 +84,7 @@ def test_inconsistent_system_ends_in_a_least_squares_solution():
 @pytest.mark.usefixtures("x64")
 def test_preconditioned_iterates_equal_scipys():
     M = symmetric(np.linspace(0.5, 3.0, 10), seed=3)
-    b = RHS[:10]
+    b = RHS
     expected = scipy_iterates(INDEFINITE, b, 6, M=M)
     for k in (1, 2, 4, 6):
         result = solve(INDEFINITE, b, k, preconditioner=lambda r: jnp.asarray(M) @ r)
@@ -163,7 +163,7 @@ def test_zero_matrix_gives_zero():
 
 def test_stopping_early_neither_recompiles_nor_changes_the_solution():
     A = symmetric(np.r_[np.ones(6), 3.0, 3.0, 8.0, 8.0]).astype(np.float32)  # three clusters
-    b = RHS[:10].astype(np.float32)
+    b = RHS.astype(np.float32)
     solver = jax.jit(partial(solve, steps=10))
     for tol in (0.0, 1e-4, 0.5):
         result = solver(A, b, tol=jnp.float32(tol))
@@ -185,7 +185,7 @@ def test_eigenvector_is_solved_in_one_step():
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_scale_of_the_right_hand_side_does_not_matter(scale):
     A = INDEFINITE.astype(np.float32)
-    b = RHS[:10].astype(np.float32)
+    b = RHS.astype(np.float32)
     expected = solve(A, b, 4).solution
     np.testing.assert_allclose(
         solve(A, np.float32(scale) * b, 4).solution, scale * expected, rtol=1e-3
@@ -201,7 +201,7 @@ def test_scale_of_the_right_hand_side_does_not_matter(scale):
 def test_float32_stays_stable_on_ill_conditioned_systems(condition):
     A = symmetric(np.geomspace(1 / condition, 1.0, 40))
     b = np.random.default_rng(1).standard_normal(40)
-    result = jax.jit(partial(solve, steps=30))(A.astype(np.float32), b.astype(np.float32))
+    result = solve(A.astype(np.float32), b.astype(np.float32), 30)
     assert np.all(np.isfinite(result.solution))
     true_residual = np.linalg.norm(b - A @ np.asarray(result.solution, np.float64))
     assert true_residual <= float(result.residual_norms[0])
@@ -223,7 +223,7 @@ def test_bfloat16_systems_are_solved_to_their_precision():
 @pytest.mark.parametrize("shift", [0.0, -2.0, 0.8], ids=["later", "at once", "late"])
 def test_nonpositive_curvature_is_reported_and_the_trusted_iterate_descends(shift):
     A = (INDEFINITE + shift * np.eye(10)).astype(np.float32)
-    b = RHS[:10].astype(np.float32)
+    b = RHS.astype(np.float32)
     results = [solve(A, b, k) for k in range(1, 8)]
     residuals = [b] + [np.asarray(result.residual, np.float64) for result in results]
     first = next(k for k, r in enumerate(residuals) if r @ A.astype(np.float64) @ r <= 0)

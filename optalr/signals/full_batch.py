@@ -1,0 +1,231 @@
+"""A whole data set as one batch, in chunks: gradients and curvature products are sums over them.
+
+    ∇L = Σ_c (n_c/N) ∇L_c        G v = Σ_c (n_c/N) J_cᵀ H_c J_c v
+
+for a loss that is a mean over examples, with ``n_c`` of the ``N`` in chunk ``c``
+("Exponentially decaying flows for optimization in deep learning", eq. 31).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from optalr.arguments import check_choice, check_count
+from optalr.signals.problem import CompositeLoss, Problem
+
+
+def curvature_products(loss_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, Any]:
+    """Return the products with the Hessian and, for a ``composite_loss``, with Gauss-Newton.
+
+    Choose it to take the curvature from other data than the gradient, a subsample of the batch
+    above all, which divides the cost of the products by the fraction left out:
+    ``extras |= curvature_products(loss, params, x[:32], y[:32])``.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args) -> scalar``, possibly ``(scalar, aux)`` for a
+        ``composite_loss`` with ``has_aux``; the mean over the examples, so that a subsample's
+        curvature estimates the batch's without a factor.
+      params: the point, a pytree of floating arrays.
+      *args: the data.
+
+    Returns:
+      A dict of ``jax.tree_util.Partial``s ``v -> A v`` under ``"hessian"`` and
+      ``"gauss_newton"``, to be merged into ``extras``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> curvature_products(loss, jnp.ones(2), x[:1])["hessian"](jnp.ones(2)).tolist()
+      [2.0, 0.0]
+    """
+    problem = Problem.of(loss_fn, getattr(loss_fn, "has_aux", False), params, args)
+    products = problem.products(params, problem.value_fn(None))
+    return {name: products[name] for name in ("hessian", "gauss_newton") if name in products}
+
+
+def full_batch(
+    loss_fn: Callable[..., Any],
+    *,
+    chunk_size: int,
+    loop: str = "scan",
+    batch_argnums: tuple[int, ...] | None = None,
+) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
+    """Return ``evaluate`` for a data set that is one batch but does not fit in memory as one.
+
+    Choose it in place of ``optalr.value_grad_and_extras`` for full-batch fits with ``edf``; it has
+    the same call and the same extras, but no signals. Memory is that of one chunk.
+
+    Args:
+      loss_fn: the *mean* loss over examples, ``loss_fn(params, *args) -> scalar``, best a
+        ``composite_loss``; without aux.
+      chunk_size: examples in a chunk; the last one may be smaller.
+      loop: ``"scan"``, inside ``jit``; ``"unroll"``, inside ``jit`` with one copy of the program
+        a chunk (on a CPU convolution gradients are some 20 times slower inside a scan);
+        ``"python"``, outside ``jit``, for data that only fits in the host's memory: the arguments
+        may be NumPy arrays, each chunk is sent to the device when its turn comes, and ``update`` is
+        called without ``jit``.
+      batch_argnums: which of ``args`` have the examples along their first axis; None for all.
+
+    Returns:
+      ``evaluate(params, *args) -> (value, grads, extras)``, with ``value``, ``grad``,
+      ``value_fn``, ``point``, ``hessian`` and, for a ``composite_loss``, ``gauss_newton``.
+
+    Raises:
+      ValueError: an argument is out of range, or the first axes of the data differ.
+
+    Cost: one forward pass more for each product than with ``value_grad_and_extras``, because what
+      a chunk computed is not kept.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
+      >>> x = jnp.arange(10.0).reshape(5, 2)
+      >>> value, grads, extras = full_batch(loss, chunk_size=2)(jnp.ones(2), x)
+      >>> bool(jnp.isclose(value, loss(jnp.ones(2), x)))
+      True
+    """
+    check_count("chunk_size", chunk_size)
+    check_choice("loop", loop, ("scan", "unroll", "python"))
+    if getattr(loss_fn, "has_aux", False):
+        raise ValueError(
+            "loss_fn must not return aux for full_batch: there is no one aux of all chunks. Pass "
+            "a loss without it, with batch statistics fixed."
+        )
+    chunks = _Chunks(chunk_size, loop, batch_argnums)
+
+    def evaluate(params: Any, *args: Any) -> tuple[Any, Any, dict[str, Any]]:
+        value, grads = chunks.mean(_value_and_grad, loss_fn, args, params)
+        names = ("hessian", "gauss_newton")[: 1 + isinstance(loss_fn, CompositeLoss)]
+        extras = {
+            "value": value,
+            "grad": grads,
+            "value_fn": Partial(_Sum(chunks, _value, loss_fn), args),
+            "point": params,
+        }
+        for name in names:
+            extras[name] = Partial(_Sum(chunks, _PRODUCTS[name], loss_fn), args, params)
+        return value, grads, extras
+
+    return evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """A mean over chunks as a function of ``(args, *operands)``; equal ones compare equal."""
+
+    chunks: "_Chunks"
+    term: Callable[..., Any]
+    loss_fn: Callable[..., Any]
+
+    def __call__(self, args: Any, *operands: Any) -> Any:
+        return self.chunks.mean(self.term, self.loss_fn, args, *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """How a data set is cut, and sums over the pieces."""
+
+    size: int
+    loop: str
+    batch_argnums: tuple[int, ...] | None
+
+    def mean(
+        self, term: Callable[..., Any], loss_fn: Any, args: tuple[Any, ...], *operands: Any
+    ) -> Any:
+        """Return ``Σ_c (n_c/N) term(loss_fn, args_c, *operands)``."""
+        total = self._num_examples(args)
+        if self.loop != "scan":
+            return self._looped(term, loss_fn, args, total, *operands)
+        whole = total // self.size
+        parts = []
+        if whole:
+
+            def body(carry: Any, i: jax.Array) -> tuple[Any, None]:
+                chunk = self._chunk(args, i * self.size, self.size)
+                new = term(loss_fn, chunk, *operands)
+                return jax.tree.map(lambda c, x: c + x * (self.size / total), carry, new), None
+
+            like = jax.eval_shape(lambda: term(loss_fn, self._chunk(args, 0, self.size), *operands))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            parts.append(jax.lax.scan(body, zeros, jnp.arange(whole))[0])
+        if rest := total - whole * self.size:
+            last = term(loss_fn, self._chunk(args, whole * self.size, rest), *operands)
+            parts.append(jax.tree.map(lambda x: x * (rest / total), last))
+        return _sum(iter(parts))
+
+    def _looped(self, term: Any, loss_fn: Any, args: Any, total: int, *operands: Any) -> Any:
+        run = term if self.loop == "unroll" else _compiled
+
+        def parts() -> Iterator[Any]:
+            for start in range(0, total, self.size):
+                count = min(self.size, total - start)
+                chunk = self._chunk(args, start, count)
+                if self.loop == "unroll":
+                    part = run(loss_fn, chunk, *operands)
+                else:
+                    part = run(term, loss_fn, chunk, *operands)
+                yield jax.tree.map(lambda x, w=count / total: x * w, part)
+
+        return _sum(parts())
+
+    def _is_batch(self, i: int) -> bool:
+        return self.batch_argnums is None or i in self.batch_argnums
+
+    def _num_examples(self, args: tuple[Any, ...]) -> int:
+        batch = [arg for i, arg in enumerate(args) if self._is_batch(i)]
+        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+        if len(sizes) != 1 or sizes == {()}:
+            raise ValueError(
+                "the data of full_batch must share their first axis, the examples; found first "
+                f"axes {sorted(sizes)}. Name the arguments that hold examples in batch_argnums."
+            )
+        return sizes.pop()[0]
+
+    def _chunk(self, args: tuple[Any, ...], start: Any, count: int) -> tuple[Any, ...]:
+        def cut(leaf: Any) -> Any:
+            if isinstance(start, int):
+                return leaf[start : start + count]
+            return jax.lax.dynamic_slice_in_dim(leaf, start, count)
+
+        return tuple(
+            jax.tree.map(cut, arg) if self._is_batch(i) else arg for i, arg in enumerate(args)
+        )
+
+
+def _sum(parts: Iterator[Any]) -> Any:
+    total = next(parts)
+    for part in parts:
+        total = jax.tree.map(jnp.add, total, part)
+    return total
+
+
+def _value(loss_fn: Any, args: Any, params: Any) -> Any:
+    return loss_fn(params, *args)
+
+
+def _value_and_grad(loss_fn: Any, args: Any, params: Any) -> Any:
+    return jax.value_and_grad(loss_fn)(params, *args)
+
+
+def _hessian(loss_fn: Any, args: Any, params: Any, v: Any) -> Any:
+    return curvature_products(loss_fn, params, *args)["hessian"](v)
+
+
+def _gauss_newton(loss_fn: Any, args: Any, params: Any, v: Any) -> Any:
+    return curvature_products(loss_fn, params, *args)["gauss_newton"](v)
+
+
+_PRODUCTS = {"hessian": _hessian, "gauss_newton": _gauss_newton}
+
+
+def _run(term: Any, loss_fn: Any, args: Any, *operands: Any) -> Any:
+    return term(loss_fn, args, *operands)
+
+
+_compiled = jax.jit(_run, static_argnums=(0, 1))
