@@ -1,0 +1,80 @@
+"""Decay profiles: schedules by hand, and flows that follow them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optalr
+
+# A square nonlinear system F(w) = 0 as least squares: φ(w) = w + ½ sin(Qw) − c.
+Q = np.array([[0.6, 0.8], [-0.8, 0.6]], np.float32)
+TARGET = np.array([0.3, -0.5], np.float32)
+LOSS = optalr.composite_loss(
+    lambda w: w + 0.5 * jnp.sin(Q @ w) - TARGET, lambda z: 0.5 * jnp.sum(z**2)
+)
+
+
+def follow(learning_rate, num_updates):
+    """Return F along the flow of the undamped Gauss-Newton matrix, solved exactly (k = 2)."""
+    tx = optalr.edf(learning_rate, num_steps=2, damping=(0.0, 1.0))
+    evaluate = optalr.value_grad_and_extras(LOSS)
+
+    @jax.jit
+    def step(w, state):
+        _, grads, extras = evaluate(w)
+        updates, state = tx.update(grads, state, w, **extras)
+        return optax.apply_updates(w, updates), state, extras["outputs"]
+
+    w = jnp.array([2.0, 1.0])
+    state, outputs = tx.init(w), []
+    for _ in range(num_updates + 1):
+        w, state, z = step(w, state)
+        outputs.append(np.asarray(z))
+    return np.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    ("profile", "rates"),
+    [
+        (optalr.exponential_profile, [0.25, 0.25, 0.25, 0.25, 0.25]),
+        (optalr.linear_profile, [0.25, 1 / 3, 0.5, 1.0, 1.0]),
+        (optalr.power_profile(2.0), [0.5, 0.4, 1 / 3, 2 / 7, 0.25]),
+    ],
+)
+def test_schedule_by_hand(profile, rates):
+    schedule = jax.jit(optalr.flow_schedule(profile, 0.25))
+    np.testing.assert_allclose([schedule(i) for i in range(5)], rates, rtol=1e-6)
+    assert schedule(0).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("profile", "end"),
+    [
+        (optalr.exponential_profile, 2.0),
+        (optalr.linear_profile, 0.9),
+        (optalr.power_profile(2.0), 2.0),
+    ],
+    ids=["exponential", "linear", "power"],
+)
+def test_small_steps_follow_the_profile(profile, end):
+    time_step = 0.01
+    num_updates = round(end / time_step)
+    outputs = follow(optalr.flow_schedule(profile, time_step), num_updates)
+    times = time_step * np.arange(num_updates + 1)
+    expected = np.asarray(profile(jnp.asarray(times)))[:, None] * outputs[:1]
+    scale = np.abs(outputs[0]).max()
+    # Euler's method is of first order: its error is a small multiple of the step.
+    np.testing.assert_allclose(outputs, expected, atol=2 * time_step * scale)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="profile"):
+        optalr.flow_schedule(0.5, 0.1)
+    with pytest.raises(ValueError, match="time_step"):
+        optalr.flow_schedule(optalr.linear_profile, 0.0)
+    with pytest.raises(ValueError, match="largest"):
+        optalr.flow_schedule(optalr.linear_profile, 0.1, largest=0.0)
+    with pytest.raises(ValueError, match="power"):
+        optalr.power_profile(-1.0)
