@@ -23,6 +23,9 @@ REPORTED = (
     "failures",
     "update_norm",
     "lipschitz_constant",
+    "krylov_residual",
+    "reduction_ratio",
+    "negative_curvature",
 )
 # Fields of common optax states, and the name they are reported under.
 FOREIGN = {

@@ -148,4 +148,23 @@ METHODS = (
         reports=("learning_rate", "phase", "root_residual", "failures"),
         rtol=1e-3,
     ),
+    Method(
+        "edf",
+        lambda learning_rate=0.5: optalr.edf(learning_rate),
+        needs=("gauss_newton",),
+        reports=("learning_rate", "damping", "krylov_residual", "failures"),
+    ),
+    Method(
+        "edf_hessian",
+        lambda learning_rate=0.5: optalr.edf(
+            learning_rate,
+            curvature="hessian",
+            num_steps=2,
+            damping=optalr.LevenbergMarquardt(),
+            acceleration="W2",
+        ),
+        needs=("hessian", "value", "value_fn", "point"),
+        reports=("learning_rate", "damping", "reduction_ratio", "negative_curvature", "failures"),
+        rtol=1e-3,
+    ),
 )

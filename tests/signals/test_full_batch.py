@@ -27,9 +27,7 @@ Y = np.asarray(jax.nn.softmax(jax.random.normal(jax.random.key(3), (11, 3))))
 
 
 def assert_close(got, expected):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
 
 
 @pytest.mark.parametrize("loop", ["scan", "unroll", "python"])
