@@ -5,15 +5,27 @@ from types import MappingProxyType
 
 from optalr.experiments.arguments import call
 from optalr.experiments.config import DataConfig
-from optalr.experiments.data import tabular
+from optalr.experiments.data import arrays, images, tabular, text
 from optalr.experiments.data.dataset import Dataset, Raw, Split, split
+from optalr.experiments.data.sources import Search
 from optalr.experiments.errors import ExperimentError, suggest
 
 LOADERS: Mapping[str, Callable[..., Raw]] = MappingProxyType(
     {
+        "boston": tabular.boston,
         "breast_cancer": tabular.breast_cancer,
+        "cifar10": images.cifar10,
+        "cifar100": images.cifar100,
         "diabetes": tabular.diabetes,
         "digits": tabular.digits,
+        "fashion_mnist": images.fashion_mnist,
+        "mnist": images.mnist,
+        "mnist1d": tabular.mnist1d,
+        "mnist_5k": tabular.mnist_5k,
+        "npz": arrays.npz,
+        "python_docs": text.python_docs,
+        "svhn": images.svhn,
+        "text": text.text,
     }
 )
 
@@ -28,7 +40,8 @@ def load(config: DataConfig) -> Dataset:
     """
     if config.name not in LOADERS:
         raise ExperimentError(f"unknown data.name {config.name!r}: {suggest(config.name, LOADERS)}")
-    raw = call(LOADERS[config.name], config.options, section="data")
+    search = Search(config.name, config.folder, config.download)
+    raw = call(LOADERS[config.name], config.options, section="data", search=search)
     return split(
         config.name,
         raw,

@@ -1,0 +1,229 @@
+"""Finding files: a folder of the user's, ``$OPTALR_DATA``, the system, the cache, a download.
+
+Nothing is unpacked to disk, and nothing in a file is executed: archives are read in memory after
+every member's name has been judged, and pickles through ``restricted.py``.
+"""
+
+import gzip
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from optalr.experiments.errors import ExperimentError
+
+ENVIRONMENT = "OPTALR_DATA"
+_MAX_BYTES = 4 << 30
+_ARCHIVES = (".tar", ".tar.gz", ".tgz")
+
+
+class Download(NamedTuple):
+    """A file that can be fetched.
+
+    Attributes:
+      url: where it is.
+      md5: what it must hash to.
+    """
+
+    url: str
+    md5: str
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+class Search(NamedTuple):
+    """Where to look for the files of one data set.
+
+    Attributes:
+      data: the data's name, and that of its folder in the cache.
+      folder: the user's; if given, nowhere else is looked.
+      download: whether to fetch what is found nowhere.
+    """
+
+    data: str
+    folder: str = ""
+    download: bool = False
+
+
+Reader = Callable[[], bytes]
+
+
+def cache_folder(data: str) -> Path:
+    """Return the folder that downloads of ``data`` are kept in."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "optalr" / data
+
+
+def find(
+    search: Search,
+    wanted: Mapping[str, Sequence[str]],
+    *,
+    system: Sequence[str] = (),
+    inside: Sequence[str] = (),
+    downloads: Sequence[Download] = (),
+) -> dict[str, bytes]:
+    """Return the contents of the files wanted, from the first place that has them all.
+
+    Args:
+      search: where to look.
+      wanted: a key to the names that its file can have (a ``.gz`` is decompressed).
+      system: folders of the operating system's packages.
+      inside: subfolders, also of archives, in which the files can lie.
+      downloads: what to fetch into the cache.
+
+    Raises:
+      ExperimentError: nowhere found; the message says where to put them. Or truncated, unsafe.
+    """
+    places = _places(search, system)
+    for place in places:
+        found = _read_all(place, wanted, inside)
+        if found is not None:
+            return found
+    if search.download and downloads:
+        _fetch(downloads, cache_folder(search.data))
+        found = _read_all(cache_folder(search.data), wanted, inside)
+        if found is not None:
+            return found
+    names = ", ".join(options[0] for options in wanted.values())
+    looked = ", ".join(map(str, places)) or "no folder"
+    remedy = f"put {names} into a folder and name it in data.folder or ${ENVIRONMENT}"
+    if downloads and not search.download:
+        remedy += ", or set data.download=true"
+    raise ExperimentError(f"data {search.data!r}: files not found in {looked}; {remedy}.")
+
+
+def decompress(name: str, content: bytes) -> bytes:
+    """Return the contents of a gzip file.
+
+    Raises:
+      ExperimentError: it is cut short, damaged, or too large to be what it should be.
+    """
+    try:
+        engine = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        plain = engine.decompress(content, _MAX_BYTES)
+    except zlib.error as error:
+        raise ExperimentError(f"{name} is no gzip file ({error}): fetch it again.") from None
+    if engine.unconsumed_tail:
+        raise ExperimentError(f"{name} unpacks to more than {_MAX_BYTES} bytes: refused.")
+    if not engine.eof:
+        raise ExperimentError(f"{name} is cut short: fetch it again.")
+    return plain
+
+
+def _places(search: Search, system: Sequence[str]) -> list[Path]:
+    if search.folder:
+        folder = Path(search.folder).expanduser()
+        if not folder.exists():
+            raise ExperimentError(f"data.folder {folder} does not exist: name an existing folder.")
+        return [folder]
+    places = [cache_folder(search.data)]
+    places = [Path(path) for path in system] + places
+    base = os.environ.get(ENVIRONMENT)
+    if base:
+        places = [Path(base) / search.data, Path(base), *places]
+    return places
+
+
+def _read_all(
+    place: Path, wanted: Mapping[str, Sequence[str]], inside: Sequence[str]
+) -> dict[str, bytes] | None:
+    """Return every file wanted, or None where ``place`` lacks one."""
+    files = _list_files(place, inside)
+    chosen = {}
+    for key, names in wanted.items():
+        name = next((n for option in names for n in (option, option + ".gz") if n in files), None)
+        if name is None:
+            return None
+        chosen[key] = name
+    found = {}
+    for key, name in chosen.items():
+        content = files[name]()
+        found[key] = decompress(name, content) if name.endswith(".gz") else content
+    return found
+
+
+def _list_files(place: Path, inside: Sequence[str]) -> dict[str, Reader]:
+    """Map base names to readers: files of the folder and its subfolders, members of archives."""
+    if place.is_file():
+        return _archive_members(place, inside)
+    if not place.is_dir():
+        return {}
+    files: dict[str, Reader] = {}
+    for folder in (place, *(place / name for name in inside)):
+        if folder.is_dir():
+            for path in sorted(folder.iterdir()):
+                if path.is_file():
+                    files.setdefault(path.name, path.read_bytes)
+    for path in sorted(place.iterdir()):
+        if path.name.endswith(_ARCHIVES) and any(name in path.name for name in _stems(inside)):
+            for name, reader in _archive_members(path, inside).items():
+                files.setdefault(name, reader)
+    return files
+
+
+def _stems(inside: Sequence[str]) -> list[str]:
+    # cifar-10-batches-py comes in cifar-10-python.tar.gz.
+    return ["-".join(name.split("-")[:2]) for name in inside]
+
+
+def _archive_members(path: Path, inside: Sequence[str]) -> dict[str, Reader]:
+    """Return the members of a tar archive that lie in ``inside`` or at its root.
+
+    Raises:
+      ExperimentError: no archive, cut short, or with a member that could escape a folder.
+    """
+    if not path.name.endswith(_ARCHIVES):
+        return {path.name: path.read_bytes}
+    contents: dict[str, bytes] = {}
+    total = 0
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                _refuse_unsafe(path, member)
+                parent = os.path.dirname(os.path.normpath(member.name))
+                if not member.isfile() or parent not in ("", *inside):
+                    continue
+                total += member.size
+                if total > _MAX_BYTES:
+                    raise ExperimentError(f"{path} holds more than {_MAX_BYTES} bytes: refused.")
+                file = archive.extractfile(member)
+                contents[os.path.basename(member.name)] = file.read() if file else b""
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ExperimentError(
+            f"{path} is cut short or no tar archive ({error}): fetch it again."
+        ) from None
+    return {name: (lambda content=content: content) for name, content in contents.items()}
+
+
+def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
+    parts = Path(member.name).parts
+    if member.name.startswith(("/", "\\")) or ".." in parts or member.issym() or member.islnk():
+        raise ExperimentError(
+            f"{path} holds {member.name!r}, which leads out of its folder: refused. Fetch the "
+            "archive from its official address."
+        )
+
+
+def _fetch(downloads: Sequence[Download], folder: Path) -> None:
+    import pooch
+
+    for download in downloads:
+        try:
+            pooch.retrieve(
+                download.url, known_hash=f"md5:{download.md5}", fname=download.name, path=folder
+            )
+        except ValueError as error:
+            raise ExperimentError(
+                f"{download.url} does not have the checksum {download.md5} and was not kept: try "
+                f"again, or fetch it elsewhere and name its folder in data.folder ({error})."
+            ) from None
+        except Exception as error:  # requests' errors, which are not imported here
+            raise ExperimentError(
+                f"cannot fetch {download.url} ({type(error).__name__}): fetch it elsewhere and "
+                "name its folder in data.folder."
+            ) from None
