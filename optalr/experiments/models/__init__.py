@@ -13,12 +13,19 @@ from optalr.experiments.arguments import call
 from optalr.experiments.config import ModelConfig
 from optalr.experiments.data.dataset import Dataset
 from optalr.experiments.errors import ExperimentError, suggest
-from optalr.experiments.models import dense
+from optalr.experiments.models import convolution, dense, resnet, transformer
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
+        "alexnet": convolution.alexnet,
+        "cnn": convolution.cnn,
+        "lenet": convolution.lenet,
         "linear": dense.linear,
         "mlp": dense.mlp,
+        "resnet": resnet.resnet,
+        "table1_cnn": convolution.table1_cnn,
+        "transformer": transformer.transformer,
+        "vgg": convolution.vgg,
     }
 )
 
