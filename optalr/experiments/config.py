@@ -28,7 +28,7 @@ class DataConfig:
       split_seed: which examples are held out.
       limit: use at most so many training examples; 0 is all.
       augment: random changes of the training images: ``flip``, ``shift``, ``crop``, ``zoom``,
-        ``rotate``.
+        ``rotate``, each with its strength if wanted (``rotate:15``).
       options: arguments of the loader.
     """
 

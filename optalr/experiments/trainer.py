@@ -11,6 +11,7 @@ import numpy as np
 
 from optalr.experiments.config import Config
 from optalr.experiments.data import Dataset, load
+from optalr.experiments.data.augment import Augmentation, build_augmentation
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.methods import build_method
 from optalr.experiments.models import build_model
@@ -64,7 +65,7 @@ class Trainer:
         self.reads_validation = config.phase.name == "switch_on_plateau"
         self._check_validation()
         self.scans = self._choose_loop()
-        self.step = make_step(self.loss_fn, self.tx, self.problem)
+        self.step = make_step(self.loss_fn, self.tx, self.problem, self._augmentation())
         self.evaluation = make_evaluation(self.model, self.problem, self.dataset)
         self._init = jax.jit(self._first_state)
         self.compile_seconds = 0.0
@@ -190,6 +191,16 @@ class Trainer:
             return function(*arguments)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ExperimentError(f"method {self.config.method.name!r}: {error}") from error
+
+    def _augmentation(self) -> Augmentation | None:
+        augment = build_augmentation(self.config.data.augment)
+        shape = self.dataset.train.x.shape
+        if augment is not None and len(shape) != 4:
+            raise ExperimentError(
+                f"data.augment changes images, and {self.dataset.name!r} has examples of shape "
+                f"{shape[1:]}: leave it out."
+            )
+        return augment
 
     def _check_batch_size(self) -> None:
         if self.batch_size > len(self.dataset.train):

@@ -31,6 +31,13 @@ def _count(model):
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def _values(model):
+    """Return numbers of the right shapes; compiling an initialization takes many seconds."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.1, 0.3, s.shape), s.dtype), shapes)
+
+
 SMALL, COLOR = (28, 28, 1), (32, 32, 3)
 
 
@@ -105,20 +112,23 @@ def test_every_layer_of_every_model_is_captured():
         loss_fn = make_loss(model, PROBLEMS[task], dataset)
         params, model_state = jax.eval_shape(model.init, jax.random.key(0))
         arguments = (dataset.train.x, dataset.train.y, model_state, jax.random.key(0))
-        treatment = optalr.coverage(loss_fn, params, *arguments, has_aux=True).treatment
+        treatment = optalr.coverage(
+            lambda *a, loss_fn=loss_fn: loss_fn(*a)[0], params, *arguments
+        ).treatment
         kernels = {path: how for path, how in treatment.items() if "kernel" in path}
         assert set(kernels.values()) == {"kronecker"}, name
 
 
 def test_dropout_and_batch_statistics_follow_the_mode():
     model = _model("table1_cnn", (12, 12, 1))
-    params, model_state = model.init(jax.random.key(0))
+    params, model_state = _values(model)
+    apply = jax.jit(model.apply)
     x = jax.random.normal(jax.random.key(1), (4, 12, 12, 1))
-    tested, same = model.apply(params, model_state, x)
+    tested, same = apply(params, model_state, x)
     jax.tree.map(np.testing.assert_array_equal, same, model_state)
-    one, moved = model.apply(params, model_state, x, jax.random.key(2))
-    two, _ = model.apply(params, model_state, x, jax.random.key(2))
-    other, _ = model.apply(params, model_state, x, jax.random.key(3))
+    one, moved = apply(params, model_state, x, jax.random.key(2))
+    two, _ = apply(params, model_state, x, jax.random.key(2))
+    other, _ = apply(params, model_state, x, jax.random.key(3))
     np.testing.assert_array_equal(one, two)
     assert not np.allclose(one, other)
     assert not np.allclose(one, tested)
@@ -127,11 +137,11 @@ def test_dropout_and_batch_statistics_follow_the_mode():
 
 def test_a_transformer_does_not_look_ahead():
     model = _model("transformer", (16,), 10, "language", width=8, heads=2)
-    params, model_state = model.init(jax.random.key(0))
+    params, model_state = _values(model)
     x = jnp.arange(16, dtype=jnp.int32)[None] % 10
     changed = x.at[0, 9].set(3 - x[0, 9] % 2)
-    left, _ = model.apply(params, model_state, x)
-    right, _ = model.apply(params, model_state, changed)
+    apply = jax.jit(model.apply)
+    left, right = (apply(params, model_state, tokens)[0] for tokens in (x, changed))
     np.testing.assert_allclose(left[0, :9], right[0, :9], atol=1e-6)
     assert not np.allclose(left[0, 9:], right[0, 9:])
 
