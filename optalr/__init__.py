@@ -8,6 +8,7 @@ from optalr.decay_profiles import (
     power_profile,
 )
 from optalr.diagnostics import metrics, state_bytes, wants_signals
+from optalr.geometry import factor_spectra, geodesic, noise_spectrum
 from optalr.phases import (
     blend_between,
     phase_schedule,
@@ -88,6 +89,10 @@ __all__ = [
     "metrics",
     "wants_signals",
     "state_bytes",
+    # Looking at the arguments behind the methods.
+    "noise_spectrum",
+    "geodesic",
+    "factor_spectra",
     # Linear algebra that is true without an optimizer.
     "linalg",
 ]
