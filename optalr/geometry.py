@@ -21,8 +21,8 @@ class NoiseSpectrum(NamedTuple):
     """The covariance of a direction over minibatches.
 
     Attributes:
-      eigenvalues: float64, falling, ``min(P, k − 1)`` of them: the nonzero eigenvalues of the sample
-        covariance of k directions of P numbers.
+      eigenvalues: float64, falling, ``min(P, k − 1)`` of them: those of the sample covariance of k
+        directions of P numbers that need not be zero.
       mean_norm: norm of the mean direction.
       effective_rank: ``(Σ λ)²/Σ λ²``: the number of directions that noise of this trace would have
         if it were isotropic; at most k − 1.
