@@ -9,6 +9,7 @@ from optalr.decay_profiles import (
 )
 from optalr.diagnostics import metrics, state_bytes, wants_signals
 from optalr.geometry import factor_spectra, geodesic, noise_spectrum
+from optalr.monitoring import monitor
 from optalr.phases import (
     blend_between,
     phase_schedule,
@@ -20,6 +21,7 @@ from optalr.phases import (
     two_stage,
 )
 from optalr.recipes import CLASSICAL_RULES, classical, edf, tso_alra
+from optalr.resuming import configuration, warn_if_changed
 from optalr.signals import (
     Coverage,
     LayerMoments,
@@ -93,6 +95,10 @@ __all__ = [
     "noise_spectrum",
     "geodesic",
     "factor_spectra",
+    "monitor",
+    # Resuming with the settings a run was saved with.
+    "configuration",
+    "warn_if_changed",
     # Linear algebra that is true without an optimizer.
     "linalg",
 ]

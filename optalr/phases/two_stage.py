@@ -116,14 +116,13 @@ def two_stage(
         )
         return inject(first, second, phase=phase_schedule(phase), momentum=momentum)
     check_interval("phase", phase, 0.0, 1.0, remedy="Pass a phase scheduler such as switch_at.")
-    if momentum == "hand_over":
-        momentum = hand_over_momentum
+    transfer = hand_over_momentum if momentum == "hand_over" else momentum
     first, second = optax.with_extra_args_support(first), optax.with_extra_args_support(second)
 
     def init_fn(params: Any) -> TwoStageState:
         first_state, second_state = settle(first.init(params)), settle(second.init(params))
-        if callable(momentum):
-            jax.eval_shape(momentum, first_state, second_state)  # refuses now what fails later
+        if callable(transfer):
+            jax.eval_shape(transfer, first_state, second_state)  # refuses now what fails later
         return TwoStageState(
             phase=jnp.asarray(phase, jnp.float32),
             steps_since_switch=jnp.zeros((), jnp.int32),
@@ -132,11 +131,11 @@ def two_stage(
         )
 
     def hand_over(is_switch: jax.Array, first_state: Any, second_state: Any) -> Any:
-        if not callable(momentum):
+        if not callable(transfer):
             return second_state
 
         def apply(current: Any, source: Any) -> Any:
-            return settle_like(momentum(source, current), current)
+            return settle_like(transfer(source, current), current)
 
         return update_when(is_switch, apply, second_state, first_state)
 
