@@ -79,10 +79,10 @@ def warn_if_changed(saved: Mapping[str, str], current: Mapping[str, str]) -> lis
 
 
 def _flatten(way: str, value: Any):
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    elif is_named_tuple(value):
+    if is_named_tuple(value):
         value = value._asdict()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         for key, child in value.items():
             yield from _flatten(f"{way}.{key}" if way else str(key), child)

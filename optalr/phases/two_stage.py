@@ -38,7 +38,10 @@ class Released(NamedTuple):
     """Stands where the first stage's state was, once its memory has been given back."""
 
 
-Momentum = str | Callable[[Any, Any], Any]
+Transfer = Callable[[Any, Any], Any]
+Momentum = str | Transfer
+
+_TRANSFERS: dict[str, Transfer | None] = {"restart": None, "hand_over": hand_over_momentum}
 
 
 def two_stage(
@@ -109,19 +112,19 @@ def two_stage(
                 "for instance optax.sgd(0.1)."
             )
     if not callable(momentum):
-        check_choice("momentum", momentum, ("restart", "hand_over"))
+        check_choice("momentum", momentum, tuple(_TRANSFERS))
     if callable(phase):
         inject = optax.inject_hyperparams(
             two_stage, static_args=("first", "second", "momentum"), hyperparam_dtype=jnp.float32
         )
         return inject(first, second, phase=phase_schedule(phase), momentum=momentum)
     check_interval("phase", phase, 0.0, 1.0, remedy="Pass a phase scheduler such as switch_at.")
-    transfer = hand_over_momentum if momentum == "hand_over" else momentum
+    transfer = momentum if callable(momentum) else _TRANSFERS[momentum]
     first, second = optax.with_extra_args_support(first), optax.with_extra_args_support(second)
 
     def init_fn(params: Any) -> TwoStageState:
         first_state, second_state = settle(first.init(params)), settle(second.init(params))
-        if callable(transfer):
+        if transfer is not None:
             jax.eval_shape(transfer, first_state, second_state)  # refuses now what fails later
         return TwoStageState(
             phase=jnp.asarray(phase, jnp.float32),
@@ -131,7 +134,7 @@ def two_stage(
         )
 
     def hand_over(is_switch: jax.Array, first_state: Any, second_state: Any) -> Any:
-        if not callable(transfer):
+        if transfer is None:
             return second_state
 
         def apply(current: Any, source: Any) -> Any:
