@@ -133,15 +133,6 @@ def two_stage(
             second=second_state,
         )
 
-    def hand_over(is_switch: jax.Array, first_state: Any, second_state: Any) -> Any:
-        if transfer is None:
-            return second_state
-
-        def apply(current: Any, source: Any) -> Any:
-            return settle_like(transfer(source, current), current)
-
-        return update_when(is_switch, apply, second_state, first_state)
-
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         inputs = (params, extras)
         if isinstance(state.first, Released):
@@ -170,7 +161,7 @@ def two_stage(
             return _run(second, carry[1], carry[0], *inputs)
 
         # The updates are carried through and changed in place, with no second buffer in phase 1.
-        second_state = hand_over(steps == 1, state.first, state.second)
+        second_state = _hand_over(transfer, steps == 1, state.first, state.second)
         new_updates, first_state, second_state = update_when(
             weight < 1, before_the_end, (updates, state.first, second_state), inputs
         )
@@ -180,6 +171,18 @@ def two_stage(
         return new_updates, TwoStageState(weight, steps, first_state, second_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _hand_over(
+    transfer: Transfer | None, is_switch: jax.Array, first_state: Any, second_state: Any
+) -> Any:
+    if transfer is None:
+        return second_state
+
+    def apply(current: Any, source: Any) -> Any:
+        return settle_like(transfer(source, current), current)
+
+    return update_when(is_switch, apply, second_state, first_state)
 
 
 def _run(stage: Any, state: Any, updates: Any, params: Any, extras: Any) -> tuple[Any, Any]:
