@@ -6,6 +6,7 @@ features in the leaf's own order; the rest is the same for every layer.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,12 @@ class Sampling:
 
     every: int = 1
     max_positions: int | None = None
+
+
+# Patches are laid out in pieces of about this many entries (or as many as the input has, if that is
+# more), and in no more pieces than that: each is compiled on its own.
+PIECE = 2**20
+MOST_PIECES = 8
 
 
 class Window(NamedTuple):
@@ -112,6 +119,13 @@ class Site:
     def output_view(self) -> View:
         """Return the site's output as a view, with the leaf's axes at the feature dimensions."""
         raise NotImplementedError
+
+    def pieces(
+        self, data: jax.Array, cotangent: jax.Array, sampling: Sampling
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """Divide the examples where all at once would need much memory."""
+        del sampling
+        return [(data, cotangent)]
 
     def signals(
         self, data: jax.Array, cotangent: jax.Array, sampling: Sampling, seed: jax.Array
@@ -324,6 +338,25 @@ class ConvSite(Site):
         dims = [(Atom(-1 - axis, 1, size),) for axis, size in enumerate(shape)]
         dims[self._numbers.out_spec[1]] = self.view.dims[self._numbers.rhs_spec[0]]
         return whole(self, shape).with_dims(dims)
+
+    def pieces(self, data, cotangent, sampling):
+        """A convolution's patches are its input many times over: lay out a part at a time."""
+        spec = self._numbers
+        examples = data.shape[spec.lhs_spec[0]]
+        positions = math.prod(cotangent.shape[axis] for axis in spec.out_spec[2:])
+        if sampled_counts(examples, positions, sampling) != (examples, positions):
+            return [(data, cotangent)]
+        area = math.prod(self.view.shape[axis] for axis in spec.rhs_spec[2:])
+        patches = examples * positions * area * data.shape[spec.lhs_spec[1]]
+        number = min(-(-patches // max(PIECE, data.size)), MOST_PIECES, examples)
+        edges = [examples * i // number for i in range(number + 1)]
+        return [
+            (
+                jax.lax.slice_in_dim(data, start, end, axis=spec.lhs_spec[0]),
+                jax.lax.slice_in_dim(cotangent, start, end, axis=spec.out_spec[0]),
+            )
+            for start, end in itertools.pairwise(edges)
+        ]
 
     def signals(self, data, cotangent, sampling, seed):
         params = self.equation.params

@@ -310,7 +310,17 @@ def _measure(site: Site, sampling: Sampling, data, cotangent, dtype) -> Sums:
     # no key to pass. Of absolute values: a softmax's cotangents sum to zero.
     size = jnp.sum(jnp.abs(cotangent.astype(jnp.float32)))
     seed = jax.lax.bitcast_convert_type(size, jnp.uint32)
-    inputs, outputs, scale = site.signals(data, cotangent, sampling, spread(seed))
+    first, *others = site.pieces(data, cotangent, sampling)
+    total = _sums(site, first, sampling, spread(seed), dtype)
+    for piece in others:  # one after the other, so that they share their memory
+        piece, total = jax.lax.optimization_barrier((piece, total))
+        total = jax.tree.map(jnp.add, total, _sums(site, piece, sampling, spread(seed), dtype))
+    return total
+
+
+def _sums(site: Site, piece: tuple[jax.Array, jax.Array], sampling: Sampling, seed, dtype) -> Sums:
+    """Compute the sums over one piece of the examples."""
+    inputs, outputs, scale = site.signals(*piece, sampling, seed)
     inputs, outputs = inputs.astype(dtype), outputs.astype(dtype)
     return Sums(
         _gram(inputs) * (scale / site.groups),

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
 import optalr
+from optalr.signals import sites
 from tests.signals.reference import (
     check_capture,
     linen_layer,
@@ -68,3 +70,13 @@ def test_convolution(name):
     assert moments.count == 5
     if conv.use_bias:
         assert moments.bias == kernel.view.bias == "['conv']['bias']"
+
+
+def test_patches_laid_out_in_pieces_give_the_same_moments(monkeypatch):
+    x, y = jax.random.normal(jax.random.key(1), (5, 6, 5, 4)), jnp.arange(5) % 3
+    model = Net(CONVOLUTIONS["groups"])
+    params = random_params(model.init, jax.random.key(0), x)["params"]
+    whole = optalr.value_grad_and_extras(loss_of(model))(params, x, y)[2]["signals"]
+    monkeypatch.setattr(sites, "PIECE", 100)
+    pieces = optalr.value_grad_and_extras(loss_of(model))(params, x, y)[2]["signals"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, pieces)
