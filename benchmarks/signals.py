@@ -7,7 +7,7 @@ Each model is timed by alternating pairs of blocks within one process, and the r
 shown: the gradient alone against the gradient with signals. Columns:
 
   each      signals at every step, all positions
-  sampled   signals at every step, at most ``--positions`` positions of an example
+  sampled   signals at every step, of one example in ``--every`` and ``--positions`` positions
   off       a traced flag that is off
   amortized a traced flag that is on at every 10th step, sampled likewise
   floor     (gradient flops + 2NT(m² + n²) over the layers) / gradient flops, for ``each``
@@ -138,10 +138,12 @@ def ratio(first, second, repeats):
     return statistics.median(b / a for a, b in pairs), statistics.median(a for a, _ in pairs)
 
 
-def measure(name, repeats, positions):
+def measure(name, repeats, every, positions):
     loss_fn, params, batch = make(name)
     full = optalr.value_grad_and_extras(loss_fn, has_aux=True)
-    sampled = optalr.value_grad_and_extras(loss_fn, has_aux=True, max_positions=positions)
+    sampled = optalr.value_grad_and_extras(
+        loss_fn, has_aux=True, every=every, max_positions=positions
+    )
 
     def with_signals(evaluate):
         def step(flag, params, *batch):
@@ -208,13 +210,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(problems()))
     parser.add_argument("--repeats", type=int, default=9, help="alternating pairs a ratio")
+    parser.add_argument("--every", type=int, default=2, help="one example in so many, of a sample")
     parser.add_argument("--positions", type=int, default=16, help="positions of a sample")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "signals.json")
     args = parser.parse_args()
-    results = {}
-    for name in args.models:
-        results[name] = measure(name, args.repeats, args.positions)
-        print(table({name: results[name]}), flush=True)
     args.out.parent.mkdir(exist_ok=True)
     about = {
         "jax": jax.__version__,
@@ -223,10 +222,15 @@ def main():
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "repeats": args.repeats,
+        "every": args.every,
         "positions": args.positions,
     }
-    args.out.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
-    args.out.with_suffix(".md").write_text(table(results) + "\n")
+    results = {}
+    for name in args.models:
+        results[name] = measure(name, args.repeats, args.every, args.positions)
+        print(table({name: results[name]}), flush=True)
+        args.out.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
+        args.out.with_suffix(".md").write_text(table(results) + "\n")
 
 
 if __name__ == "__main__":
