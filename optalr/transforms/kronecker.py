@@ -9,7 +9,6 @@ two small roots instead of one of order mn. p = −1/2 is the direction of Ida &
 p = −1 the natural gradient, p = 0 the gradient.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -19,64 +18,11 @@ import optax
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.signals.moments import Coverage, is_moments
 from optalr.states import count_up
-from optalr.transforms import _kronecker_steps as steps
+from optalr.transforms import _kronecker_apply as applying
+from optalr.transforms import _kronecker_memory as store
+from optalr.transforms import _kronecker_refresh as refreshing
+from optalr.transforms._kronecker_options import Clock, KroneckerOptions
 from optalr.transforms._kronecker_plan import find_sources, leaves_with_path, plan_leaves
-
-# How many measurements a refresh interval holds where signals_every is not given.
-_MEASUREMENTS_PER_ROOT = 10
-# An interval may not exceed this part of the steps taken: roots age fast in early training.
-_GROWTH = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class KroneckerOptions:
-    """Everything about ``scale_by_kronecker`` that its defaults usually settle.
-
-    Attributes:
-      warmup: samples a dimension that every factor must have seen before the first roots, >= 0.
-      min_batches: batches that must have been measured before the first roots, >= 1.
-      max_update: the RMS change that one update times a learning rate of 1 may make to the outputs
-        of a layer, > 0; None for no bound.
-      damping_form: ``"relative"`` to the mean eigenvalue of each factor, ``"absolute"`` (the
-        paper's ``(Λ + εI)``), or ``"balanced"``: √λ split between the factors by
-        π = √(mean eigenvalue of A / mean eigenvalue of B) (Martens & Grosse 2015, section 6.3).
-      spectrum: ``"factored"`` damps and roots each factor alone; ``"exact"`` keeps eigenbases and
-        applies ``(λ_A λ_B + λ)^p``; ``"measured"`` replaces ``λ_A λ_B`` by a moving average of the
-        squared gradient in the eigenbasis (George et al. 2018, EKFAC; Vyas et al. 2024, SOAP).
-      graft: a transformation whose norm, leaf by leaf, the update takes, such as
-        ``optax.identity()`` (SGD), ``optax.scale_by_rms()`` or ``optax.scale_by_adam()``.
-      block_size: sides longer than this get block-diagonal factors of at most this size.
-      max_factor_size: sides longer than this, and not blocked, keep only their factor's diagonal.
-      joint_bias: treat a bias as one more row of its kernel; needs a layout.
-      root_method: ``method`` of ``optalr.linalg.inverse_root``.
-    """
-
-    warmup: float = 2.0
-    min_batches: int = 10
-    max_update: float | None = 0.5
-    damping_form: str = "relative"
-    spectrum: str = "factored"
-    graft: optax.GradientTransformation | None = None
-    block_size: int | None = None
-    max_factor_size: int = 4096
-    joint_bias: bool = False
-    root_method: str = "auto"
-
-    def __post_init__(self):
-        check_interval("warmup", self.warmup, 0)
-        check_count("min_batches", self.min_batches)
-        if self.max_update is not None:
-            check_interval("max_update", self.max_update, 0, open_low=True)
-        check_choice("damping_form", self.damping_form, ("relative", "absolute", "balanced"))
-        check_choice("spectrum", self.spectrum, ("factored", "exact", "measured"))
-        if self.spectrum != "factored" and self.damping_form == "balanced":
-            raise ValueError(
-                "damping_form='balanced' splits the damping between two factors, which "
-                f"spectrum={self.spectrum!r} need not do. Pass damping_form='absolute'."
-            )
-        if self.block_size is not None:
-            check_count("block_size", self.block_size, 2)
-        check_count("max_factor_size", self.max_factor_size)
 
 
 class KroneckerState(NamedTuple):
@@ -215,7 +161,7 @@ def scale_by_kronecker(
             "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which tells "
             "which bias belongs to which kernel."
         )
-    clock = _Clock(update_every, signals_every, decay, options)
+    clock = Clock(update_every, signals_every, decay, options)
     from_signals = statistics == "signals"
 
     def plan(tree):
@@ -230,7 +176,7 @@ def scale_by_kronecker(
 
     def init_fn(params):
         dtypes = [_working_dtype(leaf) for _, leaf in leaves_with_path(params)]
-        memory = steps.init_memory(plan(params), dtypes, options.spectrum)
+        memory = store.init_memory(plan(params), dtypes, options.spectrum)
         return KroneckerState(
             count=jnp.zeros([], jnp.int32),
             signal_age=jnp.ones([], jnp.int32),
@@ -253,7 +199,7 @@ def scale_by_kronecker(
         if from_signals:
             signals = require_extra(extras, "signals", "scale_by_kronecker", _SIGNALS_REMEDY)
         plans = plan(updates)
-        setup = steps.Setup(
+        setup = store.Setup(
             plans=plans,
             sources=find_sources(plans, signals),
             statistics=statistics,
@@ -270,12 +216,12 @@ def scale_by_kronecker(
 
         memory, state = _measure(setup, clock, memory, state, grads, signals)
         memory, state = _refresh(setup, clock, memory, state)
-        new = steps.apply(setup, memory, grads, state.weight, state.num_refreshes > 0)
+        new = applying.apply(setup, memory, grads, state.weight, state.num_refreshes > 0)
 
         if options.graft is not None:
             new, state = _graft(options.graft, new, updates, state, params, extras)
         if options.max_update is not None:
-            new = steps.bound(setup, memory, state.weight, new, options.max_update)
+            new = applying.bound(setup, memory, state.weight, new, options.max_update)
         new, state = _finish(new, state, clock, from_signals)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
         state = state._replace(damping=setup.damping, **_to_trees(memory, structure))
@@ -291,40 +237,6 @@ _SIGNALS_REMEDY = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Clock:
-    """When to measure and when to take roots. Numbers may be traced."""
-
-    update_every: Any
-    signals_every: Any
-    decay: Any
-    options: KroneckerOptions
-
-    def _interval(self, count: jax.Array) -> jax.Array:
-        """Updates between two roots: half the updates so far, up to ``update_every``."""
-        return jnp.clip(count // _GROWTH, 1, jnp.asarray(self.update_every, jnp.int32))
-
-    def measures(self, signal_age: jax.Array, count: jax.Array) -> jax.Array:
-        """Tell whether the update after ``count`` others measures."""
-        longest = self.signals_every
-        if longest is None:
-            longest = jnp.asarray(self.update_every, jnp.int32) // _MEASUREMENTS_PER_ROOT
-        spacing = self._interval(count) // _MEASUREMENTS_PER_ROOT
-        steady = count // _GROWTH >= jnp.asarray(self.update_every, jnp.int32)
-        longest = jnp.asarray(longest, jnp.int32)
-        spacing = jnp.where(steady, longest, jnp.minimum(spacing, longest))
-        return signal_age >= jnp.maximum(spacing, 1)
-
-    def refreshes(self, state: KroneckerState) -> jax.Array:
-        """Tell whether this update takes roots."""
-        longest_memory = 1 / (1 - jnp.asarray(self.decay, jnp.float32))
-        seen = state.measurements.astype(jnp.float32)
-        enough = (state.samples >= self.options.warmup) | (seen >= 2 * longest_memory)
-        trusted = enough & (state.measurements >= self.options.min_batches)
-        due = (state.num_refreshes == 0) | (state.root_age >= self._interval(state.count))
-        return trusted & due
-
-
 def _measure(setup, clock, memory, state, grads, signals):
     """Fold this batch into the factors, where it is due and was captured."""
     nodes = [node for node in jax.tree.leaves(signals, is_leaf=is_moments) if is_moments(node)]
@@ -337,7 +249,7 @@ def _measure(setup, clock, memory, state, grads, signals):
 
     def fold_in(kept):
         filled = memory._replace(row_factors=kept[0], col_factors=kept[1], second_moments=kept[2])
-        new, good = steps.measure(setup, filled, grads, num_examples)
+        new, good = store.measure(setup, filled, grads, num_examples)
         return (new.row_factors, new.col_factors, new.second_moments), good
 
     kept, good = jax.lax.cond(due, fold_in, lambda kept: (kept, jnp.bool_(True)), kept)
@@ -348,7 +260,7 @@ def _measure(setup, clock, memory, state, grads, signals):
         signal_age=jnp.where(due, 1, count_up(state.signal_age)),
         failures=state.failures + (~good).astype(jnp.int32),
         measurements=state.measurements + measured.astype(jnp.int32),
-        samples=state.samples + jnp.where(measured, steps.evidence(setup), 0),
+        samples=state.samples + jnp.where(measured, store.evidence(setup), 0),
         weight=jnp.where(measured, decay * state.weight + (1 - decay), state.weight),
     )
 
@@ -363,7 +275,7 @@ def _refresh(setup, clock, memory, state):
     def take(kept):
         filled = memory._replace(**kept)
         first = state.num_refreshes == 0
-        new, residual, failed = steps.refresh(setup, filled, state.weight, first)
+        new, residual, failed = refreshing.refresh(setup, filled, state.weight, first)
         return {name: getattr(new, name) for name in names}, residual, failed
 
     def keep(kept):
@@ -384,11 +296,11 @@ def _graft(transformation, new, updates, state, params, extras):
     graft = optax.with_extra_args_support(transformation)
     others, after = graft.update(updates, state.graft, params, **extras)
     # Moments of the other method must not be poisoned either.
-    finite = steps.all_finite(updates)
+    finite = store.all_finite(updates)
     after = jax.tree.map(lambda x, old: jnp.where(finite, x, old), after, state.graft)
     started = state.num_refreshes > 0
     others = [x.astype(u.dtype) for x, u in zip(jax.tree.leaves(others), new, strict=True)]
-    grafted = steps.graft(new, others)
+    grafted = applying.graft(new, others)
     new = [jnp.where(started, u, x) for u, x in zip(grafted, others, strict=True)]
     return new, state._replace(graft=after)
 
@@ -397,7 +309,7 @@ def _finish(new, state, clock, from_signals):
     """Replace an update that is not finite by zero, and say what the next one wants."""
     squares = [jnp.sum(jnp.square(u.astype(jnp.float32))) for u in new]
     norm = jnp.sqrt(sum(squares, start=jnp.float32(0)))
-    finite = steps.all_finite(new)
+    finite = store.all_finite(new)
     new = [jnp.where(finite, u, 0) for u in new]
     count = count_up(state.count)
     return new, state._replace(
@@ -413,7 +325,7 @@ def _working_dtype(leaf: Any) -> Any:
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
-def _to_trees(memory: steps.Memory, structure: Any) -> dict[str, Any]:
+def _to_trees(memory: store.Memory, structure: Any) -> dict[str, Any]:
     """Give each list of ``memory`` the structure of the parameters."""
     return {
         name: structure.unflatten([optax.MaskedNode() if x is None else x for x in leaves])
@@ -421,9 +333,9 @@ def _to_trees(memory: steps.Memory, structure: Any) -> dict[str, Any]:
     }
 
 
-def _from_trees(state: KroneckerState, structure: Any) -> steps.Memory:
+def _from_trees(state: KroneckerState, structure: Any) -> store.Memory:
     """Undo ``_to_trees``."""
-    lists = [structure.flatten_up_to(getattr(state, name)) for name in steps.Memory._fields]
-    return steps.Memory(
+    lists = [structure.flatten_up_to(getattr(state, name)) for name in store.Memory._fields]
+    return store.Memory(
         *([None if isinstance(x, optax.MaskedNode) else x for x in leaves] for leaves in lists)
     )

@@ -1,0 +1,144 @@
+"""Applying the power to all leaves, and keeping the update within bounds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optalr.transforms import _kronecker_factors as factors
+from optalr.transforms import _kronecker_memory as store
+from optalr.transforms._kronecker_plan import Source
+
+
+def apply(
+    setup: store.Setup,
+    memory: store.Memory,
+    grads: Sequence[jax.Array],
+    weight: jax.Array,
+    ready: jax.Array,
+) -> list[jax.Array]:
+    """Return ``F^p g`` leaf by leaf; the gradient itself until there are roots (``ready``)."""
+    updates: list[Any] = list(grads)
+    for i, (plan, source) in enumerate(zip(setup.plans, setup.sources, strict=True)):
+        if source.kind == "bias":
+            assert source.kernel is not None
+            updates[i] = _apply_bias(setup, memory, source, grads[i], ready)
+        elif plan.treatment == "diagonal":
+            moment = memory.second_moments[i]
+            assert moment is not None
+            scale = (1 / jnp.where(weight > 0, weight, 1)).astype(moment.dtype)
+            direction = factors.diagonal_update(
+                grads[i], moment * scale, setup.damping, setup.power, setup.damping_form
+            )
+            updates[i] = jnp.where(ready, direction, grads[i])
+        elif plan.treatment == "kronecker":
+            matrix = _apply_kernel(setup, memory, i, store.to_matrix(setup, grads, i), ready)
+            _from_matrix(setup, updates, i, factors.unpad(plan, matrix))
+    return updates
+
+
+def _apply_kernel(
+    setup: store.Setup, memory: store.Memory, i: int, matrix: jax.Array, ready: jax.Array
+) -> jax.Array:
+    plan = setup.plans[i]
+    rows, cols = memory.row_roots[i], memory.col_roots[i]
+    assert rows is not None
+    assert cols is not None
+    if setup.spectrum == "factored":
+        return factors.apply_both(plan, rows, cols, matrix)
+    values = store.outer(setup, memory.row_eigenvalues[i], memory.col_eigenvalues[i])
+    if setup.spectrum == "measured":
+        values = memory.second_moments[i]
+    if setup.damping_form == "relative":
+        added = setup.damping * jnp.mean(values, (-2, -1), keepdims=True)
+    else:
+        added = setup.damping
+    gains = factors.damped_power(values, added, setup.power)
+    turned = store.rotate(plan, memory, i, matrix) * jnp.where(ready, gains, 1)
+    return factors.apply_both(plan, rows, cols, turned)
+
+
+def _apply_bias(
+    setup: store.Setup, memory: store.Memory, source: Source, grad: jax.Array, ready: jax.Array
+) -> jax.Array:
+    kernel, which = source.kernel, source.output_side
+    assert kernel is not None
+    plan = setup.plans[kernel]
+    side = plan.sides[which]
+    root = (memory.row_roots, memory.col_roots)[which][kernel]
+    assert root is not None
+    column = grad.reshape(*plan.stack, -1, 1)
+    size = column.shape[-2]
+    padding = side.num_blocks * side.block - size
+    if side.form == "blocks" and padding:
+        column = jnp.pad(column, [(0, 0)] * len(plan.stack) + [(0, padding), (0, 0)])
+    if setup.spectrum == "factored":
+        column = factors.apply_to_rows(side, root, column)
+    else:
+        values = (memory.row_eigenvalues, memory.col_eigenvalues)[which][kernel]
+        added = setup.damping
+        if setup.damping_form == "relative":
+            added = added * jnp.mean(values, -1, keepdims=True)
+        gains = jnp.where(ready, factors.damped_power(values, added, setup.exponent), 1)
+        turned = factors.apply_to_rows(side, factors.transpose(side, root), column)
+        column = factors.apply_to_rows(side, root, turned * gains[..., :, None])
+    return column[..., :size, 0].reshape(grad.shape).astype(grad.dtype)
+
+
+def _from_matrix(setup: store.Setup, updates: list[Any], i: int, matrix: jax.Array) -> None:
+    """Write the matrix of leaf ``i`` back, and its joint bias to the bias leaf."""
+    plan = setup.plans[i]
+    assert plan.view is not None
+    if plan.partner is not None:
+        bias = updates[plan.partner]
+        if plan.output_side == 1:
+            matrix, last = matrix[..., :-1, :], matrix[..., -1, :]
+        else:
+            matrix, last = matrix[..., :-1], matrix[..., -1]
+        updates[plan.partner] = last.reshape(bias.shape).astype(bias.dtype)
+    updates[i] = plan.view.from_matrix(matrix, plan.shape)
+
+
+def bound(
+    setup: store.Setup,
+    memory: store.Memory,
+    weight: jax.Array,
+    updates: Sequence[jax.Array],
+    max_update: float,
+) -> list[jax.Array]:
+    """Shrink each leaf's update to move its layer's outputs by ``max_update`` RMS at most."""
+    bounded = []
+    for i, (plan, source) in enumerate(zip(setup.plans, setup.sources, strict=True)):
+        captured = source.kind == "signals"
+        units = plan.sides[source.output_side].size if captured else plan.num_outputs
+        limit = jnp.asarray(max_update * units**0.5, updates[i].dtype)
+        if plan.view is None:
+            stack = setup.plans[source.kernel].stack if source.kernel is not None else ()
+            matrix = updates[i].reshape(*stack, 1, -1)
+            bounded.append(_shrink(matrix, limit).reshape(updates[i].shape))
+            continue
+        if captured:
+            which = 1 - source.output_side
+            mean = factors.mean_eigenvalue(plan, which, store.corrected(memory, i, weight)[which])
+            limit = limit * jax.lax.rsqrt(jnp.where(mean > 0, mean, 1))
+        matrix = plan.view.to_matrix(updates[i])
+        matrix = _shrink(matrix, factors.expand(limit, matrix.ndim if limit.ndim else 0))
+        bounded.append(plan.view.from_matrix(matrix, plan.shape))
+    return bounded
+
+
+def _shrink(matrix: jax.Array, limit: jax.Array) -> jax.Array:
+    """Scale each matrix of a stack to a Frobenius norm of at most ``limit``."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(matrix), (-2, -1), keepdims=True))
+    return matrix * jnp.minimum(1, limit / jnp.maximum(norm, jnp.finfo(matrix.dtype).tiny))
+
+
+def graft(updates: Sequence[jax.Array], others: Sequence[jax.Array]) -> list[jax.Array]:
+    """Give each leaf of ``updates`` the norm it has in ``others``."""
+    grafted = []
+    for update, other in zip(updates, others, strict=True):
+        norm, wanted = (jnp.sqrt(jnp.sum(jnp.square(x))) for x in (update, other))
+        ratio = wanted / jnp.where(norm > 0, norm, 1)
+        grafted.append(update * jnp.where(norm > 0, ratio, 1).astype(update.dtype))
+    return grafted
