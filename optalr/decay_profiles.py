@@ -73,12 +73,33 @@ def exponential_profile(time: jax.Array) -> jax.Array:
     """Return ``ρ = e^{−t}``, whose schedule is the constant ``Δt``; safe up to ``t = 80``.
 
     For an endless run pass the constant itself as the learning rate.
+
+    Args:
+      time: t, ≥ 0.
+
+    Returns:
+      ρ(t), 1 at the start.
+
+    Example:
+      >>> float(exponential_profile(0.0))
+      1.0
     """
     return jnp.exp(-time)
 
 
 def linear_profile(time: jax.Array) -> jax.Array:
-    """Return ``ρ = 1 − t``, the geodesic's own pace (eq. 6): it arrives at ``t = 1``."""
+    """Return ``ρ = 1 − t``, the geodesic's own pace (eq. 6): it arrives at ``t = 1``.
+
+    Args:
+      time: t, in [0, 1].
+
+    Returns:
+      ρ(t), 1 at the start and 0 on arrival.
+
+    Example:
+      >>> linear_profile(0.25)
+      0.75
+    """
     return 1.0 - time
 
 
@@ -87,6 +108,13 @@ def power_profile(power: float) -> Callable[[jax.Array], jax.Array]:
 
     Args:
       power: p, greater than 0.
+
+    Returns:
+      A function of the time t ≥ 0.
+
+    Example:
+      >>> power_profile(2.0)(1.0)
+      0.25
     """
     check_interval("power", power, 0.0, open_low=True, open_high=True)
     return lambda time: (1.0 + time) ** -power

@@ -37,6 +37,15 @@ def kronecker_preconditioner(
 
     Cost: two eigendecompositions a layer to build, four matrix products a layer to apply.
 
+    Example:
+      >>> import jax.numpy as jnp, optalr
+      >>> loss_fn = lambda w, x: 0.5 * jnp.mean(jnp.sum((x @ w - 1.0) ** 2, 1))
+      >>> w, x = jnp.zeros((2, 1)), jnp.array([[1.0, 0.0], [0.0, 0.1]])
+      >>> _, grads, extras = optalr.value_grad_and_extras(loss_fn)(w, x)
+      >>> apply = kronecker_preconditioner()(extras, 0.0)
+      >>> apply(grads).shape
+      (2, 1)
+
     Reference:
       Martens & Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
       2015; the damping acts on the product exactly, as in George et al. 2018.
