@@ -20,7 +20,14 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
-from optalr.recipes import CLASSICAL_RULES, classical, edf, tso_alra
+from optalr.recipes import (
+    CLASSICAL_RULES,
+    classical,
+    edf,
+    learned_rate_sgd,
+    learned_rate_then,
+    tso_alra,
+)
 from optalr.resuming import configuration, warn_if_changed
 from optalr.signals import (
     Coverage,
@@ -34,11 +41,17 @@ from optalr.signals import (
     tap_layer,
     value_grad_and_extras,
 )
+from optalr.signals.ray import ExactDerivatives, FiniteDifferences
 from optalr.transforms.block_diagonal import scale_by_block_diagonal
 from optalr.transforms.full_matrix import scale_by_full_matrix
 from optalr.transforms.guard import guard
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.krylov_flow import LevenbergMarquardt, scale_by_krylov_flow
+from optalr.transforms.learned_rate import (
+    RateSafeguards,
+    SuccessiveGradients,
+    scale_by_learned_rate,
+)
 from optalr.transforms.learning_rate import scale_by_recorded_rate
 from optalr.transforms.local_gains import scale_by_local_gains
 from optalr.transforms.nesterov_flow import accelerate_by_nesterov_flow
@@ -71,6 +84,11 @@ __all__ = [
     "power_profile",
     # Lengths of a step.
     "scale_by_recorded_rate",
+    "scale_by_learned_rate",
+    "RateSafeguards",
+    "ExactDerivatives",
+    "FiniteDifferences",
+    "SuccessiveGradients",
     "scale_by_local_gains",
     "guard",
     "schedules",
@@ -85,6 +103,8 @@ __all__ = [
     "release_first_stage",
     # Recipes: complete optimizers.
     "tso_alra",
+    "learned_rate_sgd",
+    "learned_rate_then",
     "classical",
     "CLASSICAL_RULES",
     # Reading a state.

@@ -26,6 +26,15 @@ REPORTED = (
     "krylov_residual",
     "reduction_ratio",
     "negative_curvature",
+    "activation_norm",
+    "next_rate",
+    "average_rate",
+    "ray_slope",
+    "ray_curvature",
+    "nonconvex_probes",
+    "runaway_steps",
+    "clipped_rates",
+    "guarded_rates",
 )
 # Fields of common optax states, and the name they are reported under.
 FOREIGN = {

@@ -44,6 +44,7 @@ def _stages(phase, first=None):
 
 
 PHASE = ("phase", "steps_since_switch")
+RATE = ("learning_rate", "failures", "average_rate", "nonconvex_probes", "runaway_steps")
 
 METHODS = (
     Method(
@@ -165,6 +166,35 @@ METHODS = (
         ),
         needs=("hessian", "value", "value_fn", "point"),
         reports=("learning_rate", "damping", "reduction_ratio", "negative_curvature", "failures"),
+    ),
+    Method(
+        "scale_by_learned_rate",
+        lambda initial_rate=0.1, rate_momentum=0.1: optalr.scale_by_learned_rate(
+            initial_rate, rate_momentum=rate_momentum
+        ),
+        needs=("value_fn",),
+        reports=RATE,
+        rtol=1e-3,
+    ),
+    Method(
+        "learned_rate_sgd",
+        lambda initial_rate=0.1: optalr.learned_rate_sgd(initial_rate, order=1, every=2),
+        needs=("value_fn",),
+        reports=RATE,
+    ),
+    Method(
+        "successive_gradients",
+        lambda initial_rate=0.1, meta_rate=1e-2: optalr.scale_by_learned_rate(
+            initial_rate, order=1, meta_rate=meta_rate, derivatives="successive_gradients"
+        ),
+        reports=RATE,
+    ),
+    Method(
+        "learned_rate_then",
+        lambda: optalr.learned_rate_then(optax.sgd, 0.1, optalr.switch_at(2), momentum=0.9),
+        needs=("value_fn",),
+        reports=(*RATE, *PHASE),
+        guards=False,
         rtol=1e-3,
     ),
 )
