@@ -29,6 +29,7 @@ def run(
     /,
     out: Path | None = None,
     seed: int | None = None,
+    budget: float = 1.0,
     set_: Set = (),
 ) -> None:
     """Train as a config says, into a new run folder.
@@ -37,11 +38,13 @@ def run(
       config: a TOML file, for example configs/digits/adam.toml.
       out: the run folder; by default runs/PROBLEM-METHOD-seedN.
       seed: overrides train.seed.
+      budget: part of the config's work to do, for a laptop: 0.01 trains a tenth of the epochs on a
+        tenth of the examples, milestones and all.
       set_: overrides, for example train.epochs=5.
     """
     from optalr.experiments import commands
 
-    commands.run(config, out=out, overrides=_overrides(set_, seed))
+    commands.run(config, out=out, overrides=_overrides(set_, seed), budget=budget)
 
 
 def compare(
@@ -50,6 +53,7 @@ def compare(
     seeds: int = 3,
     out: Path | None = None,
     target: float = math.nan,
+    budget: float = 1.0,
     set_: Set = (),
 ) -> None:
     """Train every config of a folder over seeds; write a table, a picture, CSV and HTML.
@@ -59,12 +63,18 @@ def compare(
       seeds: how many seeds, from train.seed on.
       out: where to; by default runs/compare-PROBLEM.
       target: training loss to reach; by default one that every method reaches.
+      budget: part of the configs' work to do, as in `optalr run`.
       set_: overrides for every config, for example train.epochs=5.
     """
     from optalr.experiments import commands
 
     commands.compare_folder(
-        folder, num_seeds=seeds, out=out, target=target, overrides=_overrides(set_, None)
+        folder,
+        num_seeds=seeds,
+        out=out,
+        target=target,
+        budget=budget,
+        overrides=_overrides(set_, None),
     )
 
 
@@ -73,6 +83,7 @@ def tune(
     /,
     seeds: int = 3,
     out: Path | None = None,
+    budget: float = 1.0,
     set_: Set = (),
 ) -> None:
     """Train every point of a config's [tune] grid and name the best by validation loss.
@@ -81,11 +92,14 @@ def tune(
       config: a TOML file with a [tune] section.
       seeds: seeds a point.
       out: where to; by default runs/tune-PROBLEM-METHOD. An interrupted search in it goes on.
+      budget: part of the config's work to do a point, as in `optalr run`.
       set_: overrides, for example train.epochs=5.
     """
     from optalr.experiments import commands
 
-    commands.tune_config(config, num_seeds=seeds, out=out, overrides=_overrides(set_, None))
+    commands.tune_config(
+        config, num_seeds=seeds, out=out, budget=budget, overrides=_overrides(set_, None)
+    )
 
 
 def resume(folder: _Path, /) -> None:
@@ -110,6 +124,18 @@ def plot(folder: _Path, /) -> None:
     commands.plot(folder)
 
 
+def export(folder: _Path, /, tensorboard: bool = False) -> None:
+    """Write a run's metrics as CSV, and as TensorBoard events if wanted.
+
+    Args:
+      folder: what `optalr run` made.
+      tensorboard: write events into FOLDER/tensorboard as well.
+    """
+    from optalr.experiments import commands
+
+    commands.export(folder, tensorboard=tensorboard)
+
+
 def list_names() -> None:
     """List the names that data, model, method, schedule and phase can take."""
     from optalr.experiments import commands
@@ -125,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tune": tune,
         "resume": resume,
         "plot": plot,
+        "export": export,
         "list": list_names,
     }
     # jax logs which plugins it did not find; nobody here asked.

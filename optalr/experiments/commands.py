@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from optalr.experiments import compare, methods, tune
+from optalr.experiments.budget import scale_to_budget
 from optalr.experiments.config import Config, load_config, override, to_table, to_toml
 from optalr.experiments.console import console, print_table, progress
 from optalr.experiments.data import LOADERS
+from optalr.experiments.exports import export_csv, export_tensorboard
 from optalr.experiments.loop import resume as open_for_resume
 from optalr.experiments.loop import train
 from optalr.experiments.models import MODELS
@@ -21,9 +23,15 @@ from optalr.experiments.trainer import Trainer
 RUNS = Path("runs")
 
 
-def run(config_path: Path, *, out: Path | None = None, overrides: tuple[str, ...] = ()) -> None:
+def run(
+    config_path: Path,
+    *,
+    out: Path | None = None,
+    budget: float = 1.0,
+    overrides: tuple[str, ...] = (),
+) -> None:
     """Train as a config says, into a new folder."""
-    config = load_config(config_path, overrides)
+    config = scale_to_budget(load_config(config_path, overrides), budget)
     if out is None:
         name = f"{config_path.resolve().parent.name}-{config_path.stem}-seed{config.train.seed}"
         out = free_path(RUNS / name)
@@ -40,10 +48,12 @@ def compare_folder(
     num_seeds: int,
     out: Path | None = None,
     target: float = math.nan,
+    budget: float = 1.0,
     overrides: tuple[str, ...] = (),
 ) -> None:
     """Train every config of a folder over seeds, and report."""
     configs = compare.read_configs(folder, overrides)
+    configs = {name: scale_to_budget(config, budget) for name, config in configs.items()}
     out = out or free_path(RUNS / f"compare-{folder.resolve().name}")
     _run_and_report(compare.create(out, configs, num_seeds, target))
 
@@ -53,10 +63,11 @@ def tune_config(
     *,
     num_seeds: int,
     out: Path | None = None,
+    budget: float = 1.0,
     overrides: tuple[str, ...] = (),
 ) -> None:
     """Search a config's grid and print its points, the best first."""
-    config = load_config(config_path, overrides)
+    config = scale_to_budget(load_config(config_path, overrides), budget)
     name = f"{config_path.resolve().parent.name}-{config_path.stem}"
     out = out or RUNS / f"tune-{name}"
     rows = []
@@ -92,6 +103,13 @@ def plot(path: Path) -> None:
     console.print(f"picture: {plot_run(folder, _score_name(folder))}", soft_wrap=True)
 
 
+def export(path: Path, *, tensorboard: bool) -> None:
+    """Write a run's metrics in other formats."""
+    folder = RunFolder.open(path)
+    written = [*export_csv(folder), *([export_tensorboard(folder)] if tensorboard else [])]
+    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
 def list_names() -> None:
     """Print what the names of a config can be."""
     phases = ("switch_at", "switch_on_plateau", "blend_between")
@@ -122,6 +140,8 @@ def _train_and_show(trainer: Trainer, folder: RunFolder) -> None:
     with progress(config.method.name, score_name) as report:
         result = train(trainer, folder, report)
     picture = plot_run(folder, score_name)
+    if config.record.tensorboard:
+        export_tensorboard(folder)
     _closing_table(config, result, score_name)
     console.print(f"run folder: {folder.path}\npicture: {picture}", soft_wrap=True)
 

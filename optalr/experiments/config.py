@@ -27,6 +27,7 @@ class DataConfig:
       validation_fraction: of the training examples, held out for tuning and for switching.
       split_seed: which examples are held out.
       limit: use at most so many training examples; 0 is all.
+      fraction: use this part of the training examples, before ``limit``.
       augment: random changes of the training images: ``flip``, ``shift``, ``crop``, ``zoom``,
         ``rotate``, each with its strength if wanted (``rotate:15``).
       options: arguments of the loader.
@@ -39,6 +40,7 @@ class DataConfig:
     validation_fraction: float = 0.1
     split_seed: int = 0
     limit: int = 0
+    fraction: float = 1.0
     augment: tuple[str, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -331,6 +333,7 @@ def _check(config: Config, where: str) -> None:
         ("record.checkpoint_every", config.record.checkpoint_every, 1, None),
         ("record.keep", config.record.keep, 1, None),
         ("data.limit", config.data.limit, 0, None),
+        ("data.fraction", config.data.fraction, 0, 1),
         ("data.split_seed", config.data.split_seed, 0, None),
         ("data.test_fraction", config.data.test_fraction, 0, 0.9),
         ("data.validation_fraction", config.data.validation_fraction, 0, 0.9),

@@ -55,6 +55,9 @@ def test_run_then_run_again_then_plot(configs, capsys):
     assert Path("runs/small-adam-seed0/curves.png").exists()
     cli.main(["run", str(configs / "adam.toml"), "--seed", "0", "--set", "train.epochs=1"])
     assert Path("runs/small-adam-seed0-2/result.json").exists()
+    cli.main(["export", "runs/small-adam-seed0", "--tensorboard"])
+    assert Path("runs/small-adam-seed0/metrics.csv").read_text().count("\n") == 16
+    assert list(Path("runs/small-adam-seed0/tensorboard").glob("events.*"))
 
 
 def test_compare_writes_table_picture_and_page(configs, capsys):

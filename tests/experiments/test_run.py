@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -202,21 +202,53 @@ def test_a_mistake_shows_before_training(sections, wanted):
         Trainer(_config(**sections))
 
 
-def _command(*arguments):
-    return [sys.executable, "-m", "optalr", *arguments]
-
-
-def _kill_at_random_moments(folder, generator, kills, longest):
-    """Resume and kill until it finishes or has been killed ``kills`` times; return the kills."""
-    for done in range(kills):
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path):
+    """A killed run goes on from its last checkpoint, and its folder is never damaged."""
+    config = _config(train={"epochs": 60}, record={"checkpoint_every": 2})
+    trainer = Trainer(config)
+    whole = RunFolder.create(tmp_path / "whole", config)
+    train(trainer, whole)
+    killed = RunFolder.create(tmp_path / "killed", config)
+    generator = np.random.default_rng(0)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    # The tests' cached programs let a process get to its training within seconds.
+    environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    kills, lost = 0, 0
+    while kills < 20:
         process = subprocess.Popen(
-            _command("resume", str(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "optalr", "resume", str(killed.path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
         )
-        deadline = time.monotonic() + generator.uniform(0.0, longest)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if process.poll() is not None:
-            return done
-        os.kill(process.pid, signal.SIGKILL)
+        before = _latest(killed)
+        # Kill within the stretch in which it writes: some time after its first new line.
+        size = _size(killed)
+        while process.poll() is None and _size(killed) == size:
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0.0, 0.08))
+        process.kill()
         process.wait()
-    return kills
+        kills += 1
+        assert _latest(killed) >= before
+        assert all(row["step"] == i + 1 for i, row in enumerate(killed.rows(METRICS)))
+        lost += len(killed.rows(METRICS)) - _latest(killed)
+        if killed.result() is not None:
+            # It got to its end between two kills; begin again with what is left of the twenty.
+            shutil.rmtree(killed.path)
+            killed = RunFolder.create(killed.path, config)
+    assert lost > 0
+    if killed.result() is None:
+        train(*resume(killed.path))
+    _assert_same_run(trainer, whole, killed)
+
+
+def _latest(folder):
+    names = [p.name for p in (folder.path / "checkpoints").glob("*") if p.name.isdigit()]
+    return max(map(int, names), default=0)
+
+
+def _size(folder):
+    path = folder.path / METRICS
+    return path.stat().st_size if path.exists() else 0

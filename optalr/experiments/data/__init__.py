@@ -49,4 +49,5 @@ def load(config: DataConfig) -> Dataset:
         validation_fraction=config.validation_fraction,
         split_seed=config.split_seed,
         limit=config.limit,
+        fraction=config.fraction,
     )

@@ -92,6 +92,7 @@ def split(
     validation_fraction: float,
     split_seed: int,
     limit: int = 0,
+    fraction: float = 1.0,
 ) -> Dataset:
     """Hold out test (where the data has none) and validation examples by seed, and standardize.
 
@@ -107,6 +108,7 @@ def split(
     num_validation = round(validation_fraction * len(order))
     validation = raw.train.take(np.sort(order[:num_validation]))
     kept = order[num_validation:]
+    kept = kept[: max(1, round(fraction * len(kept)))]
     train = raw.train.take(np.sort(kept[:limit] if limit else kept))
     if not len(train) or not len(test):
         raise ExperimentError(
