@@ -30,7 +30,7 @@ from optalr.experiments.config import Config, load_config, to_table, to_toml
 from optalr.experiments.errors import ExperimentError
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
-_PACKAGES = ("optalr", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 
 class RunFolder:
@@ -137,7 +137,9 @@ def environment() -> dict[str, Any]:
     """Return what the numbers depend on beside the config."""
     import jax
 
-    versions = {}
+    import optalr
+
+    versions = {"optalr": optalr.__version__}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

@@ -56,16 +56,18 @@ class Trainer:
         self.problem = PROBLEMS[self.dataset.task]
         self.model = build_model(config.model, self.dataset)
         self.loss_fn = make_loss(self.model, self.problem, self.dataset)
+        self.given = {"num_classes": self.dataset.num_classes}
         self.tx = build_method(
             config,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
-            given={"num_classes": self.dataset.num_classes},
+            given=self.given,
         )
         self.reads_validation = config.phase.name == "switch_on_plateau"
         self._check_validation()
         self.scans = self._choose_loop()
-        self.step = make_step(self.loss_fn, self.tx, self.problem, self._augmentation())
+        self.augment = self._augmentation()
+        self.step = make_step(self.loss_fn, self.tx, self.problem, self.augment)
         self.evaluation = make_evaluation(self.model, self.problem, self.dataset)
         self._init = jax.jit(self._first_state)
         self.compile_seconds = 0.0
@@ -74,7 +76,7 @@ class Trainer:
 
     def init(self, seed: int) -> TrainState:
         """Return the state before the first step."""
-        return self._guard(self._init, self._key(seed))
+        return self._guard(self._init, self.key(seed))
 
     def compile(self) -> None:
         """Compile the training step, so that a mistake shows before anything is written.
@@ -82,7 +84,7 @@ class Trainer:
         Raises:
           ExperimentError: the method wants what this experiment does not give.
         """
-        state = self._guard(jax.eval_shape, self._init, self._key(0))
+        state = self._guard(jax.eval_shape, self._init, self.key(0))
         if self.scans:
             self._epoch_function(state, 0, self.steps_per_epoch)
         else:
@@ -98,7 +100,7 @@ class Trainer:
         """
         done = int(state.step)
         epoch, start = divmod(done, self.steps_per_epoch)
-        indices = self._order(seed, epoch)[start:]
+        indices = self.order(seed, epoch)[start:]
         values = np.full(len(indices), np.nan, np.float32)
         if start == 0:
             values[0] = validation_value
@@ -122,15 +124,15 @@ class Trainer:
 
     def _scan(self, state, seed, indices, values) -> Segment:
         run = self._epoch_function(state, seed, len(indices))
-        arguments = (*self._data(), jnp.asarray(indices), jnp.asarray(values))
+        arguments = (*self.data(), jnp.asarray(indices), jnp.asarray(values))
         started = time.perf_counter()
-        state, measured = run(state, self._key(seed), *arguments)
+        state, measured = run(state, self.key(seed), *arguments)
         measured = jax.device_get(measured)
         jax.block_until_ready(state)
         return Segment(state, measured, time.perf_counter() - started)
 
     def _stream(self, state, seed, indices, values) -> Iterator[Segment]:
-        run, key = self._step_function(state, seed), self._key(seed)
+        run, key = self._step_function(state, seed), self.key(seed)
         rows: list[dict[str, jax.Array]] = []
         ahead: deque[jax.Array] = deque()
         started = time.perf_counter()
@@ -149,16 +151,18 @@ class Trainer:
                 rows, started = [], time.perf_counter()
                 ahead.clear()
 
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
+    def order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the examples of each step of an epoch, a function of seed and epoch alone."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self.dataset.train))
         kept = order[: self.steps_per_epoch * self.batch_size]
         return kept.reshape(self.steps_per_epoch, self.batch_size).astype(np.int32)
 
-    def _key(self, seed: int) -> jax.Array:
+    def key(self, seed: int) -> jax.Array:
+        """Return the key of a run, from which every step's own follows."""
         return jax.random.key(seed)
 
-    def _data(self) -> tuple[jax.Array, jax.Array]:
+    def data(self) -> tuple[jax.Array, jax.Array]:
+        """Return the training examples on the device."""
         if self._resident is None:
             train = self.dataset.train
             self._resident = jnp.asarray(train.x), jnp.asarray(train.y)
@@ -168,13 +172,13 @@ class Trainer:
         shape = (num_steps, self.batch_size)
         indices = jax.ShapeDtypeStruct(shape, jnp.int32)
         values = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
-        arguments = (state, self._key(seed), *self._data(), indices, values)
+        arguments = (state, self.key(seed), *self.data(), indices, values)
         return self._compile(("epoch", num_steps), make_epoch(self.step), arguments)
 
     def _step_function(self, state: Any, seed: int) -> Any:
         batch = self.dataset.train.take(np.arange(self.batch_size))
         value = jax.ShapeDtypeStruct((), jnp.float32)
-        arguments = (state, self._key(seed), batch.x, batch.y, value)
+        arguments = (state, self.key(seed), batch.x, batch.y, value)
         return self._compile(("step",), self.step, arguments)
 
     def _compile(self, name: Any, function: Any, arguments: Any) -> Any:

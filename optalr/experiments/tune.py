@@ -3,19 +3,21 @@
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from optalr.experiments.config import Config, override, to_table, to_toml
-from optalr.experiments.data import load
+from optalr.experiments.data import Dataset, load
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.record import RunFolder, write_atomically
+from optalr.experiments.sweep import can_sweep, train_grid
 from optalr.experiments.trainer import Trainer
 
 RESULTS = "results.jsonl"
+_RATE = "method.learning_rate"
 
 
 def grid(config: Config) -> list[dict[str, Any]]:
@@ -67,17 +69,36 @@ def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]
     folder = _open(path, config, num_seeds)
     known = {json.dumps(row["point"]): row for row in folder.rows(RESULTS)}
     dataset = load(config.data)
-    for point in points:
-        row = known.get(json.dumps(point))
-        if row is None:
-            trainer = Trainer(override(config, point), dataset)
-            seeds = range(config.train.seed, config.train.seed + num_seeds)
-            found = [train_once(trainer, seed) for seed in seeds]
-            row = {"point": point, "seeds": num_seeds}
-            for key in found[0]:
-                row[key] = float(np.mean([measures[key] for measures in found]))
-            folder.append(RESULTS, [row])
-        yield row
+    seeds = range(config.train.seed, config.train.seed + num_seeds)
+    for i, point in enumerate(points):
+        if json.dumps(point) not in known:
+            alike = [other for other in points[i:] if _but_rate(other) == _but_rate(point)]
+            missing = [other for other in alike if json.dumps(other) not in known]
+            rows = _train_points(config, missing, seeds, dataset)
+            folder.append(RESULTS, rows)
+            known |= {json.dumps(row["point"]): row for row in rows}
+        yield known[json.dumps(point)]
+
+
+def _but_rate(point: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in point.items() if key != _RATE}
+
+
+def _train_points(
+    config: Config, points: list[dict[str, Any]], seeds: Sequence[int], dataset: Dataset
+) -> list[dict[str, Any]]:
+    """Train points that differ in their learning rate alone, at once where the method allows."""
+    trainer = Trainer(override(config, points[0]), dataset)
+    if _RATE in points[0] and can_sweep(trainer):
+        found = train_grid(trainer, [float(point[_RATE]) for point in points], seeds)
+        return [_row(point, each) for point, each in zip(points, found, strict=True)]
+    point = points[0]
+    return [_row(point, [train_once(trainer, seed) for seed in seeds])]
+
+
+def _row(point: dict[str, Any], found: list[dict[str, float]]) -> dict[str, Any]:
+    means = {key: float(np.mean([measures[key] for measures in found])) for key in found[0]}
+    return {"point": point, "seeds": len(found), **means}
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
