@@ -1,6 +1,7 @@
 """Solving one stack: scaling, the choice of a method, its one fallback, the verdict."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,10 @@ from optalr.linalg._eigh import MethodResult, eigh_root, refreshed_root
 from optalr.linalg._newton import coupled_newton_root
 from optalr.linalg._polar import cholesky_polar_root
 
-# On a CPU the eigendecomposition is the faster from this size on; see benchmarks/roots.py.
-CPU_EIGH_SIZE = 192
+# Where, on a CPU, the coupled iteration takes no longer than eigh at condition 1e2 and at 1e6, by
+# benchmarks/roots.py: matrices of this many rows, at least this many rows in the stack.
+CPU_PRODUCTS_ROWS = (32, 64)
+CPU_PRODUCTS_TOTAL = 64
 
 
 class Arguments(NamedTuple):
@@ -59,16 +62,29 @@ def _solve_stack(
     run = functools.partial(_run, p=p, order=order)
     operands = normalized, arguments.basis, arguments.tolerance
     if method == "auto" and isinstance(p, int):
-        products = "cholesky_polar" if p <= 2 else "coupled_newton"
-        small = normalized.matrix.shape[-1] < CPU_EIGH_SIZE
         result, fell_back = jax.lax.platform_dependent(
             *operands,
-            cpu=functools.partial(run, method=products if small else "eigh"),
-            default=functools.partial(run, method=products),
+            cpu=functools.partial(run, method=_cpu_method(p, normalized.matrix.shape)),
+            default=functools.partial(run, method=_accelerator_method(p)),
         )
     else:
         result, fell_back = run(*operands, method="eigh" if method == "auto" else method)
     return *_finish(normalized, result, p, arguments.tolerance), fell_back
+
+
+def _cpu_method(p: int, shape: tuple[int, ...]) -> str:
+    """Return the fastest method on a CPU, as far as the condition does not decide."""
+    if p == 1:
+        return "cholesky_polar"
+    n = shape[-1]
+    low, high = CPU_PRODUCTS_ROWS
+    many = math.prod(shape[:-1]) >= CPU_PRODUCTS_TOTAL
+    return "coupled_newton" if p == 2 and low <= n <= high and many else "eigh"
+
+
+def _accelerator_method(p: int) -> str:
+    """Return the method with the fewest products; decompositions are slow there."""
+    return "cholesky_polar" if p <= 2 else "coupled_newton"
 
 
 def _run(

@@ -63,10 +63,12 @@ def inverse_root(
     * ``"eigenbasis"``, any p: one QR step from ``basis``, the eigenvectors of a slightly different
       matrix, then as ``"eigh"``. An approximation whose residual says how good it is: pass the
       ``tolerance`` that you can live with, or it falls back to eigh nearly always.
-    * ``"auto"``: on a CPU, ``"cholesky_polar"`` for p = 1, 2 and ``"coupled_newton"`` for other
-      whole p below 192 rows, ``"eigh"`` from there on, which is what ``benchmarks/roots.py``
-      measures as fastest; elsewhere the same two at every size, because there products are cheap
-      and eigendecompositions are not. ``"eigh"`` for any other p.
+    * ``"auto"``, by backend and size. On a CPU ``"eigh"``, but ``"cholesky_polar"`` for p = 1, and
+      for p = 2 ``"coupled_newton"`` from 32 to 64 rows if the stack has 64 rows in all: that is
+      where it takes no longer at condition 1e2 nor at 1e6 (``benchmarks/roots.py``). Elsewhere
+      ``"cholesky_polar"`` for p = 1 and 2 and ``"coupled_newton"`` for other whole p: products are
+      cheap there and eigendecompositions are not (published timings; not measured by us). A p that
+      is traced or not whole takes ``"eigh"``.
 
     Where a method does not reach its tolerance (it stagnates, or the matrix is not definite), eigh
     is tried once; then ``success`` is False and the caller keeps the last good root. All methods

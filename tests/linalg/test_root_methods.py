@@ -90,6 +90,17 @@ def test_other_roots_agree_with_float64(p, options):
     assert not result.fell_back.any()
 
 
+@pytest.mark.parametrize("p", [1, 2, 3, 2.5])
+@pytest.mark.parametrize("shape", [(2, 32), (1, 5)])
+def test_auto_agrees_with_float64_whatever_it_chooses(p, shape):
+    batch, n = shape
+    stack = np.stack([random_spd(i, n, 30.0) for i in range(batch)])
+    result = inverse_root(stack, p)
+    expected = dense_inverse_root(stack, p)
+    np.testing.assert_allclose(result.root, expected, atol=2e-5 * np.abs(expected).max())
+    assert not result.fell_back.any()
+
+
 def test_odd_roots_through_coupled_newton():
     matrix = random_spd(0, 12, 100.0)
     for order in (2, 3):
