@@ -26,6 +26,8 @@ from optalr.recipes import (
     edf,
     learned_rate_sgd,
     learned_rate_then,
+    lipschitz_adam,
+    lipschitz_sgd,
     tso_alra,
 )
 from optalr.resuming import configuration, warn_if_changed
@@ -41,6 +43,7 @@ from optalr.signals import (
     tap_layer,
     value_grad_and_extras,
 )
+from optalr.signals.lipschitz import LipschitzRate, lipschitz_constant, lipschitz_rate
 from optalr.signals.ray import ExactDerivatives, FiniteDifferences
 from optalr.transforms.block_diagonal import scale_by_block_diagonal
 from optalr.transforms.full_matrix import scale_by_full_matrix
@@ -53,6 +56,7 @@ from optalr.transforms.learned_rate import (
     scale_by_learned_rate,
 )
 from optalr.transforms.learning_rate import scale_by_recorded_rate
+from optalr.transforms.lipschitz_rate import LipschitzGuards, scale_by_lipschitz_rate
 from optalr.transforms.local_gains import scale_by_local_gains
 from optalr.transforms.nesterov_flow import accelerate_by_nesterov_flow
 
@@ -89,6 +93,11 @@ __all__ = [
     "ExactDerivatives",
     "FiniteDifferences",
     "SuccessiveGradients",
+    "scale_by_lipschitz_rate",
+    "LipschitzGuards",
+    "lipschitz_constant",
+    "lipschitz_rate",
+    "LipschitzRate",
     "scale_by_local_gains",
     "guard",
     "schedules",
@@ -105,6 +114,8 @@ __all__ = [
     "tso_alra",
     "learned_rate_sgd",
     "learned_rate_then",
+    "lipschitz_sgd",
+    "lipschitz_adam",
     "classical",
     "CLASSICAL_RULES",
     # Reading a state.

@@ -197,4 +197,20 @@ METHODS = (
         guards=False,
         rtol=1e-3,
     ),
+    Method(
+        "scale_by_lipschitz_rate",
+        lambda weight_decay=1e-3: optalr.scale_by_lipschitz_rate(
+            "softmax", num_classes=3, weight_decay=weight_decay, steps_per_epoch=2
+        ),
+        needs=("head",),
+        reports=("learning_rate", "lipschitz_constant", "activation_norm", "failures"),
+    ),
+    Method(
+        "lipschitz_adam",
+        lambda: optalr.lipschitz_adam("softmax", num_classes=3, guards={"max_rate": 0.1}),
+        needs=("head",),
+        reports=("learning_rate", "lipschitz_constant", "failures"),
+        guards=False,
+        rtol=1e-3,
+    ),
 )
