@@ -18,7 +18,11 @@ def run(tx, params, num_steps=20):
     return params, state
 
 
-@pytest.mark.parametrize("rule", [*optalr.CLASSICAL_RULES, optax.scale_by_adam(b2=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [*optalr.CLASSICAL_RULES, optax.scale_by_adam(b2=0.9)],
+    ids=[*optalr.CLASSICAL_RULES, "a transformation"],
+)
 def test_a_classical_rule_is_optax_at_the_same_rate(rule):
     direction = optalr.CLASSICAL_RULES[rule]() if isinstance(rule, str) else rule
     schedule = optalr.schedules.halving(0.1, 7)
