@@ -89,13 +89,16 @@ class _Run:
         num_steps = len(losses)
         last = int(segment.state.step)
         pace = segment.seconds / num_steps
-        names = list(segment.measured)
-        rows = []
-        for i in range(num_steps):
-            step = last - num_steps + i + 1
-            row = {"step": step, "epoch": step / trainer.steps_per_epoch}
-            row["seconds"] = self.seconds + pace * (i + 1)
-            rows.append({name: float(segment.measured[name][i]) for name in names} | row)
+        names = [*segment.measured, "step", "epoch", "seconds"]
+        steps = np.arange(last - num_steps + 1, last + 1)
+        seconds = self.seconds + pace * np.arange(1, num_steps + 1)
+        columns = [
+            *(values.tolist() for values in segment.measured.values()),
+            steps.tolist(),
+            (steps / trainer.steps_per_epoch).tolist(),
+            seconds.tolist(),
+        ]
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         finite = np.isfinite(losses)
         self.seconds += segment.seconds
         if not finite.all():
@@ -113,6 +116,7 @@ class _Run:
         if due or waited > 60 * self.record.checkpoint_minutes:
             if not bool(_all_finite(state.params)):
                 self._diverged(step)
+            self.folder.sync()
             self.checkpoints.save(step, state, {"seconds": self.seconds})
             self.saved_at = time.monotonic()
 

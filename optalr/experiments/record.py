@@ -94,12 +94,17 @@ class RunFolder:
             yield
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to a JSONL file, and see them to the disk."""
+        """Add lines to a JSONL file."""
         text = "".join(_json(row) + "\n" for row in rows)
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """See the JSONL files to the disk, so that no checkpoint is ahead of them."""
+        for name in (METRICS, EVALUATIONS):
+            if (self.path / name).exists():
+                with open(self.path / name, "rb") as file:
+                    os.fsync(file.fileno())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return the lines of a JSONL file; a last line that was cut short is left out."""
@@ -188,4 +193,7 @@ def _json(value: Any, indent: int | None = None) -> str:
             return None
         return item
 
-    return json.dumps(clean(value), indent=indent)
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(clean(value), indent=indent)
