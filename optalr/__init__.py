@@ -20,6 +20,7 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
+from optalr.rate_suggestion import RateSuggestion, suggest_learning_rate
 from optalr.recipes import (
     CLASSICAL_RULES,
     classical,
@@ -98,6 +99,8 @@ __all__ = [
     "lipschitz_constant",
     "lipschitz_rate",
     "LipschitzRate",
+    "suggest_learning_rate",
+    "RateSuggestion",
     "scale_by_local_gains",
     "guard",
     "schedules",

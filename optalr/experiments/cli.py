@@ -1,4 +1,4 @@
-"""The command line: ``optalr run``, ``compare``, ``resume``, ``tune``, ``plot``, ``list``."""
+"""The command line: ``optalr run``, ``compare``, ``tune``, ``suggest-rate``, ``list`` and more."""
 
 import logging
 import math
@@ -113,6 +113,34 @@ def resume(folder: _Path, /) -> None:
     commands.resume(folder)
 
 
+def suggest_rate(
+    config: _Path,
+    /,
+    starts: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+    steps: int = 200,
+    seed: int | None = None,
+    out: Path | None = None,
+    set_: Set = (),
+) -> None:
+    """Suggest a learning rate for SGD: run the learned rate from several starts.
+
+    Data, model, batch size and weight decay are the config's; its method is not used.
+
+    Args:
+      config: a TOML file, for example configs/digits/sgd.toml.
+      starts: initial rates.
+      steps: steps of each run.
+      seed: overrides train.seed.
+      out: the picture; by default runs/rate-PROBLEM-METHOD.png.
+      set_: overrides, for example train.batch_size=256.
+    """
+    from optalr.experiments import commands
+
+    commands.suggest_rate(
+        config, starts=starts, num_steps=steps, out=out, overrides=_overrides(set_, seed)
+    )
+
+
 def plot(folder: _Path, /) -> None:
     """Draw the curves of a run again.
 
@@ -149,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "run": run,
         "compare": compare,
         "tune": tune,
+        "suggest-rate": suggest_rate,
         "resume": resume,
         "plot": plot,
         "export": export,

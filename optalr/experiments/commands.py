@@ -18,6 +18,7 @@ from optalr.experiments.problem import PROBLEMS
 from optalr.experiments.record import RunFolder, free_path, write_atomically
 from optalr.experiments.report import write_report
 from optalr.experiments.schedules import SCHEDULES
+from optalr.experiments.suggestion import suggest_for
 from optalr.experiments.trainer import Trainer
 
 RUNS = Path("runs")
@@ -95,6 +96,27 @@ def resume(path: Path) -> None:
         return
     trainer, folder = open_for_resume(path)
     _train_and_show(trainer, folder)
+
+
+def suggest_rate(
+    config_path: Path,
+    *,
+    starts: tuple[float, ...],
+    num_steps: int,
+    out: Path | None = None,
+    overrides: tuple[str, ...] = (),
+) -> None:
+    """Suggest a learning rate for SGD on a config's problem."""
+    config = load_config(config_path, overrides)
+    if out is None:
+        out = RUNS / f"rate-{config_path.resolve().parent.name}-{config_path.stem}.png"
+    found = suggest_for(config, starts=starts, num_steps=num_steps)
+    console.print(str(found), soft_wrap=True, markup=False, highlight=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    axes = found.plot()
+    axes.set_title(f"{config.model.name} on {config.data.name}, batch {config.train.batch_size}")
+    axes.figure.savefig(out, dpi=110)
+    console.print(f"picture: {out}", soft_wrap=True)
 
 
 def plot(path: Path) -> None:

@@ -175,3 +175,12 @@ def test_python_dash_m(configs):
     assert done.returncode == cli.EXIT_MISTAKE
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_suggest_rate(configs, capsys):
+    arguments = ["suggest-rate", str(configs / "sgd.toml"), "--steps", "24"]
+    cli.main([*arguments, "--starts", "1e-3", "1e-1", "--set", "train.weight_decay=1e-3"])
+    shown = capsys.readouterr().out
+    assert "suggest" in shown
+    assert Path("runs/rate-small-sgd.png").exists()
+    assert "starts" in _fails(capsys, *arguments, "--starts", "0.1")
