@@ -9,7 +9,9 @@ where they are installed. Losses after the steps stand beside the times.
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
+import itertools
 import time
 
 import jax
@@ -25,7 +27,7 @@ CHANNELS = (3, 32, 32, 64, 64, 128, 128)
 def vgg_params(key):
     """Six 3×3 convolutions, a pooling after every second, two dense layers."""
     keys = jax.random.split(key, 8)
-    shapes = [(3, 3, m, n) for m, n in zip(CHANNELS[:-1], CHANNELS[1:], strict=True)]
+    shapes = [(3, 3, m, n) for m, n in itertools.pairwise(CHANNELS)]
     shapes += [(4 * 4 * 128, 128), (128, 10)]
     return [
         {"w": jax.random.normal(k, s) * np.sqrt(2 / np.prod(s[:-1])), "b": jnp.zeros(s[-1])}
@@ -33,14 +35,24 @@ def vgg_params(key):
     ]
 
 
-def vgg(params, x, y):
+def pool_by_window(x):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def pool_by_reshape(x):
+    """Pool as the other does; its gradient is no scatter, whose buffers XLA's CPU keeps apart."""
+    n, h, w, c = x.shape
+    return jnp.max(x.reshape(n, h // 2, 2, w // 2, 2, c), axis=(2, 4))
+
+
+def vgg(params, x, y, pool=pool_by_window):
     for i, layer in enumerate(params[:6]):
         x = jax.lax.conv_general_dilated(
             x, layer["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         x = jax.nn.relu(x + layer["b"])
         if i % 2:
-            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            x = pool(x)
     x = x.reshape(x.shape[0], -1)
     x = jax.nn.relu(x @ params[6]["w"] + params[6]["b"])
     return x @ params[7]["w"] + params[7]["b"]
@@ -51,6 +63,7 @@ def cross_entropy(z, x, y):
 
 
 LOSS = optalr.composite_loss(vgg, cross_entropy)
+RESHAPED = optalr.composite_loss(functools.partial(vgg, pool=pool_by_reshape), cross_entropy)
 
 
 def gradient_step(params, x, y):
@@ -58,11 +71,11 @@ def gradient_step(params, x, y):
     return jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), value
 
 
-def flow_step(params, x, y, *, num_steps, curvature="gauss_newton", subsample=None):
+def flow_step(params, x, y, *, num_steps, curvature="gauss_newton", subsample=None, loss=LOSS):
     tx = optalr.edf(0.5, num_steps=num_steps, curvature=curvature)
-    value, grads, extras = optalr.value_grad_and_extras(LOSS)(params, x, y, signals=False)
+    value, grads, extras = optalr.value_grad_and_extras(loss)(params, x, y, signals=False)
     if subsample:
-        extras |= optalr.curvature_products(LOSS, params, x[:subsample], y[:subsample])
+        extras |= optalr.curvature_products(loss, params, x[:subsample], y[:subsample])
     updates, _ = tx.update(grads, tx.init(params), params, **extras)
     return optax.apply_updates(params, updates), value
 
@@ -116,6 +129,25 @@ def cost_of_a_step(counts, batch, pairs):
         )
 
 
+def memory_of_a_step(counts, batch):
+    """Print the temporary memory over k for the two ways to write the same pooling."""
+    params = vgg_params(jax.random.key(0))
+    x, y = jnp.zeros((batch, 32, 32, 3)), jnp.arange(batch) % 10
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20
+    print(f"\ntemporary MiB over k (parameters: {size:.1f} MiB)")
+    for name, loss in (("pooling by reduce_window", LOSS), ("pooling by reshape", RESHAPED)):
+        found = []
+        for k in counts:
+            step = functools.partial(flow_step, num_steps=k, loss=loss)
+            compiled = jax.jit(step, compiler_options=UNOPTIMIZED).lower(params, x, y).compile()
+            found.append(f"k={k}: {cost(compiled)[1] / 2**20:.0f}")
+        print(f"  {name:28}" + ", ".join(found))
+
+
+# Buffers are the same at every level of LLVM's optimization; compiling is faster at none.
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
+
+
 def cost(compiled):
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
@@ -127,7 +159,9 @@ def beside_somax(counts, pairs):
         return
     import somax
 
-    print(f"\nbeside python-somax {getattr(somax, '__version__', '')}, MLP 784-256-128-10:")
+    print(
+        f"\nbeside python-somax {importlib.metadata.version('python-somax')}, MLP 784-256-128-10:"
+    )
     params, x, y = mlp_problem()
 
     def predict(params, x):
@@ -135,7 +169,15 @@ def beside_somax(counts, pairs):
 
     for k in counts:
         try:
-            method = somax.sgn_ce(predict, lam0=1.0, cg_maxiter=k, cg_tol=0.0, learning_rate=0.5)
+            method = somax.sgn_ce(
+                predict_fn=predict,
+                lam0=1.0,
+                maxiter=k,
+                tol=0.0,
+                warm_start=False,
+                record_cg_stats=False,
+                learning_rate=0.5,
+            )
             state = method.init(params)
             batch = {"x": x, "y": y}
             peer = jax.jit(lambda p, s, m=method, b=batch: m.step(p, b, s, jax.random.key(0)))
@@ -216,7 +258,7 @@ def beside_optimistix(num_updates=30):
         return 0.5 * jnp.sum(z**2)
 
     print(f"\nfull-batch least squares, 200 examples, 120 parameters, {num_updates} updates:")
-    for k in (5, 20):
+    for k in (5, 20, 40):
         rule = optalr.LevenbergMarquardt(initial=1e-2, grow=3.0, shrink=1 / 3)
         tx = optalr.edf(1.0, num_steps=k, damping=rule)
         evaluate = optalr.value_grad_and_extras(optalr.composite_loss(residual, half_square))
@@ -234,9 +276,8 @@ def beside_optimistix(num_updates=30):
             w, state = step(w, state)
         jax.block_until_ready(w)
         seconds = time.perf_counter() - start
-        print(
-            f"  edf k={k:<3} Levenberg-Marquardt: loss {half_square(residual(w)):.3e}, {seconds:.3f} s"
-        )
+        final = float(half_square(residual(w)))
+        print(f"  edf k={k}, Levenberg-Marquardt: loss {final:.3e}, {seconds:.3f} s")
     if importlib.util.find_spec("optimistix") is None:
         print("  optimistix is not installed: skipped.")
         return
@@ -255,7 +296,8 @@ def beside_optimistix(num_updates=30):
         start = time.perf_counter()
         w = jax.block_until_ready(run(w0))
         seconds = time.perf_counter() - start
-        print(f"  optimistix {name}: loss {half_square(residual(w)):.3e}, {seconds:.3f} s")
+        final = float(half_square(residual(w)))
+        print(f"  optimistix {name}: loss {final:.3e}, {seconds:.3f} s")
 
 
 def decay(profile, time_step, end):
@@ -314,12 +356,15 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 5, 10])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--peers-only", action="store_true", help="skip the VGG-like net")
     parser.add_argument("--picture", help="where to draw the decay, a PNG")
     options = parser.parse_args()
     if options.picture:
         worst = draw_decay(options.picture)
         print(f"decay drawn to {options.picture}; largest distance from the profile {worst:.1e}")
-    cost_of_a_step(options.steps, options.batch, options.pairs)
+    if not options.peers_only:
+        cost_of_a_step(options.steps, options.batch, options.pairs)
+        memory_of_a_step(options.steps, options.batch)
     beside_somax(options.steps[:2], options.pairs)
     beside_optimistix()
 

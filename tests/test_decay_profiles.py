@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optalr
+from benchmarks import flows
 
 # A square nonlinear system F(w) = 0 as least squares: φ(w) = w + ½ sin(Qw) − c.
 Q = np.array([[0.6, 0.8], [-0.8, 0.6]], np.float32)
@@ -67,6 +68,12 @@ def test_small_steps_follow_the_profile(profile, end):
     scale = np.abs(outputs[0]).max()
     # Euler's method is of first order: its error is a small multiple of the step.
     np.testing.assert_allclose(outputs, expected, atol=2 * time_step * scale)
+
+
+def test_the_decay_is_drawn(tmp_path):
+    worst = flows.draw_decay(tmp_path / "decay.png")
+    assert worst < 0.03
+    assert (tmp_path / "decay.png").stat().st_size > 10_000
 
 
 def test_bad_arguments_are_named():

@@ -316,6 +316,24 @@ def test_recipe_falls_faster_than_gradient_descent(acceleration):
     assert {"learning_rate", "damping", "failures"} <= set(optalr.metrics(state))
 
 
+def test_memory_does_not_grow_with_the_krylov_steps():
+    params = {"w1": jnp.ones((64, 256)), "w2": jnp.ones((256, 3)), "b": jnp.zeros(3)}
+    size = sum(leaf.nbytes for leaf in params.values())
+    x, y = jnp.ones((32, 64)), jnp.ones((32, 3)) / 3
+
+    def temporary_bytes(k):
+        tx = scale_by_krylov_flow(num_steps=k)
+
+        def run(params):
+            _, grads, extras = EVALUATE(params, x, y, signals=False)
+            return tx.update(grads, tx.init(params), params, **extras)[0]
+
+        compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+        return compiled.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8) <= temporary_bytes(4) + size
+
+
 def test_update_dtype_follows_the_gradient():
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), make_params())
     direction, state = direction_of(scale_by_krylov_flow(num_steps=2), half)
