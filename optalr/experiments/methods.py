@@ -18,7 +18,15 @@ from optalr.experiments.errors import ExperimentError, suggest
 from optalr.experiments.schedules import Schedule, build_schedule
 
 # Optalr's recipes, which manage their learning rate themselves.
-RECIPES = ("edf", "learned_rate_sgd", "lipschitz_sgd", "swats", "tso_alra")
+RECIPES = (
+    "classical",
+    "edf",
+    "learned_rate_sgd",
+    "lipschitz_adam",
+    "lipschitz_sgd",
+    "swats",
+    "tso_alra",
+)
 # Public callables of optax that take a learning rate but are no optimizers.
 _NOT_OPTIMIZERS = ("inject_hyperparams", "scale_by_learning_rate")
 
@@ -48,7 +56,7 @@ def build_method(
       steps_per_epoch: turns epochs into steps.
       total_steps: length of the schedule.
       given: arguments that follow from data and model (``num_classes``, ``loss``, ``layout``);
-        handed to methods that take them, unless the config sets them.
+        handed to methods of optalr that take them, unless the config sets them.
       learning_rate: replaces the config's, and may be traced (a sweep under ``vmap``).
 
     Raises:
@@ -130,7 +138,7 @@ def _build(
     injected = optax.inject_hyperparams(factory, static_args=fixed, hyperparam_dtype=jnp.float32)
     injected.__signature__ = inspect.signature(factory)  # type: ignore[attr-defined]
     injected.__name__ = factory.__name__
-    return call(injected, options, section="method", learning_rate=schedule, **given)
+    return call(injected, options, section="method", learning_rate=schedule)
 
 
 def _scale_by(schedule: Schedule) -> optax.GradientTransformation:

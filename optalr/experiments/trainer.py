@@ -56,7 +56,9 @@ class Trainer:
         self.problem = PROBLEMS[self.dataset.task]
         self.model = build_model(config.model, self.dataset)
         self.loss_fn = make_loss(self.model, self.problem, self.dataset)
-        self.given = {"num_classes": self.dataset.num_classes}
+        self.given: dict[str, Any] = {"num_classes": self.dataset.num_classes}
+        if self.dataset.task != "regression":
+            self.given["loss"] = "softmax_cross_entropy"
         self.tx = build_method(
             config,
             steps_per_epoch=self.steps_per_epoch,
