@@ -70,6 +70,7 @@ class Site:
         inside the loss).
       groups: number of feature groups of a convolution, else 1.
       outer_axes: mesh axes of a shard_map around the loss over which the input varies.
+      stacked: number of layers that a ``vmap`` made the groups of one convolution, else 1.
       window: the part of the kernel operand that is this leaf, or None for all of it.
     """
 
@@ -82,6 +83,7 @@ class Site:
     num_examples: int
     groups: int = 1
     outer_axes: tuple[str, ...] = ()
+    stacked: int = 1
     window: Window | None = None
 
     @property
@@ -387,18 +389,20 @@ class ConvSite(Site):
             patches = _gather_patches(data, geometry, index)
         else:
             patches = _slice_patches(data, geometry)
-        # (examples, positions, kernel positions, channels) -> one row a position and group
-        patches = patches.reshape(*patches.shape[:3], self.groups, -1)
-        patches = jnp.moveaxis(patches, 3, 2)
+        # (examples, positions, kernel positions, channels): a stacked layer's groups go to the
+        # front, any other's count as further positions.
+        rows = keep_examples * keep_positions
+        patches = patches.reshape(*patches.shape[:3], self.stacked * self.groups, -1)
+        patches = jnp.moveaxis(patches, 3, 0 if self.stacked > 1 else 2)
         patches = patches.reshape(
-            keep_examples * keep_positions * self.groups, *kernel_shape, patches.shape[-1]
+            self.stacked, rows * self.groups, *kernel_shape, patches.shape[-1]
         )
         dims = [self.view.dims[axis] for axis in (*spec.rhs_spec[2:], spec.rhs_spec[1])]
-        patches = _features(patches, 1, dims)
-        cotangent = cotangent.reshape(keep_examples * keep_positions, cotangent.shape[-1])
-        cotangent = _features(cotangent, 1, [self.view.dims[spec.rhs_spec[0]]])
-        scale = examples * positions / (keep_examples * keep_positions)
-        return patches[None], cotangent[None], scale
+        patches = _features(patches, 2, dims)
+        cotangent = jnp.moveaxis(cotangent.reshape(rows, self.stacked, -1), 1, 0)
+        outputs = self.view.dims[spec.rhs_spec[0]][1 if self.stacked > 1 else 0 :]
+        cotangent = _features(cotangent, 2, [outputs])
+        return patches, cotangent, examples * positions / rows
 
 
 class _Geometry(NamedTuple):
@@ -537,13 +541,28 @@ def conv_site(
     spec = equation.params["dimension_numbers"].rhs_spec
     outputs = view.dims[spec[0]]
     inputs = [atom for axis in spec[1:] for atom in view.dims[axis]]
-    sides = split_sides(len(leaf_shape), view.scanned, (), inputs, outputs)
+    groups, stacked = equation.params["feature_group_count"], 1
+    stack: tuple[Atom, ...] = ()
+    if groups > 1 and len(axes_of(outputs)) > 1:  # layers under vmap are groups to jax
+        if outputs[0].size != groups:
+            return "grouped convolutions stacked by vmap"
+        stack, outputs, groups, stacked = outputs[:1], outputs[1:], 1, groups
+    sides = split_sides(len(leaf_shape), view.scanned, stack, inputs, outputs)
     if isinstance(sides, str):
         return sides
     data = equation.invars[0].aval
     num_examples = data.shape[equation.params["dimension_numbers"].lhs_spec[0]]
-    groups = equation.params["feature_group_count"]
-    return ConvSite(int(view.source), parent, equation, kernel, view, sides, num_examples, groups)
+    return ConvSite(
+        int(view.source),
+        parent,
+        equation,
+        kernel,
+        view,
+        sides,
+        num_examples,
+        groups,
+        stacked=stacked,
+    )
 
 
 def hand_site(parent: Any, equation: Any, view: View, leaf_shape: tuple[int, ...]) -> Site | str:

@@ -168,12 +168,16 @@ def rearrange(name: str, params: dict[str, Any], view: View | Joined) -> View | 
     if name == "squeeze":
         return squeeze(view, params["dimensions"])
     if name == "reshape":
-        return reshape(view, params["new_sizes"]) if params["dimensions"] is None else None
+        if params["dimensions"] is not None:
+            view = transpose(view, params["dimensions"])
+        return reshape(view, params["new_sizes"])
     return broadcast(view, params["shape"], tuple(params["broadcast_dimensions"]))
 
 
 def _rearrange_joined(name: str, params: dict[str, Any], joined: Joined) -> Joined | None:
     """Rearrange each part; the joint must stay one whole dimension."""
+    if params.get("dimensions") is not None and name == "reshape":
+        return None
     old, sizes = joined.axis, joined.shape
     field = "shape" if name == "broadcast_in_dim" else "new_sizes"
     if name == "transpose":

@@ -14,6 +14,7 @@ from tests.signals.reference import (
     no_layer,
     random_params,
     reference_moments,
+    stack_slice,
 )
 
 CONVOLUTIONS = {
@@ -80,3 +81,34 @@ def test_patches_laid_out_in_pieces_give_the_same_moments(monkeypatch):
     monkeypatch.setattr(sites, "PIECE", 100)
     pieces = optalr.value_grad_and_extras(loss_of(model))(params, x, y)[2]["signals"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, pieces)
+
+
+def test_convolutions_stacked_by_vmap_are_layers_of_their_own():
+    """To jax they are one grouped convolution; each has its own input and its own factors."""
+    lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    stack = nn.vmap(nn.Conv, in_axes=0, **lift)(3, (2, 2), padding="VALID")
+    x, y = jax.random.normal(jax.random.key(1), (2, 5, 4, 3, 2)), None
+    params = random_params(stack.init, jax.random.key(0), x)["params"]
+
+    def loss(params, x, y, layer=no_layer):
+        if layer is no_layer:
+            out = stack.apply({"params": params}, x)
+        else:
+            out = []
+            for i in range(2):
+                one = jax.tree.map(lambda p, i=i: p[i], params)
+                with linen_layer(lambda _, *a, i=i: layer(f"{i}", *a)):
+                    out.append(nn.Conv(3, (2, 2), padding="VALID").apply({"params": one}, x[i]))
+            out = jnp.stack(out)
+        return jnp.mean(jnp.sum(jnp.tanh(out), (0, 2, 3, 4)))
+
+    expected = reference_moments(loss, params, x, y, num_examples=5)
+    kernels = {
+        name: lambda extras, i=int(name): stack_slice(extras["signals"]["kernel"], i)
+        for name in expected
+    }
+    check_capture(loss, params, (x, y), expected, kernels)
+    report = optalr.coverage(loss, params, x, y, strict=True)
+    view = report["['kernel']"].view
+    assert (view.stack, view.rows, view.cols) == ((0,), (1, 2, 3), (4,))
+    assert view.bias == "['bias']"
