@@ -1,6 +1,6 @@
 """What capturing signals costs beside the gradient: time, flops and memory.
 
-    python benchmarks/signals.py                       # all models, table and JSON into results/
+    python benchmarks/signals.py                       # all models, a table, and JSON into results/
     python benchmarks/signals.py --models mlp --repeats 20
 
 Each model is timed by alternating pairs of blocks within one process, and the ratio's median is
@@ -230,7 +230,6 @@ def main():
         results[name] = measure(name, args.repeats, args.every, args.positions)
         print(table({name: results[name]}), flush=True)
         args.out.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text(table(results) + "\n")
 
 
 if __name__ == "__main__":
