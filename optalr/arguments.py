@@ -8,6 +8,7 @@ and lets tracers through.
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 
