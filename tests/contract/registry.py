@@ -82,15 +82,11 @@ METHODS = (
     ),
     Method("two_stage_blend", lambda phase=0.5: _stages(phase), reports=PHASE, guards=False),
     Method(
-        "switch_on_plateau",
-        lambda: _stages(optalr.switch_on_plateau(patience=1)),
-        needs=("validation_value",),
-        reports=("learning_rate", *PHASE),
-        guards=False,
-    ),
-    Method(
         "three_stages",
-        lambda: _stages(optalr.switch_at(1), _stages(optalr.switch_at(1))),
+        lambda: _stages(
+            optalr.switch_at(1), _stages(optalr.switch_on_plateau(patience=1, rtol=1.0))
+        ),
+        needs=("validation_value",),
         reports=PHASE,
         guards=False,
     ),

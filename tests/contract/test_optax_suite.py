@@ -30,6 +30,11 @@ def tso_alra(learning_rate: Rate):
     return optalr.tso_alra(learning_rate, statistics="gradient")
 
 
+def full_matrix(learning_rate: Rate):
+    direction = optalr.scale_by_full_matrix(damping=1e-2)
+    return optax.chain(direction, optalr.scale_by_recorded_rate(learning_rate))
+
+
 def two_stage(learning_rate: Rate):
     second = optax.chain(optax.trace(0.9), optalr.scale_by_recorded_rate(1e-4))
     return optalr.two_stage(optax.adam(learning_rate), second, optalr.switch_at(1_000))
@@ -41,6 +46,7 @@ RECIPES = {
     "local_gains": (local_gains, {"learning_rate": 1e-4}),
     "classical": (classical, {"learning_rate": 1e-4}),
     "tso_alra": (tso_alra, {"learning_rate": 1e-2}),
+    "full_matrix": (full_matrix, {"learning_rate": 1e-2}),
     "two_stage": (two_stage, {"learning_rate": 1e-2}),
 }
 
