@@ -114,10 +114,19 @@ def _normalize(
     """Divide sums by what they count."""
     dtype = sums.total.dtype
     examples = jnp.asarray(_examples(site, num_examples), dtype)
-    total = jnp.maximum(sums.total, 1)
-    inputs = sums.inputs / total[..., None, None]
-    mean = sums.mean / total[..., None]
-    outputs = sums.outputs * examples
+
+    def divide(sums):
+        total = jnp.maximum(sums.total, 1)
+        inputs = sums.inputs / total[..., None, None]
+        return inputs, sums.outputs * examples, sums.mean / total[..., None]
+
+    def leave(sums):
+        return sums.inputs, sums.outputs, sums.mean
+
+    if isinstance(flag, bool):
+        inputs, outputs, mean = divide(sums)
+    else:  # a pass over zeros would cost as much as one over sums
+        inputs, outputs, mean = jax.lax.cond(flag, divide, leave, sums)
     count = jnp.where(flag, examples, 0).astype(dtype)
     positions = jnp.where(flag, jnp.ravel(sums.total)[0] / examples, 0).astype(dtype)
     if site.leaf_view.input_side == "rows":
