@@ -15,7 +15,7 @@ from optalr.linalg._polar import cholesky_polar_root
 # Where, on a CPU, the coupled iteration takes no longer than eigh at condition 1e2 and at 1e6, by
 # benchmarks/roots.py: matrices of this many rows, at least this many rows in the stack.
 CPU_PRODUCTS_ROWS = (32, 64)
-CPU_PRODUCTS_TOTAL = 64
+CPU_PRODUCTS_TOTAL = 256
 
 
 class Arguments(NamedTuple):

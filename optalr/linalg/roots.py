@@ -64,8 +64,8 @@ def inverse_root(
       matrix, then as ``"eigh"``. An approximation whose residual says how good it is: pass the
       ``tolerance`` that you can live with, or it falls back to eigh nearly always.
     * ``"auto"``, by backend and size. On a CPU ``"eigh"``, but ``"cholesky_polar"`` for p = 1, and
-      for p = 2 ``"coupled_newton"`` from 32 to 64 rows if the stack has 64 rows in all: that is
-      where it takes no longer at condition 1e2 nor at 1e6 (``benchmarks/roots.py``). Elsewhere
+      for p = 2 ``"coupled_newton"`` from 32 to 64 rows if the stack has 256 rows in all: there
+      it is the faster at condition 1e2 and at 1e6 (``benchmarks/roots.py``). Elsewhere
       ``"cholesky_polar"`` for p = 1 and 2 and ``"coupled_newton"`` for other whole p: products are
       cheap there and eigendecompositions are not (published timings; not measured by us). A p that
       is traced or not whole takes ``"eigh"``.
