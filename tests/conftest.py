@@ -23,3 +23,10 @@ def x64():
     """Switch float64 on for one test."""
     with enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Give back what a module compiled: a whole run would otherwise hold gigabytes of programs."""
+    yield
+    jax.clear_caches()
