@@ -43,7 +43,7 @@ def flow_schedule(
     Raises:
       ValueError: an argument is out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> schedule = flow_schedule(linear_profile, time_step=0.25)
       >>> [round(float(schedule(i)), 4) for i in range(4)]
@@ -80,7 +80,7 @@ def exponential_profile(time: jax.Array) -> jax.Array:
     Returns:
       ρ(t), 1 at the start.
 
-    Example:
+    Examples:
       >>> float(exponential_profile(0.0))
       1.0
     """
@@ -96,7 +96,7 @@ def linear_profile(time: jax.Array) -> jax.Array:
     Returns:
       ρ(t), 1 at the start and 0 on arrival.
 
-    Example:
+    Examples:
       >>> linear_profile(0.25)
       0.75
     """
@@ -112,7 +112,7 @@ def power_profile(power: float) -> Callable[[jax.Array], jax.Array]:
     Returns:
       A function of the time t ≥ 0.
 
-    Example:
+    Examples:
       >>> power_profile(2.0)(1.0)
       0.25
     """

@@ -68,7 +68,7 @@ def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
 
     Cost: a few scalar operations.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> bool(optalr.wants_signals(optax.adam(1e-3).init(jnp.ones(2))))
       False
@@ -102,7 +102,7 @@ def metrics(opt_state: Any) -> dict[str, Any]:
 
     Cost: a walk over the state; a few scalar operations.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> tx = optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.adam)(1e-3))
       >>> report = optalr.metrics(tx.init(jnp.ones(2)))
@@ -135,7 +135,7 @@ def state_bytes(opt_state: Any) -> int:
     Returns:
       The sum over leaves of size times bytes an element.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
       >>> optalr.state_bytes(jax.eval_shape(optax.adam(1e-3).init, jnp.ones(100)))
       804

@@ -60,7 +60,7 @@ def noise_spectrum(
 
     Cost: k gradients and directions, ``k² P`` flops.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from optalr.geometry import noise_spectrum
       >>> keys = jax.random.split(jax.random.key(0), 200)
@@ -142,7 +142,7 @@ def geodesic(
 
     Cost: ``4 num_steps`` times the derivative of the metric (P passes) and a solve, ``P³``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.geometry import geodesic
       >>> flat = geodesic(lambda x: jnp.diag(jnp.array([2.0, 5.0])), jnp.zeros(2), jnp.ones(2))
@@ -209,7 +209,7 @@ def factor_spectra(opt_state: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     Cost: an eigenvalue computation a factor, outside ``jit``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optalr
       >>> tx = optalr.scale_by_kronecker(statistics="gradient")
       >>> _, state = tx.update({"w": jnp.diag(jnp.array([3.0, 1.0]))}, tx.init({"w": jnp.eye(2)}))

@@ -40,7 +40,7 @@ def monitor(writer: Any, *, every: int = 1, prefix: str = "") -> Callable[..., N
 
     Cost: a transfer of a few scalars to the host in steps that are written.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
       >>> rows = []
       >>> log = optalr.monitor(lambda step, scalars: rows.append((step, scalars)), every=2)

@@ -138,7 +138,7 @@ def suggest_learning_rate(
     Cost: ``len(starts) * num_steps`` learned-rate steps, each about 8/3 of an SGD step, and one
       compilation.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optalr
       >>> x = jax.random.normal(jax.random.key(0), (256, 4)) * jnp.array([[1.0, 1.0, 1.0, 2.0]])
       >>> loss_fn = lambda w, x: 0.5 * jnp.mean((x @ w - x.sum(axis=1)) ** 2)

@@ -83,7 +83,7 @@ def tso_alra(
 
     Cost: see ``scale_by_kronecker``; in phase 1 that of SGD.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
       >>> tx = optalr.tso_alra(0.1, switch_at=40, second_learning_rate=0.05, statistics="gradient")
       >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.array([100.0, 1.0])[:, None] * w**2)
@@ -173,7 +173,7 @@ def classical(
 
     Cost: that of optax's rule.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> rate = optalr.schedules.inverse_decay(0.5, rate=1.0)
       >>> tx = optalr.classical("nesterov", rate, gains=optalr.scale_by_local_gains(0.1))
@@ -249,7 +249,7 @@ def edf(
 
     Cost: ``num_steps`` curvature products a step; see ``scale_by_krylov_flow``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> X, y = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([5.0, 6.0])
       >>> loss = optalr.composite_loss(lambda w: X @ w, lambda z: 0.5 * jnp.mean((z - y) ** 2))
@@ -326,7 +326,7 @@ def learned_rate_sgd(
 
     Cost: that of ``scale_by_learned_rate``; at order 2 a step takes about 8/3 of SGD's.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> evaluate = optalr.value_grad_and_extras(lambda w: jnp.sum((w - 1) ** 2))
       >>> tx = optalr.learned_rate_sgd(0.01)
@@ -391,7 +391,7 @@ def learned_rate_then(
 
     Cost: a learned-rate step before the switch, a step of ``second`` after it.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> evaluate = optalr.value_grad_and_extras(lambda w: jnp.sum((w - 1) ** 2))
       >>> tx = optalr.learned_rate_then(optax.sgd, 0.01, optalr.switch_at(1), momentum=0.9)
@@ -467,7 +467,7 @@ def lipschitz_sgd(
 
     Cost: that of SGD, and a trace of the last layer's captured moment.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> x, y = jnp.array([[1.0], [-1.0]]), jnp.array([1.0, 0.0])
       >>> logistic = lambda w: optax.sigmoid_binary_cross_entropy((x @ w)[:, 0], y).mean()
@@ -536,7 +536,7 @@ def lipschitz_adam(
 
     Cost: that of Adam, and a trace of the last layer's captured moment.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> x, y = jnp.array([[1.0], [-1.0]]), jnp.array([1.0, 0.0])
       >>> logistic = lambda w: optax.sigmoid_binary_cross_entropy((x @ w)[:, 0], y).mean()

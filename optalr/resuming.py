@@ -32,7 +32,7 @@ def configuration(**settings: Any) -> dict[str, str]:
       A dict from the way to a setting, such as ``"optimizer.b1"``, to its description; it can be
       written as JSON.
 
-    Example:
+    Examples:
       >>> import optalr
       >>> optalr.configuration(optimizer={"name": "adam", "b1": 0.9}, seeds=[1, 2])
       {'optimizer.name': "'adam'", 'optimizer.b1': '0.9', 'seeds.0': '1', 'seeds.1': '2'}
@@ -53,7 +53,7 @@ def warn_if_changed(saved: Mapping[str, str], current: Mapping[str, str]) -> lis
     Warns:
       ConfigurationChangedWarning: naming what changed.
 
-    Example:
+    Examples:
       >>> import warnings, optalr
       >>> with warnings.catch_warnings(record=True) as caught:
       ...     warnings.simplefilter("always")

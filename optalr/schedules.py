@@ -30,7 +30,7 @@ def inverse_decay(init_value: float, rate: float) -> optax.Schedule:
     Raises:
       ValueError: an argument is negative.
 
-    Example:
+    Examples:
       >>> import optalr
       >>> schedule = optalr.schedules.inverse_decay(1.0, rate=0.5)
       >>> [float(schedule(step)) for step in (0, 2, 6)]
@@ -59,7 +59,7 @@ def exponential_rate_decay(init_value: float, rate: float) -> optax.Schedule:
     Raises:
       ValueError: an argument is negative.
 
-    Example:
+    Examples:
       >>> import math, optalr
       >>> schedule = optalr.schedules.exponential_rate_decay(2.0, rate=0.1)
       >>> abs(float(schedule(10)) - 2 * math.exp(-1)) < 1e-6
@@ -89,7 +89,7 @@ def halving(init_value: float, every: int, *, min_value: float = 0.0) -> optax.S
       TypeError: ``every`` is not a whole number.
       ValueError: an argument lies outside its range.
 
-    Example:
+    Examples:
       >>> import optalr
       >>> schedule = optalr.schedules.halving(1.0, every=10)
       >>> [float(schedule(step)) for step in (0, 9, 10, 29, 30)]
@@ -142,7 +142,7 @@ def triangular(
       TypeError: ``half_cycle`` is not a whole number.
       ValueError: an argument lies outside its range, or ``gamma`` is given without need or missing.
 
-    Example:
+    Examples:
       >>> import optalr
       >>> schedule = optalr.schedules.triangular(0.0, 1.0, 4, variant="triangular2")
       >>> [float(schedule(step)) for step in (0, 2, 4, 6, 8, 12)]

@@ -28,7 +28,7 @@ def test_every_public_function_documents_arguments_and_shows_an_example(name):
         for parameter in inspect.signature(function).parameters:
             assert parameter in text, f"{name} does not document {parameter}"
     assert "Returns:" in text
-    assert "Example" in text
+    assert "Examples:" in text
     assert ">>> " in text
 
 

@@ -15,7 +15,7 @@ class TrainState(train_state.TrainState):
     Choose it in place of ``flax.training.train_state.TrainState`` where the optimizer reads more
     than the gradient. Subclass it for further fields, such as batch statistics.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optalr
       >>> from flax import linen as nn
       >>> model, x, y = nn.Dense(2), jnp.ones((4, 3)), jnp.zeros((4, 2))

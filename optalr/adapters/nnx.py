@@ -63,7 +63,7 @@ class Optimizer(nnx.Optimizer):
 
     Choose it in place of ``nnx.Optimizer``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optalr
       >>> from flax import nnx
       >>> model, x, y = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((4, 3)), jnp.zeros((4, 2))

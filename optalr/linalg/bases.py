@@ -40,7 +40,7 @@ def eigenbasis(matrix: Any) -> EigenBasis:
     Returns:
       An ``EigenBasis``, values ascending.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.linalg import eigenbasis
       >>> eigenbasis(jnp.diag(jnp.array([3.0, 1.0]))).values.tolist()
@@ -72,7 +72,7 @@ def refresh_eigenbasis(matrix: Any, vectors: jax.Array) -> EigenBasis:
 
     Cost: 4 n³ flops for the products and about 4 n³ for the QR.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.linalg import eigenbasis, refresh_eigenbasis
       >>> a = jnp.array([[2.0, 0.5], [0.5, 1.0]])

@@ -49,7 +49,7 @@ def inverse_roots(
       TypeError: as for ``inverse_root``.
       ValueError: as for ``inverse_root``, or if there is not one damping a matrix.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.linalg import inverse_roots
       >>> small, large = inverse_roots([4 * jnp.eye(3), 16 * jnp.eye(4)], padding=0.5)

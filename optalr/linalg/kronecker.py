@@ -34,7 +34,7 @@ def apply_kronecker(
     Returns:
       ``(..., m, n)``, in the widest dtype of the three and at least float32.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.linalg import apply_kronecker
       >>> apply_kronecker(jnp.ones((2, 1)), jnp.diag(jnp.array([2.0, 3.0])), None).tolist()
@@ -128,7 +128,7 @@ def apply_eigenbasis_power(
     Returns:
       ``(..., m, n)``. Zeros where ``B ⊗ A + λI`` is zero.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.linalg import apply_eigenbasis_power, eigenbasis
       >>> a, b = eigenbasis(jnp.diag(jnp.array([4.0, 1.0]))), eigenbasis(jnp.diag(jnp.array([4.0])))
@@ -169,7 +169,7 @@ def split_damping(left: jax.Array, right: jax.Array, damping: Any) -> tuple[jax.
     Returns:
       The damping of A and that of B; their product is λ. π is 1 where a trace is not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.linalg import split_damping
       >>> a, b = split_damping(4 * jnp.eye(2), jnp.eye(3), 1e-2)
@@ -225,7 +225,7 @@ def carry_second_moments(
       old: vectors of the left and the right basis it is held in; None for the identity.
       new: vectors of the bases wanted, None where ``old`` is.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.linalg import carry_second_moments
       >>> swap = jnp.array([[0.0, 1.0], [1.0, 0.0]])

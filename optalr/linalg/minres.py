@@ -122,7 +122,7 @@ def minres(
       A step is one product with ``A``, at most one with ``M``, some ten passes over the vectors.
       Memory: about ten vectors besides ``b`` and those of ``matvec``, whatever ``num_steps`` is.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> A = jnp.array([[2.0, 1.0], [1.0, -3.0]])
       >>> result = minres(lambda v: A @ v, jnp.array([1.0, 4.0]), num_steps=2)

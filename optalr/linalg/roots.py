@@ -98,7 +98,7 @@ def inverse_root(
     ``"coupled_newton"`` 3 (order 2) or 4 (order 3) a step. Order 3 takes 5 steps at condition 1e2
     and 9 at 1e6, in float32, order 2 takes 7 and 13. Every residual costs 2.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from optalr.linalg import inverse_root
       >>> x, residual, *_ = inverse_root(jnp.diag(jnp.array([4.0, 16.0])))

@@ -33,7 +33,7 @@ def set_phase(opt_state: Any, phase: float | None, *, level: int = 0) -> Any:
 
     Cost: none to speak of; it may be called inside ``jit``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> tx = optalr.two_stage(optax.adam(0.1), optax.sgd(0.5), optalr.switch_at(1_000))
       >>> params = jnp.ones(2)
@@ -88,7 +88,7 @@ def release_first_stage(opt_state: Any) -> Any:
 
     Cost: none; one compilation afterwards.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> tx = optalr.two_stage(optax.adam(0.1), optax.sgd(0.5), optalr.switch_at(0))
       >>> params = jnp.ones(1000)

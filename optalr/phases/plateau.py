@@ -66,7 +66,7 @@ def switch_on_plateau(
 
     Cost: a few scalar operations a step.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optalr
       >>> schedule = optalr.switch_on_plateau(patience=2)
       >>> state, phases = schedule.init(), []

@@ -116,7 +116,7 @@ def phase_schedule(schedule: Any) -> PhaseSchedule:
 
     Cost: a few scalar operations a step.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optalr
       >>> back_and_forth = optalr.phase_schedule(lambda step: (step // 10) % 2)
       >>> state = back_and_forth.init()
@@ -155,7 +155,7 @@ def switch_at(step: int) -> PhaseSchedule:
 
     Cost: a few scalar operations a step.
 
-    Example:
+    Examples:
       >>> import optalr
       >>> schedule = optalr.switch_at(2)
       >>> state, phases = schedule.init(), []
@@ -196,7 +196,7 @@ def blend_between(
 
     Cost: both stages are run between ``start`` and ``end``.
 
-    Example:
+    Examples:
       >>> import optalr
       >>> schedule = optalr.blend_between(1, 5)
       >>> state, phases = schedule.init(), []

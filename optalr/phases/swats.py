@@ -77,7 +77,7 @@ def swats(
     Cost: Adam's and two inner products; after the switch that of SGD with momentum. Memory: two
       copies of the parameters in float32.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> tx = optalr.swats(0.1)
       >>> params = jnp.array([3.0, 4.0])

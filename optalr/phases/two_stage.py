@@ -88,7 +88,7 @@ def two_stage(
       (``jax.jit(step, donate_argnums=...)``): the state that rests is then left where it is, and
       otherwise copied. The update cannot be differentiated in reverse mode.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> tx = optalr.two_stage(optax.adam(0.1), optax.sgd(0.5), optalr.switch_at(1))
       >>> params = {"w": jnp.array([1.0, -2.0])}

@@ -38,7 +38,7 @@ def hessian_product(loss_fn: Callable[[Any], jax.Array], params: Any) -> Partial
       A ``jax.tree_util.Partial``; its argument and its value have the structure, shapes and dtypes
       of ``params`` (the argument is cast to them).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> product = hessian_product(lambda w: w["a"] ** 2 * w["b"], {"a": 1.0, "b": 3.0})
       >>> hv = product({"a": 1.0, "b": 0.0})
@@ -79,7 +79,7 @@ def gauss_newton_product(
       One forward pass, one pass of the linearized model and one of its transpose. Under ``jit`` the
       forward pass is shared with the gradient at the same point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> X = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> squared = lambda z: 0.5 * jnp.sum(z**2)

@@ -86,7 +86,7 @@ def value_grad_and_extras(
       with ``every`` and ``max_positions``. Under ``jit``, with ``signals=False`` nothing is added;
       with a traced flag that is off, only the passing of the flag.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> loss_fn = lambda params, x, y: jnp.mean((x @ params["w"] - y) ** 2)
       >>> evaluate = value_grad_and_extras(loss_fn)

@@ -37,7 +37,7 @@ def curvature_products(loss_fn: Callable[..., Any], params: Any, *args: Any) -> 
       A dict of ``jax.tree_util.Partial``s ``v -> A v`` under ``"hessian"`` and
       ``"gauss_newton"``, to be merged into ``extras``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
       >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
@@ -82,7 +82,7 @@ def full_batch(
     Cost: one forward pass more for each product than with ``value_grad_and_extras``, because what
       a chunk computed is not kept.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
       >>> x = jnp.arange(10.0).reshape(5, 2)

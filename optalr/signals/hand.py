@@ -59,7 +59,7 @@ def tap_layer(
     Cost:
       Nothing by itself; while signals are captured, what any layer of these sizes costs.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import optalr
       >>> def loss_fn(params, x):

@@ -149,7 +149,7 @@ def lipschitz_rate(
 
     Cost: one pass over the arrays.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optalr
       >>> found = optalr.lipschitz_rate("binary_cross_entropy", jnp.ones((8, 2)))
       >>> float(found.activation_norm), float(found.learning_rate)  # K_z = 4, η = 2m / K_z

@@ -37,7 +37,7 @@ def kronecker_preconditioner(
 
     Cost: two eigendecompositions a layer to build, four matrix products a layer to apply.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optalr
       >>> loss_fn = lambda w, x: 0.5 * jnp.mean(jnp.sum((x @ w - 1.0) ** 2, 1))
       >>> w, x = jnp.zeros((2, 1)), jnp.array([[1.0, 0.0], [0.0, 0.1]])

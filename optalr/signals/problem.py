@@ -47,7 +47,7 @@ def composite_loss(
     Returns:
       A callable loss, ``loss(params, *args)``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss = composite_loss(lambda w, x, y: x @ w, lambda z, x, y: jnp.mean((z - y) ** 2))
       >>> float(loss(jnp.zeros((2, 1)), jnp.ones((3, 2)), jnp.ones((3, 1))))

@@ -45,7 +45,7 @@ class ExactDerivatives:
 
     Cost: five products a layer (three for f' alone) and the memory of a forward pass.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optalr
       >>> ray = lambda eta: (1 - 3 * eta) ** 2
       >>> [float(x) for x in optalr.ExactDerivatives().measure(ray, jnp.zeros(()))]

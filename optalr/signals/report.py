@@ -32,7 +32,7 @@ def coverage(
     Raises:
       ValueError: ``strict`` and a leaf falls back; the message lists each with its reason.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> loss_fn = lambda params, x: jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]))
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}

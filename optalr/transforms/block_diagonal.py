@@ -70,7 +70,7 @@ def scale_by_block_diagonal(
 
     Cost: a leaf of k numbers ``4k²`` flops an update, some ``20 k³`` a refresh; ``2k²`` numbers.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from optalr.transforms.block_diagonal import scale_by_block_diagonal
       >>> tx = scale_by_block_diagonal(decay=0.0, damping=0.0)

@@ -87,7 +87,7 @@ def scale_by_full_matrix(
     Cost: ``4P²`` flops an update and some ``20 P³`` a refresh, ``2P²`` numbers. With a window
     ``6rP`` flops and ``20 r³`` an update, ``rP + r²`` numbers.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from optalr.transforms.full_matrix import scale_by_full_matrix
       >>> tx = scale_by_full_matrix(decay=None, damping=1e-6, window=3)

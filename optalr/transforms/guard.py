@@ -39,7 +39,7 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
     Cost: that of ``inner`` and one pass over the gradient; its state is in float32.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> tx = optalr.guard(optax.adam(0.1))
       >>> params = jnp.ones(2, jnp.bfloat16)

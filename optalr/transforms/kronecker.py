@@ -128,7 +128,7 @@ def scale_by_kronecker(
     additions; a refresh some ``20(m³ + n³)`` flops by eigendecomposition, equal sizes batched.
     Memory ``2(m² + n²)`` numbers a kernel.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
       >>> options = KroneckerOptions(warmup=0, min_batches=1, max_update=None)

@@ -127,7 +127,7 @@ def scale_by_krylov_flow(
       products a layer where the gradient takes three) or about two gradients (type H). Memory: some
       ten times the parameters, and one linearization, whatever ``num_steps`` is.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> X, y = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([5.0, 6.0])
       >>> loss = optalr.composite_loss(lambda w: X @ w, lambda z: 0.5 * jnp.sum((z - y) ** 2))

@@ -157,7 +157,7 @@ def scale_by_learned_rate(
     Cost: with exact derivatives of order 2 five products a layer, 5/3 of a gradient (2/3 to 1 with
       order 1); five forward passes with finite differences. No memory beyond a forward pass.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
       >>> loss = lambda w: 0.5 * (w[0] ** 2 + 4 * w[1] ** 2)
       >>> tx = optalr.scale_by_learned_rate(0.01)

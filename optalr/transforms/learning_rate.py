@@ -44,7 +44,7 @@ def scale_by_recorded_rate(
 
     Cost: one multiplication an element.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> rate = optalr.scale_by_recorded_rate(lambda step: 0.5 / (1 + step))
       >>> tx = optax.chain(optax.trace(0.9), rate)

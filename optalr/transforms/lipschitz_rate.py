@@ -160,7 +160,7 @@ def scale_by_lipschitz_rate(
     Cost: a trace of the last layer's captured input moment; with weight decay one pass over the
       parameters for every new rate. No second forward pass.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
       >>> x, y = jnp.eye(4), jnp.array([0, 1, 2, 0])
       >>> cross_entropy = optax.softmax_cross_entropy_with_integer_labels

@@ -54,7 +54,7 @@ def scale_by_local_gains(
 
     Cost: a few operations a weight. Memory: five bytes a weight.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> tx = optax.chain(optalr.scale_by_local_gains(0.5), optax.sgd(1.0))
       >>> params = jnp.zeros(2)

@@ -52,7 +52,7 @@ def accelerate_by_nesterov_flow(
 
     Cost: two multiply-adds an element; memory of the parameters once.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> tx = accelerate_by_nesterov_flow(3.0)
       >>> w = jnp.zeros(1)
