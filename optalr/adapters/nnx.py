@@ -36,7 +36,9 @@ def value_grad_and_extras(
     Cost: that of ``optalr.value_grad_and_extras``; the loss is traced at each call, so put the
       call into ``nnx.jit``.
 
-    Example: see ``Optimizer``.
+    Examples:
+      See ``Optimizer``.
+
     """
 
     def evaluate(model: Any, *args: Any, signals: Any = True, **more: Any) -> Any:

@@ -89,7 +89,9 @@ def lipschitz_constant(
 
     Cost: a few scalar operations.
 
-    Example: the paper's own numbers (CIFAR-10, batches of 128, λ = 1e-3).
+    Examples:
+      The paper's own numbers (CIFAR-10, batches of 128, λ = 1e-3).
+
       >>> import optalr
       >>> L = optalr.lipschitz_constant("softmax_cross_entropy", 206.695, 128, num_classes=10,
       ...                               weight_norm=43.257, weight_decay=1e-3)
