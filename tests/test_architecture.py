@@ -10,7 +10,8 @@ import optalr
 
 PACKAGE = pathlib.Path(optalr.__file__).parent
 # A room may import itself and every room named after it on this list.
-ORDER = ["experiments", "adapters", "recipes", "diagnostics", "geometry", "phases", "transforms",
+ORDER = ["experiments", "adapters", "rate_suggestion", "monitoring", "recipes", "diagnostics",
+         "geometry", "phases", "transforms", "resuming", "schedules", "decay_profiles",
          "states", "signals", "linalg", "arguments"]  # fmt: skip
 CORE_ALLOWED = {"jax", "numpy", "optax", "optalr", "jaxlib"}
 STANDARD = frozenset(sys.stdlib_module_names)
