@@ -149,8 +149,8 @@ class Layer(nnx.Module):
 
 
 def test_layers_stacked_by_nnx_vmap_and_run_by_nnx_scan():
-    make = nnx.vmap(Layer, in_axes=0, out_axes=0)
-    model = make(nnx.Rngs(0).split(3))
+    make = nnx.split_rngs(splits=3)(nnx.vmap(Layer, in_axes=0, out_axes=0))
+    model = make(nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     x, y = jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 4
 
