@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 
 from optalr.arguments import check_count, check_interval
 from optalr.diagnostics import metrics, wants_signals
 from optalr.recipes import learned_rate_sgd
 from optalr.signals import value_grad_and_extras
 
+_PROBE = "suggestion_value_fn"
 STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -25,13 +27,15 @@ class RateSuggestion:
     Attributes:
       rate: the rate suggested: the geometric mean of ``settled`` over the runs that count. NaN
         where the runs do not agree.
-      low: 10th percentile of these runs' rates in their last half.
+      low: 10th percentile of these runs' rates while they settle.
       high: 90th percentile.
       agreed: whether at least two runs count and their settled rates are within ``tolerance``.
       tolerance: the factor within which settled rates agree.
       starts: ``(S,)`` the rates started from.
-      settled: ``(S,)`` the median rate over the last half of each run.
-      counted: ``(S,)`` bool, whether a run lowered its loss; a diverged one does not count.
+      settled: ``(S,)`` the median rate of each run, over the second half of the steps in which its
+        loss makes 95 % of its decrease.
+      counted: ``(S,)`` bool, whether a run trained: it lowered its loss at least half as much as
+        the best run did. The others (diverged, stuck) do not count.
       rates: ``(S, T)`` the rate at every step.
       losses: ``(S, T)`` the training loss at every step.
     """
@@ -60,7 +64,7 @@ class RateSuggestion:
     @property
     def verdict(self) -> str:
         """The suggestion in a sentence."""
-        spread = f"rates of the last half of the steps: {self.low:.2g} to {self.high:.2g}"
+        spread = f"80 % of single rates: {self.low:.2g} to {self.high:.2g}"
         if self.agreed:
             return f"suggested learning rate: {self.rate:.2g} ({spread})"
         settled = self.settled[self.counted]
@@ -88,7 +92,8 @@ class RateSuggestion:
             axes = Figure(figsize=(7, 4), layout="constrained").subplots()
         for start, rates, counted in zip(self.starts, self.rates, self.counted, strict=True):
             style = "-" if counted else ":"
-            axes.plot(np.where(rates > 0, rates, np.nan), style, label=f"from {start:.2g}", lw=1)
+            curve = np.concatenate([[start], np.where(rates > 0, rates, np.nan)])
+            axes.plot(np.arange(len(curve)), curve, style, label=f"from {start:.2g}", lw=1)
         if math.isfinite(self.low) and math.isfinite(self.high):
             axes.axhspan(self.low, self.high, color="gray", alpha=0.2, label="10 % to 90 %")
         if self.agreed:
@@ -108,6 +113,7 @@ def suggest_learning_rate(
     starts: Sequence[float] = STARTS,
     num_steps: int = 200,
     tolerance: float = 2.0,
+    fresh_probe: bool = True,
     has_aux: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> RateSuggestion:
@@ -126,8 +132,11 @@ def suggest_learning_rate(
       starts: initial rates, each > 0, at least two.
       num_steps: steps of each run, >= 4.
       tolerance: > 1, the factor within which the settled rates count as agreed.
+      fresh_probe: whether the loss along each step is that of the next batch, not of the batch the
+        step was taken on. A rate fitted to the batch of its own gradient is too large for others,
+        the more so the smaller the batches are, until training breaks down.
       has_aux: whether ``loss_fn`` returns aux, which is dropped.
-      options: further arguments of ``learned_rate_sgd``.
+      options: further arguments of ``learned_rate_sgd``; ``lag`` is False unless set.
 
     Returns:
       ``RateSuggestion``; ``print`` shows a table, ``.plot()`` a picture.
@@ -159,11 +168,18 @@ def suggest_learning_rate(
     check_interval("tolerance", tolerance, 1.0, open_low=True)
     batch_at = _indexed(batches)
     evaluate = value_grad_and_extras(loss_fn, has_aux=has_aux)
-    optimizers = [learned_rate_sgd(start, **(options or {})) for start in starts]
+    # Without the lag no step is taken with a rate that suited another direction.
+    options = {"probe": _PROBE, "lag": False, **(options or {})}
+    optimizers = [learned_rate_sgd(start, **options) for start in starts]
+
+    def probe(args: tuple[Any, ...], params: Any) -> jax.Array:
+        value = loss_fn(params, *args)
+        return value[0] if has_aux else value
 
     @jax.jit
-    def step(params: Any, state: Any, args: tuple[Any, ...]) -> Any:
+    def step(params: Any, state: Any, args: tuple[Any, ...], following: tuple[Any, ...]) -> Any:
         value, grads, extras = evaluate(params, *args, signals=wants_signals(state))
+        extras[_PROBE] = Partial(probe, following) if fresh_probe else extras["value_fn"]
         updates, state = optimizers[0].update(grads, state, params, **extras)
         value = value[0] if has_aux else value
         rate = metrics(state)["learning_rate"]
@@ -173,7 +189,7 @@ def suggest_learning_rate(
     for optimizer in optimizers:  # they differ in their first state only
         current, state, trace = params, optimizer.init(params), []
         for i in range(num_steps):
-            current, state, measured = step(current, state, batch_at(i))
+            current, state, measured = step(current, state, batch_at(i), batch_at(i + 1))
             trace.append(measured)
         traces.append(jax.device_get(trace))
     losses, rates = np.moveaxis(np.asarray(traces, np.float64), -1, 0)
@@ -202,16 +218,33 @@ def _tail(values: np.ndarray) -> np.ndarray:
     return values[:, values.shape[1] // 2 :]
 
 
+def _descent(losses: np.ndarray) -> slice:
+    """Return the second half of the steps in which one run's loss falls.
+
+    They end where a moving average has made 95 % of the decrease: at a minimum every rate is as bad
+    as any other, and what the learned rate does there says nothing.
+    """
+    width = min(5, len(losses))
+    smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
+    last = losses[len(losses) // 2 :].mean()
+    below = smooth <= last + 0.05 * (losses[0] - last)
+    end = int(np.argmax(below)) + width if below.any() else len(losses)
+    end = min(max(end, width), len(losses))
+    return slice(end // 2, end)
+
+
 def _summarize(
     starts: np.ndarray, rates: np.ndarray, losses: np.ndarray, tolerance: float
 ) -> RateSuggestion:
-    tail = _tail(rates)
-    settled = np.median(tail, axis=1)
-    counted = (_tail(losses).mean(axis=1) < losses[:, 0]) & (settled > 0)
+    parts = [run[_descent(trace)] for run, trace in zip(rates, losses, strict=True)]
+    settled = np.array([np.median(part) for part in parts])
+    decrease = np.nan_to_num(losses[:, 0] - _tail(losses).mean(axis=1), nan=0.0, neginf=0.0)
+    counted = (decrease > 0) & (decrease >= 0.5 * decrease.max()) & (settled > 0)
     agreed, rate, low, high = False, math.nan, math.nan, math.nan
     if counted.any():
         chosen = settled[counted]
-        low, high = (float(x) for x in np.quantile(tail[counted], (0.1, 0.9)))
+        pooled = np.concatenate([part for part, c in zip(parts, counted, strict=True) if c])
+        low, high = (float(x) for x in np.quantile(pooled, (0.1, 0.9)))
         agreed = bool(counted.sum() >= 2 and chosen.max() <= tolerance * chosen.min())
         rate = float(np.exp(np.mean(np.log(chosen)))) if agreed else math.nan
     return RateSuggestion(

@@ -14,6 +14,7 @@ from optalr.experiments.models import Model
 from optalr.experiments.problem import Problem
 
 EVALUATION_BATCH = 512
+PROBE_BATCH = 256
 # The loop counts its own steps, and the bytes of a state do not change.
 _NOT_LOGGED = ("step", "state_bytes", "loss")
 
@@ -52,13 +53,26 @@ def make_step(
     tx: optax.GradientTransformationExtraArgs,
     problem: Problem,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    validation: Split | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Return ``step(state, key, x, y, validation_value) -> (state, measured)``.
 
     ``key`` is the run's; the step's own follows from it and the step's number, so that a resumed
-    run draws what the first would have drawn.
+    run draws what the first would have drawn. Where there are ``validation`` examples, methods may
+    probe the loss of a random batch of them, the extra ``validation_value_fn``.
     """
     evaluate = optalr.value_grad_and_extras(loss_fn, has_aux=True)
+
+    def probe(validation, state, key):
+        """Return the loss of a random validation batch, as a function of the parameters."""
+        size = min(PROBE_BATCH, len(validation))
+        chosen = jax.random.choice(key, len(validation), (size,), replace=False)
+        batch = jnp.asarray(validation.x)[chosen], jnp.asarray(validation.y)[chosen]
+
+        def value(args, params):
+            return loss_fn(params, *args)[0]
+
+        return jax.tree_util.Partial(value, (*batch, state.model_state, key))
 
     def step(state, key, x, y, validation_value):
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -72,6 +86,8 @@ def make_step(
             dropout_key,
             signals=optalr.wants_signals(state.opt_state),
         )
+        if validation is not None and len(validation):
+            extras["validation_value_fn"] = probe(validation, state, dropout_key)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, **extras, validation_value=validation_value
         )

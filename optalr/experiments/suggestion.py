@@ -43,7 +43,7 @@ def suggest_for(
     chosen = np.concatenate(
         [
             order.permutation(len(dataset.train))[: per_epoch * size].reshape(per_epoch, size)
-            for _ in range(-(-num_steps // per_epoch))
+            for _ in range(-(-(num_steps + 1) // per_epoch))
         ]
     )
 

@@ -69,7 +69,14 @@ class Trainer:
         self._check_validation()
         self.scans = self._choose_loop()
         self.augment = self._augmentation()
-        self.step = make_step(self.loss_fn, self.tx, self.problem, self.augment)
+        probes = "validation_value_fn" in config.method.options.values()
+        self.step = make_step(
+            self.loss_fn,
+            self.tx,
+            self.problem,
+            self.augment,
+            validation=self.dataset.validation if probes else None,
+        )
         self.evaluation = make_evaluation(self.model, self.problem, self.dataset)
         self._init = jax.jit(self._first_state)
         self.compile_seconds = 0.0

@@ -184,3 +184,11 @@ def test_suggest_rate(configs, capsys):
     assert "suggest" in shown
     assert Path("runs/rate-small-sgd.png").exists()
     assert "starts" in _fails(capsys, *arguments, "--starts", "0.1")
+
+
+def test_a_method_may_probe_the_validation_examples(configs, capsys):
+    text = SMALL.format(name="learned_rate_sgd").replace("learning_rate = 3e-3", "")
+    extra = 'initial_rate = 0.01\nprobe = "validation_value_fn"\n[train]'
+    (configs / "probing.toml").write_text(text.replace("[train]", extra))
+    cli.main(["run", str(configs / "probing.toml")])
+    assert "accuracy" in capsys.readouterr().out

@@ -43,13 +43,14 @@ _BOSTON_NOTE = (
 )
 
 
-def boston(drop_b: bool = False) -> Raw:
+def boston(drop_b: bool = False, raw: bool = False) -> Raw:
     """Load the 506 districts of Boston Housing with 13 columns that ship with mlxtend.
 
     The target is the median value in thousands of dollars.
 
     Args:
       drop_b: leave out column B, whose construction is unethical.
+      raw: leave the features as they are, for experiments with badly scaled problems.
     """
     from mlxtend.data import boston_housing_data
 
@@ -58,7 +59,8 @@ def boston(drop_b: bool = False) -> Raw:
     if drop_b:
         x = np.delete(x, 11, axis=1)
     target = np.asarray(y, np.float32)[:, None]
-    return Raw(Split(x, target), None, "regression", 1, "feature", "" if drop_b else _BOSTON_NOTE)
+    scaling = "none" if raw else "feature"
+    return Raw(Split(x, target), None, "regression", 1, scaling, "" if drop_b else _BOSTON_NOTE)
 
 
 def mnist_5k() -> Raw:
