@@ -26,7 +26,7 @@ def test_starts_agree_on_the_rate_of_a_regression():
     found = optalr.suggest_learning_rate(loss_fn, w, batches, num_steps=40)
     assert found.agreed
     spectra = [np.linalg.eigvalsh(x.T @ x / len(x)) for x, _ in batches]
-    # On a step's own batch every rate is the inverse of a Rayleigh quotient of that batch's Hessian.
+    # On a step's own batch every rate is the inverse of a Rayleigh quotient of its Hessian.
     # On the next batch it is gᵀg'/gᵀH'g, to which that bound does not apply.
     own = optalr.suggest_learning_rate(loss_fn, w, batches, num_steps=40, fresh_probe=False)
     largest, smallest = max(e[-1] for e in spectra), min(e[0] for e in spectra)
