@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg import _spd
+from optalr.linalg import _spd, lapack
 
 
 class MethodResult(NamedTuple):
@@ -47,7 +47,7 @@ def root_from_eigenbasis(
 
 def eigh_root(matrix: jax.Array, p: Any, *, keep_basis: bool = False) -> MethodResult:
     """Return the inverse p-th root of a normalized stack by a full eigendecomposition."""
-    values, vectors = eigh(matrix)
+    values, vectors = lapack.eigh(matrix)
     result = root_from_eigenbasis(matrix, values, vectors, p)
     return result._replace(basis=vectors) if keep_basis else result
 
@@ -63,10 +63,4 @@ def orthogonal_step(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
     """Return ``qr(A Q)`` with the columns of Q sorted by falling ``diag(QᵀAQ)``."""
     image = _spd.matmul(matrix, vectors)
     order = jnp.argsort(-jnp.sum(vectors * image, -2), axis=-1)
-    return jnp.linalg.qr(jnp.take_along_axis(image, order[..., None, :], -1))[0]
-
-
-def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return eigenvalues, ascending, and eigenvectors of exactly symmetric matrices."""
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    return values, vectors
+    return lapack.orthonormal(jnp.take_along_axis(image, order[..., None, :], -1))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg import _polynomials, _spd
+from optalr.linalg import _polynomials, _spd, lapack
 from optalr.linalg._eigh import MethodResult
 from optalr.linalg._newton import (
     condition_estimate,
@@ -37,12 +37,12 @@ def cholesky_polar_root(matrix: jax.Array, p: int) -> MethodResult:
         current = 0.5 * (current + _spd.transpose(current))
         num_steps, remaining = num_steps + steps, remaining // 2
     if remaining == 1:
-        lower = jnp.linalg.cholesky(current, symmetrize_input=False)
-        inverse = _solve_right(lower, _spd.identity_like(lower))
+        lower = lapack.cholesky(current)
+        inverse = lapack.solve_lower_right(lower, _spd.identity_like(lower))
         root = _spd.matmul(_spd.transpose(inverse), inverse)
     else:
         lower, orthogonal, steps = _cholesky_and_polar(current)
-        root = _solve_right(lower, orthogonal)
+        root = lapack.solve_lower_right(lower, orthogonal)
         root = 0.5 * (root + _spd.transpose(root))
         num_steps = num_steps + steps
     residual = _spd.root_residual(matrix, root, p)
@@ -51,13 +51,8 @@ def cholesky_polar_root(matrix: jax.Array, p: int) -> MethodResult:
 
 def _cholesky_and_polar(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return L, its orthogonal factor and the steps taken; NaN where L does not exist."""
-    lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
+    lower = lapack.cholesky(matrix)
     return lower, *polar_factor(lower, largest_eigenvalue_bound(matrix))
-
-
-def _solve_right(lower: jax.Array, right: jax.Array) -> jax.Array:
-    """Return ``right · lower^{-1}``."""
-    return jax.lax.linalg.triangular_solve(lower, right, left_side=False, lower=True)
 
 
 class _Loop(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg import _spd
-from optalr.linalg._eigh import eigh, orthogonal_step
+from optalr.linalg import _spd, lapack
+from optalr.linalg._eigh import orthogonal_step
 
 
 class EigenBasis(NamedTuple):
@@ -48,7 +48,7 @@ def eigenbasis(matrix: Any) -> EigenBasis:
     """
     matrix = _spd.as_square_stack("matrix", matrix)
     normalized = _spd.normalize(matrix, jnp.zeros(matrix.shape[:-2], matrix.dtype))
-    values, vectors = eigh(normalized.matrix)
+    values, vectors = lapack.eigh(normalized.matrix)
     image = _spd.matmul(normalized.matrix, vectors)
     return _judge(normalized, image, vectors, values)
 

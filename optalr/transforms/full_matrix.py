@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count
+from optalr.linalg import lapack
 from optalr.states import count_up
 from optalr.transforms import _dense_moments as dense
 
@@ -255,7 +256,7 @@ def _coefficients(
 ) -> tuple[jax.Array, jax.Array]:
     """Return what of g itself, and what of each kept gradient, makes up ``(F + λI)^p g``."""
     weighted = gram * scales[:, None] * scales[None, :]
-    values, vectors = jnp.linalg.eigh(weighted)
+    values, vectors = lapack.eigh(weighted)
     values = jnp.maximum(values, 0)
     rank = jnp.maximum(1, jnp.sum(scales > 0)).astype(jnp.float32)
     added = rule.added(jnp.sum(values) / rank)

@@ -34,9 +34,9 @@ def test_equal_sizes_are_one_call():
     group = [jnp.asarray(random_spd(i, 5)) for i in range(4)]
     one = str(jax.make_jaxpr(lambda m: inverse_roots([m], method="eigh"))(group[0]))
     four = str(jax.make_jaxpr(lambda *m: inverse_roots(m, method="eigh"))(*group))
-    assert four.count("= eigh[") == one.count("= eigh[") == 1
+    assert four.count("= eigh[") == one.count("= eigh[") > 0
     padded = jax.make_jaxpr(lambda *m: inverse_roots(m, method="eigh", padding=0.25))
-    assert str(padded(jnp.eye(5), jnp.eye(4))).count("= eigh[") == 1
+    assert str(padded(jnp.eye(5), jnp.eye(4))).count("= eigh[") == one.count("= eigh[")
 
 
 def test_a_bad_matrix_does_not_spoil_its_group():
