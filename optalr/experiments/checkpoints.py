@@ -50,6 +50,11 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
+    def meta(self, step: int) -> dict[str, Any]:
+        """Return the dict saved at ``step``."""
+        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        return {key: value for key, value in meta.items() if key != _SHAPES}
+
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Return the pytree saved at ``step``, in the structure of ``like``, and the dict.
 

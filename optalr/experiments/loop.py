@@ -11,6 +11,7 @@ import numpy as np
 
 import optalr
 from optalr.experiments.checkpoints import Checkpoints
+from optalr.experiments.config import Config, to_table
 from optalr.experiments.divergence import diagnose
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.record import EVALUATIONS, METRICS, RunFolder
@@ -75,6 +76,10 @@ class _Run:
         state = self.trainer.init(self.seed)
         latest = self.checkpoints.latest()
         if latest is not None:
+            # Before the state is read, which a change of the config may have made unreadable.
+            saved = self.checkpoints.meta(latest).get("configuration")
+            if saved is not None:
+                optalr.warn_if_changed(saved, _configuration(self.trainer.config))
             state, meta = self.checkpoints.restore(latest, state)
             self.seconds = meta["seconds"]
         step = int(state.step)
@@ -117,7 +122,9 @@ class _Run:
             if not bool(_all_finite(state.params)):
                 self._diverged(step)
             self.folder.sync()
-            self.checkpoints.save(step, state, {"seconds": self.seconds})
+            settings = _configuration(self.trainer.config)
+            meta = {"seconds": self.seconds, "configuration": settings}
+            self.checkpoints.save(step, state, meta)
             self.saved_at = time.monotonic()
 
     def _evaluate_if_due(self, state: TrainState) -> None:
@@ -190,6 +197,14 @@ def resume(path: Any) -> tuple[Trainer, RunFolder]:
             "longer, run its config.toml with --set train.epochs=..."
         )
     return Trainer(folder.config()), folder
+
+
+def _configuration(config: Config) -> dict[str, str]:
+    """Describe what decides the course of a run, its seed (each run folder's own) excepted."""
+    table = to_table(config)
+    decisive = {key: table[key] for key in ("data", "model", "method", "schedule", "phase")}
+    train = {key: value for key, value in table["train"].items() if key != "seed"}
+    return optalr.configuration(**decisive, train=train)
 
 
 @jax.jit

@@ -19,6 +19,7 @@ from optalr.experiments.loop import resume, train
 from optalr.experiments.plots import plot_run
 from optalr.experiments.record import EVALUATIONS, METRICS, RunFolder, free_path
 from optalr.experiments.trainer import Trainer
+from optalr.resuming import ConfigurationChangedWarning
 
 SMALL = {
     "data": {"limit": 320},
@@ -160,8 +161,24 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
     (copy / "result.json").unlink()
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("hidden = [16]", "hidden = [8]"))
-    with pytest.raises(ExperimentError, match="does not fit this run"):
+    with (
+        pytest.warns(ConfigurationChangedWarning, match=r"model\.hidden\.0: 16 -> 8"),
+        pytest.raises(ExperimentError, match="does not fit this run"),
+    ):
         train(*resume(copy))
+
+
+def test_resuming_with_another_setting_warns_and_names_it(finished, tmp_path):
+    _, folder, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder.path, copy)
+    (copy / "result.json").unlink()
+    text = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(text.replace("epochs = 4", "epochs = 5"))
+    with pytest.warns(ConfigurationChangedWarning) as caught:
+        result = train(*resume(copy))
+    assert [str(w.message).split(": ", 1)[1] for w in caught] == ["train.epochs: 4 -> 5"]
+    assert result["steps"] == 25
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
