@@ -141,6 +141,42 @@ def suggest_rate(
     )
 
 
+def theory(
+    config: _Path,
+    /,
+    batches: int = 200,
+    damping: float = 1e-3,
+    seed: int | None = None,
+    out: Path | None = None,
+    budget: float = 1.0,
+    set_: Set = (),
+) -> None:
+    """Train, then draw the noise of directions (theorem 2) and the spectra of the factors.
+
+    Compares the covariance of the gradient over minibatches with that of the diagonally and the
+    Kronecker preconditioned gradient, at the end of training.
+
+    Args:
+      config: a TOML file of tso_alra, for example configs/digits/tso_alra.toml.
+      batches: minibatches for the covariance.
+      damping: of the roots, relative to the mean eigenvalue.
+      seed: overrides train.seed.
+      out: the folder; by default runs/theory-PROBLEM-METHOD.
+      budget: part of the config's work to do, as in `optalr run`.
+      set_: overrides, for example train.epochs=5.
+    """
+    from optalr.experiments import commands
+
+    commands.examine_theory(
+        config,
+        num_batches=batches,
+        damping=damping,
+        out=out,
+        budget=budget,
+        overrides=_overrides(set_, seed),
+    )
+
+
 def plot(folder: _Path, /) -> None:
     """Draw the curves of a run again.
 
@@ -178,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compare": compare,
         "tune": tune,
         "suggest-rate": suggest_rate,
+        "theory": theory,
         "resume": resume,
         "plot": plot,
         "export": export,

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from optalr.experiments import compare, methods, tune
+from optalr.experiments import compare, methods, theory, tune
 from optalr.experiments.budget import scale_to_budget
 from optalr.experiments.config import Config, load_config, override, to_table, to_toml
 from optalr.experiments.console import console, print_table, progress
@@ -117,6 +117,29 @@ def suggest_rate(
     axes.set_title(f"{config.model.name} on {config.data.name}, batch {config.train.batch_size}")
     axes.figure.savefig(out, dpi=110)
     console.print(f"picture: {out}", soft_wrap=True)
+
+
+def examine_theory(
+    config_path: Path,
+    *,
+    num_batches: int,
+    damping: float,
+    out: Path | None = None,
+    budget: float = 1.0,
+    overrides: tuple[str, ...] = (),
+) -> None:
+    """Train as a config says and draw what the paper's theorem 2 is about."""
+    config = scale_to_budget(load_config(config_path, overrides), budget)
+    if out is None:
+        out = RUNS / f"theory-{config_path.resolve().parent.name}-{config_path.stem}"
+    found = theory.examine(Trainer(config), num_batches=num_batches, damping=damping)
+    written = theory.write(found, out)
+    print_table(
+        f"Covariance over {num_batches} batches, {found.num_weights} weights",
+        ("direction", "effective rank", "largest / median", "share of the largest tenth"),
+        theory.noise_rows(found.noise),
+    )
+    console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
 def plot(path: Path) -> None:
