@@ -107,8 +107,9 @@ class LeafTreatment:
       treatment: ``"kronecker"`` (captured layer), ``"bias"`` (the columns' factor of its layer) or
         ``"diagonal"`` (fallback).
       view: how the leaf is seen as a matrix, for ``"kronecker"``.
-      state_bytes: bytes of factors and roots that ``scale_by_kronecker`` keeps for the leaf.
-      reason: for a fallback, why no layer was found.
+      state_bytes: bytes that ``scale_by_kronecker`` keeps for the leaf, given the report as its
+        ``layout`` and the same options.
+      reason: why no layer was found, or why a factor is not kept whole; empty otherwise.
     """
 
     path: str

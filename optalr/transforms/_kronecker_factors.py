@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from optalr.signals.moments import LayerMoments
-from optalr.transforms._kronecker_plan import LeafPlan, Side, Source
+from optalr.signals.storage import Side
+from optalr.transforms._kronecker_plan import LeafPlan, Source
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -29,7 +30,7 @@ def identity(side: Side, stack: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def _padding(side: Side) -> int:
-    return side.num_blocks * side.block - side.size if side.form == "blocks" else 0
+    return side.padded_size - side.size if side.form == "blocks" else 0
 
 
 def pad(plan: LeafPlan, matrix: jax.Array) -> jax.Array:

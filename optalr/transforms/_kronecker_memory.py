@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optalr.signals.storage import FactorStorage
 from optalr.transforms import _kronecker_factors as factors
 from optalr.transforms._kronecker_plan import LeafPlan, Source
 
@@ -23,6 +24,8 @@ class Memory(NamedTuple):
     row_eigenvalues: Leaves
     col_eigenvalues: Leaves
     second_moments: Leaves
+    row_bases: Leaves
+    col_bases: Leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Setup:
         return [i for i, plan in enumerate(self.plans) if plan.treatment == "kronecker"]
 
 
-def init_memory(plans: Sequence[LeafPlan], dtypes: Sequence[Any], spectrum: str) -> Memory:
+def init_memory(plans: Sequence[LeafPlan], dtypes: Sequence[Any], storage: FactorStorage) -> Memory:
     """Return empty factors, and roots that change nothing."""
     memory = Memory(*([None] * len(plans) for _ in Memory._fields))
     for i, (plan, dtype) in enumerate(zip(plans, dtypes, strict=True)):
@@ -64,12 +67,17 @@ def init_memory(plans: Sequence[LeafPlan], dtypes: Sequence[Any], spectrum: str)
         memory.row_roots[i], memory.col_roots[i] = (
             factors.identity(side, stack, dtype) for side in plan.sides
         )
-        if spectrum != "factored":
-            sizes = [side.num_blocks * side.block for side in plan.sides]
+        if storage.keeps_bases:
+            memory.row_bases[i], memory.col_bases[i] = (
+                None if side.form == "diagonal" else factors.identity(side, stack, dtype)
+                for side in plan.sides
+            )
+        if storage.spectrum != "factored":
+            sizes = [side.padded_size for side in plan.sides]
             memory.row_eigenvalues[i], memory.col_eigenvalues[i] = (
                 jnp.ones((*stack, size), dtype) for size in sizes
             )
-        if spectrum == "measured":
+        if storage.spectrum == "measured":
             memory.second_moments[i] = jnp.ones((*stack, *sizes), dtype)
     return memory
 

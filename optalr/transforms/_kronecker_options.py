@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_choice, check_count, check_interval
+from optalr.linalg.roots import METHODS
+from optalr.signals.storage import FactorStorage
 
 # How many measurements a refresh interval holds where signals_every is not given.
 _MEASUREMENTS_PER_ROOT = 10
@@ -16,7 +18,7 @@ _GROWTH = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class KroneckerOptions:
+class KroneckerOptions(FactorStorage):
     """Everything about ``scale_by_kronecker`` that its defaults usually settle.
 
     Attributes:
@@ -35,19 +37,17 @@ class KroneckerOptions:
       block_size: sides longer than this get block-diagonal factors of at most this size.
       max_factor_size: sides longer than this, and not blocked, keep only their factor's diagonal.
       joint_bias: treat a bias as one more row of its kernel; needs a layout.
-      root_method: ``method`` of ``optalr.linalg.inverse_root``.
+      root_method: ``method`` of ``optalr.linalg.inverse_root``. With ``"eigenbasis"`` every
+        spectrum refreshes the last basis by one QR step, and decomposes anew (all sides of that
+        size) only at the start and where the basis has fallen too far behind; a factored spectrum
+        then keeps its bases beside the roots, ``m² + n²`` numbers more a kernel.
     """
 
     warmup: float = 2.0
     min_batches: int = 10
     max_update: float | None = 0.5
     damping_form: str = "relative"
-    spectrum: str = "factored"
     graft: optax.GradientTransformation | None = None
-    block_size: int | None = None
-    max_factor_size: int = 4096
-    joint_bias: bool = False
-    root_method: str = "auto"
 
     def __post_init__(self):
         check_interval("warmup", self.warmup, 0)
@@ -56,6 +56,7 @@ class KroneckerOptions:
             check_interval("max_update", self.max_update, 0, open_low=True)
         check_choice("damping_form", self.damping_form, ("relative", "absolute", "balanced"))
         check_choice("spectrum", self.spectrum, ("factored", "exact", "measured"))
+        check_choice("root_method", self.root_method, METHODS)
         if self.spectrum != "factored" and self.damping_form == "balanced":
             raise ValueError(
                 "damping_form='balanced' splits the damping between two factors, which "

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from optalr.signals.moments import Coverage, LayerMoments, LeafView, default_view, is_moments
+from optalr.signals.storage import FactorStorage, Side
 
 # Said wherever captured signals do not fit the state.
 LAYOUT_REMEDY = (
@@ -18,33 +19,7 @@ LAYOUT_REMEDY = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """How the factor of one side of a leaf's matrix view is stored.
-
-    Attributes:
-      size: rows (or columns) of the matrix view, one more where it holds a joint bias.
-      form: ``"full"``; ``"blocks"``, a block-diagonal factor; ``"diagonal"``, its diagonal.
-      num_blocks: blocks of a ``"blocks"`` side.
-    """
-
-    size: int
-    form: str = "full"
-    num_blocks: int = 1
-
-    @property
-    def block(self) -> int:
-        """Rows of a block; the last block may be padded."""
-        return math.ceil(self.size / self.num_blocks)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the stored factor, without stack axes."""
-        if self.form == "diagonal":
-            return (self.size,)
-        if self.form == "blocks":
-            return (self.num_blocks, self.block, self.block)
-        return (self.size, self.size)
+_NO_SIDE = Side(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +42,8 @@ class LeafPlan:
     shape: tuple[int, ...]
     treatment: str
     view: LeafView | None = None
-    rows: Side = Side(0)
-    cols: Side = Side(0)
+    rows: Side = _NO_SIDE
+    cols: Side = _NO_SIDE
     partner: int | None = None
 
     @property
@@ -99,9 +74,7 @@ class LeafPlan:
 def plan_leaves(
     tree: Any,
     layout: Coverage | None,
-    *,
-    max_factor_size: int,
-    block_size: int | None,
+    storage: FactorStorage,
     bias: str,
 ) -> list[LeafPlan]:
     """Return a plan for each leaf of ``tree``, in the order of its leaves.
@@ -111,16 +84,15 @@ def plan_leaves(
     """
     leaves = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves_with_path(tree)]
     index = {path: i for i, (path, _) in enumerate(leaves)}
-    side = _SideRule(max_factor_size, block_size)
     if layout is None:
-        return [_plan_by_shape(path, shape, side) for path, shape in leaves]
-    plans = [_plan_by_layout(path, shape, layout, side) for path, shape in leaves]
+        return [_plan_by_shape(path, shape, storage) for path, shape in leaves]
+    plans = [_plan_by_layout(path, shape, layout, storage) for path, shape in leaves]
     for i, plan in enumerate(plans):
         partner = index.get(plan.view.bias) if plan.view and plan.view.bias else None
         if partner is None or bias == "own":
             continue
         if bias == "joint":
-            plans[i] = _with_joint_bias(plan, partner, side)
+            plans[i] = _with_joint_bias(plan, partner, storage)
             plans[partner] = dataclasses.replace(plans[partner], treatment="joint", partner=i)
         else:
             plans[partner] = dataclasses.replace(plans[partner], treatment="bias", partner=i)
@@ -138,29 +110,16 @@ def leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class _SideRule:
-    max_factor_size: int
-    block_size: int | None
-
-    def __call__(self, size: int) -> Side:
-        if self.block_size is not None and size > self.block_size:
-            return Side(size, "blocks", math.ceil(size / self.block_size))
-        if size > self.max_factor_size:
-            return Side(size, "diagonal")
-        return Side(size)
-
-
-def _plan_by_shape(path: str, shape: tuple[int, ...], side: _SideRule) -> LeafPlan:
+def _plan_by_shape(path: str, shape: tuple[int, ...], storage: FactorStorage) -> LeafPlan:
     view = default_view(shape)
     if view is None or math.prod(shape) == 0:
         return LeafPlan(path, shape, "diagonal")
     _, m, n = view.matrix_shape(shape)
-    return LeafPlan(path, shape, "kronecker", view, side(m), side(n))
+    return LeafPlan(path, shape, "kronecker", view, storage.side(m), storage.side(n))
 
 
 def _plan_by_layout(
-    path: str, shape: tuple[int, ...], layout: Coverage, side: _SideRule
+    path: str, shape: tuple[int, ...], layout: Coverage, storage: FactorStorage
 ) -> LeafPlan:
     try:
         leaf = layout[path]
@@ -177,16 +136,16 @@ def _plan_by_layout(
     if leaf.treatment != "kronecker" or leaf.view is None:
         return LeafPlan(path, shape, "bias" if leaf.treatment == "bias" else "diagonal")
     _, m, n = leaf.view.matrix_shape(shape)
-    return LeafPlan(path, shape, "kronecker", leaf.view, side(m), side(n))
+    return LeafPlan(path, shape, "kronecker", leaf.view, storage.side(m), storage.side(n))
 
 
-def _with_joint_bias(plan: LeafPlan, bias: int, side: _SideRule) -> LeafPlan:
+def _with_joint_bias(plan: LeafPlan, bias: int, storage: FactorStorage) -> LeafPlan:
     rows, cols = plan.rows.size, plan.cols.size
     if plan.output_side == 1:
         rows += 1
     else:
         cols += 1
-    return dataclasses.replace(plan, rows=side(rows), cols=side(cols), partner=bias)
+    return dataclasses.replace(plan, rows=storage.side(rows), cols=storage.side(cols), partner=bias)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,19 +1,24 @@
 """Taking the roots, or the eigenbases, of all Kronecker factors."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optalr.arguments import is_concrete
-from optalr.linalg import eigenbasis, inverse_root
+from optalr.linalg import EigenBasis, eigenbasis, inverse_root, refresh_eigenbasis
 from optalr.transforms import _kronecker_factors as factors
 from optalr.transforms import _kronecker_memory as store
 from optalr.transforms._kronecker_plan import LeafPlan
 
 # Of an eigendecomposition ‖AQ − QΛ‖_F/‖A‖_F must stay below this, in units of √n ε.
 _EIGH_TOLERANCE = 100.0
+# How far a refreshed basis may stay from the eigenvectors before all are computed anew: the root's
+# ‖XAX − I‖_F/√n, and ‖AQ − QΛ‖_F/‖A‖_F where the basis itself is used.
+_WARM_ROOT_TOLERANCE = 0.3
+_WARM_BASIS_TOLERANCE = 0.1
 
 
 class Outcome(NamedTuple):
@@ -21,6 +26,7 @@ class Outcome(NamedTuple):
 
     matrix: jax.Array  # (k, b, b), the root or the eigenbasis
     values: jax.Array  # (k, b), eigenvalues; of a root ones
+    basis: jax.Array | None  # (k, b, b), refreshed, where it is kept beside the root
     residual: jax.Array  # (k,)
     success: jax.Array  # (k,)
 
@@ -43,8 +49,9 @@ def refresh(
             each = pair[which].reshape(-1, side.block, side.block)
             spread = factors.expand(dampings[which], dampings[which].ndim + 1)
             copies = jnp.broadcast_to(spread, (*plan.stack, side.num_blocks))
-            requests.append(((i, which), each, copies.reshape(-1)))
-    outcomes = _by_size(requests, lambda a, d: _decompose(setup, a, d))
+            last = _last_basis(setup, memory, i, which, each.shape)
+            requests.append(((i, which), each, copies.reshape(-1), last))
+    outcomes = _by_size(requests, lambda a, d, q: _decompose(setup, a, d, q, first))
     results = list(memory)
     rooted = store.Memory(*(list(leaves) for leaves in results))
     residual, failed = jnp.float32(0), jnp.int32(0)
@@ -69,33 +76,69 @@ def _by_size(requests: list[Any], decompose: Callable[..., Outcome]) -> dict[Any
         groups.setdefault((request[1].shape[-1], request[1].dtype), []).append(request)
     outcomes = {}
     for group in groups.values():
-        matrices = jnp.concatenate([matrix for _, matrix, _ in group])
-        dampings = jnp.concatenate([damping for _, _, damping in group])
-        whole, start = decompose(matrices, dampings), 0
-        for key, matrix, _ in group:
+        # Without bases the third part is None in every request.
+        parts = [list(part) for part in zip(*(request[1:] for request in group), strict=True)]
+        joined = [None if part[0] is None else jnp.concatenate(part) for part in parts]
+        whole, start = decompose(*joined), 0
+        for key, matrix, *_ in group:
             stop = start + matrix.shape[0]
-            outcomes[key] = Outcome(*(part[start:stop] for part in whole))
+            outcomes[key] = jax.tree.map(lambda part: part[start:stop], whole)  # noqa: B023
             start = stop
     return outcomes
 
 
-def _decompose(setup: store.Setup, matrices: jax.Array, dampings: jax.Array) -> Outcome:
+def _last_basis(
+    setup: store.Setup, memory: store.Memory, i: int, which: int, shape: tuple[int, ...]
+) -> jax.Array | None:
+    """Return the basis to refresh, where bases are refreshed."""
+    if setup.root_method != "eigenbasis":
+        return None
+    beside = setup.spectrum == "factored"
+    kept = (memory.row_bases, memory.col_bases) if beside else (memory.row_roots, memory.col_roots)
+    basis = kept[which][i]
+    assert basis is not None
+    return basis.reshape(shape)
+
+
+def _decompose(
+    setup: store.Setup,
+    matrices: jax.Array,
+    dampings: jax.Array,
+    last: jax.Array | None,
+    first: jax.Array,
+) -> Outcome:
     ones = jnp.ones(matrices.shape[:-1], matrices.dtype)
     if setup.spectrum == "factored" and is_concrete(setup.exponent) and float(setup.exponent) == 0:
         eye = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
-        return Outcome(eye, ones, jnp.zeros_like(dampings), jnp.ones(dampings.shape, bool))
+        zeros = jnp.zeros_like(dampings)
+        return Outcome(eye, ones, last, zeros, jnp.ones(dampings.shape, bool))
     if setup.spectrum == "factored":
-        result = inverse_root(
-            matrices, -1 / setup.exponent, damping=dampings, method=setup.root_method
-        )
-        return Outcome(result.root, ones, result.residual, result.success)
-    basis = eigenbasis(matrices)
-    limit = _EIGH_TOLERANCE * jnp.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5
-    values = jnp.maximum(basis.values, 0)
+        take = partial(inverse_root, p=-1 / setup.exponent, damping=dampings)
+        if last is None:
+            result = take(matrices, method=setup.root_method)
+        else:
+            warm = partial(take, method="eigenbasis", basis=last, tolerance=_WARM_ROOT_TOLERANCE)
+            result = jax.lax.cond(first, partial(take, method="eigenbasis"), warm, matrices)
+        return Outcome(result.root, ones, result.basis, result.residual, result.success)
     # A factor that is zero is no failure: any basis is one of its bases.
     zero = (matrices == 0).all((-2, -1))
+    basis, limit = _bases(matrices, last, first, zero)
+    values = jnp.maximum(basis.values, 0)
     success = (basis.residual <= limit) | zero
-    return Outcome(basis.vectors, values, jnp.where(zero, 0, basis.residual), success)
+    return Outcome(basis.vectors, values, None, jnp.where(zero, 0, basis.residual), success)
+
+
+def _bases(
+    matrices: jax.Array, last: jax.Array | None, first: jax.Array, zero: jax.Array
+) -> tuple[EigenBasis, jax.Array | float]:
+    """Return eigenbases and the residual that counts as success; from ``last`` if that is near."""
+    if last is None:
+        limit = _EIGH_TOLERANCE * jnp.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5
+        return eigenbasis(matrices), limit
+    warm = refresh_eigenbasis(matrices, last)
+    behind = first | jnp.any(~zero & ~(warm.residual <= _WARM_BASIS_TOLERANCE))
+    anew = jax.lax.cond(behind, lambda: eigenbasis(matrices), lambda: warm)
+    return anew, _WARM_BASIS_TOLERANCE
 
 
 def _diagonal_root(setup: store.Setup, diagonal: jax.Array, damping: jax.Array) -> jax.Array:
@@ -122,6 +165,10 @@ def _store(
     for which, outcome in enumerate(pair):
         if outcome is not None:
             new[which] = jnp.where(success, outcome.matrix.reshape(old[which].shape), old[which])
+            if outcome.basis is not None:
+                bases = (rooted.row_bases, rooted.col_bases)[which]
+                fresh = outcome.basis.reshape(old[which].shape)
+                bases[i] = jnp.where(success, fresh, bases[i])
             fresh = outcome.values
         elif setup.spectrum == "factored":
             new[which] = jnp.where(success, small[i, which], old[which])

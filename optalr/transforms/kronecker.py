@@ -29,7 +29,8 @@ class KroneckerState(NamedTuple):
     """Memory of ``scale_by_kronecker``. The trees have the structure of the parameters.
 
     For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers, and nothing else
-    of that order is kept. A leaf that lacks an entry has ``optax.MaskedNode()`` there.
+    of that order is kept, but for ``root_method="eigenbasis"`` (m² + n² more: the bases) and
+    ``spectrum="measured"`` (mn more). A leaf that lacks an entry has ``optax.MaskedNode()`` there.
     """
 
     # every update
@@ -55,6 +56,8 @@ class KroneckerState(NamedTuple):
     col_roots: Any  # (*stack, n, n) a kernel
     row_eigenvalues: Any  # (*stack, m), where eigenbases are kept
     col_eigenvalues: Any  # (*stack, n)
+    row_bases: Any  # (*stack, m, m), where roots are taken from bases that are refreshed
+    col_bases: Any  # (*stack, n, n)
 
 
 def scale_by_kronecker(
@@ -126,7 +129,8 @@ def scale_by_kronecker(
 
     Cost: an update two products, ``2mn(m + n)`` flops a kernel; a measurement ``m² + n²``
     additions; a refresh some ``20(m³ + n³)`` flops by eigendecomposition, equal sizes batched.
-    Memory ``2(m² + n²)`` numbers a kernel.
+    Memory ``2(m² + n²)`` numbers a kernel, ``3(m² + n²)`` with ``root_method="eigenbasis"``;
+    ``optalr.coverage(..., options=options)`` prints the bytes.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -166,17 +170,11 @@ def scale_by_kronecker(
 
     def plan(tree):
         own = "shared" if from_signals else "own"
-        return plan_leaves(
-            tree,
-            layout,
-            max_factor_size=options.max_factor_size,
-            block_size=options.block_size,
-            bias="joint" if options.joint_bias else own,
-        )
+        return plan_leaves(tree, layout, options, "joint" if options.joint_bias else own)
 
     def init_fn(params):
         dtypes = [_working_dtype(leaf) for _, leaf in leaves_with_path(params)]
-        memory = store.init_memory(plan(params), dtypes, options.spectrum)
+        memory = store.init_memory(plan(params), dtypes, options)
         return KroneckerState(
             count=jnp.zeros([], jnp.int32),
             signal_age=jnp.ones([], jnp.int32),
@@ -270,6 +268,7 @@ def _refresh(setup, clock, memory, state):
     state = state._replace(root_age=count_up(state.root_age))
     due = clock.refreshes(state)
     names = ("row_roots", "col_roots", "row_eigenvalues", "col_eigenvalues", "second_moments")
+    names += ("row_bases", "col_bases")
     kept = {name: getattr(memory, name) for name in names}
 
     def take(kept):
