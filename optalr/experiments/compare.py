@@ -20,7 +20,8 @@ from optalr.experiments.record import EVALUATIONS, METRICS, RunFolder, write_ato
 from optalr.experiments.trainer import Trainer
 
 SPECIFICATION = "comparison.json"
-# Minibatch losses jump; a loss counts as reached when the mean of this many steps is there.
+# Minibatch losses jump; a loss counts as reached when the mean of this many steps is there. The
+# loss of a full batch, one step an epoch, does not jump and is taken as it is.
 WINDOW = 10
 
 ShowProgress = Callable[[str, str, int], Any]
@@ -60,14 +61,18 @@ class Curves:
       steps: ``(S,)`` step numbers.
       seconds: ``(S,)`` mean training seconds at each step.
       measured: name to ``(seeds, S)``; the loss and score are trailing means.
+      window: steps of the trailing means, ``WINDOW``, or 1 where a step is an epoch.
       evaluation_steps: ``(E,)`` steps of the evaluations.
+      evaluation_seconds: ``(E,)`` mean training seconds at the evaluations.
       evaluated: name to ``(seeds, E)``.
     """
 
     steps: np.ndarray
     seconds: np.ndarray
     measured: Mapping[str, np.ndarray]
+    window: int
     evaluation_steps: np.ndarray
+    evaluation_seconds: np.ndarray
     evaluated: Mapping[str, np.ndarray]
 
 
@@ -183,17 +188,20 @@ def read_curves(comparison: Comparison, name: str) -> Curves | None:
     tables = [folder.rows(METRICS) for folder in finished]
     evaluations = [folder.rows(EVALUATIONS) for folder in finished]
     smooth = ("loss", score_name(comparison))
+    window = 1 if tables[0][0]["epoch"] == tables[0][0]["step"] else WINDOW
     names = [key for key in tables[0][0] if key not in ("step", "epoch", "seconds")]
     measured = {}
     for key in names:
         rows = [column(table, key) for table in tables]
-        measured[key] = np.stack([trailing_mean(r, WINDOW) if key in smooth else r for r in rows])
+        measured[key] = np.stack([trailing_mean(r, window) if key in smooth else r for r in rows])
     evaluated_names = [key for key in evaluations[0][0] if key.startswith(("validation", "test"))]
     return Curves(
         column(tables[0], "step"),
         np.mean([column(table, "seconds") for table in tables], axis=0),
         measured,
+        window,
         column(evaluations[0], "step"),
+        np.mean([column(rows, "seconds") for rows in evaluations], axis=0),
         {key: np.stack([column(rows, key) for rows in evaluations]) for key in evaluated_names},
     )
 
@@ -250,13 +258,13 @@ def reaching_matrix(comparison: Comparison) -> tuple[list[str], list[list[float]
 def first_reaching(curves: Curves, target: float) -> list[tuple[float, float]]:
     """Return ``(step, seconds)`` at which each seed's loss first reaches ``target``, if it does.
 
-    The first steps, whose mean is over fewer than ``WINDOW`` losses, do not count.
+    The first steps, whose mean is over fewer than ``curves.window`` losses, do not count.
     """
     found = []
     for losses in curves.measured["loss"]:
-        hits = np.flatnonzero(losses[WINDOW - 1 :] <= target)
+        hits = np.flatnonzero(losses[curves.window - 1 :] <= target)
         if len(hits):
-            at = hits[0] + WINDOW - 1
+            at = hits[0] + curves.window - 1
             found.append((float(curves.steps[at]), float(curves.seconds[at])))
     return found
 

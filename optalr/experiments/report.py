@@ -19,6 +19,8 @@ from optalr.experiments.plots import shade_phases
 from optalr.experiments.record import write_atomically
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+# With more configs than colors, the colors come again with other dashes.
+_DASHES = ("-", "--", ":")
 
 
 def write_report(comparison: Comparison) -> tuple[str, Sequence[str], list[Sequence[str]]]:
@@ -101,13 +103,15 @@ def _seconds(pair: tuple[float, float], missing: str = "-") -> str:
 
 
 def _draw(comparison: Comparison, score: str, target: float) -> bytes:
-    figure = Figure(figsize=(13, 11), layout="constrained")
-    axes = figure.subplots(3, 2)
+    figure = Figure(figsize=(13, 14), layout="constrained")
+    axes = figure.subplots(4, 2)
     labels = (
-        ("step", "training loss (mean of 10 steps)"),
-        ("seconds of training", "training loss (mean of 10 steps)"),
+        ("step", "training loss"),
+        ("seconds of training", "training loss"),
         ("step", "test loss"),
+        ("seconds of training", "test loss"),
         ("step", f"test {score.replace('_', ' ')}"),
+        ("seconds of training", f"test {score.replace('_', ' ')}"),
         ("step", "learning rate"),
         ("step", "phase"),
     )
@@ -115,42 +119,45 @@ def _draw(comparison: Comparison, score: str, target: float) -> bytes:
         axis.set_xlabel(x)
         axis.set_ylabel(y)
         axis.grid(alpha=0.3)
-    for axis in (*axes[0], axes[1, 0], axes[2, 0]):
+    for axis in (*axes[0], *axes[1], axes[3, 0]):
         axis.set_yscale("log")
     for axis in axes[0]:
         axis.axhline(target, color="black", lw=0.8, ls=":")
     for i, name in enumerate(comparison.configs):
         curves = compare.read_curves(comparison, name)
         if curves is not None:
-            _draw_config(axes, curves, score, name, _COLORS[i % len(_COLORS)])
-    axes[2, 1].set_ylim(-0.05, 1.05)
-    axes[0, 0].legend(fontsize="small")
+            style = _DASHES[i // len(_COLORS) % len(_DASHES)]
+            _draw_config(axes, curves, score, name, (_COLORS[i % len(_COLORS)], style))
+    axes[3, 1].set_ylim(-0.05, 1.05)
+    axes[0, 0].legend(fontsize="small", ncols=1 + len(comparison.configs) // 9)
     figure.suptitle(_title(comparison))
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()
 
 
-def _draw_config(axes: Any, curves: Curves, score: str, name: str, color: str) -> None:
+def _draw_config(axes: Any, curves: Curves, score: str, name: str, style: tuple[str, str]) -> None:
     losses = curves.measured["loss"]
-    _band(axes[0, 0], curves.steps, losses, color, name)
-    _band(axes[0, 1], curves.seconds, losses, color, name)
-    at = curves.evaluation_steps
-    _band(axes[1, 0], at, curves.evaluated["test_loss"], color, name)
-    _band(axes[1, 1], at, curves.evaluated[f"test_{score}"], color, name)
-    for axis, key in ((axes[2, 0], "learning_rate"), (axes[2, 1], "phase")):
+    for i, (at, evaluated_at) in enumerate(
+        ((curves.steps, curves.evaluation_steps), (curves.seconds, curves.evaluation_seconds))
+    ):
+        _band(axes[0, i], at, losses, style, name)
+        _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
+        _band(axes[2, i], evaluated_at, curves.evaluated[f"test_{score}"], style, name)
+    for axis, key in ((axes[3, 0], "learning_rate"), (axes[3, 1], "phase")):
         if key in curves.measured:
-            _band(axis, curves.steps, curves.measured[key], color, name)
+            _band(axis, curves.steps, curves.measured[key], style, name)
     if "phase" in curves.measured:
-        for axis in (axes[0, 0], axes[1, 0], axes[1, 1]):
+        for axis in axes[:3, 0]:
             shade_phases(axis, curves.steps, curves.measured["phase"].mean(axis=0))
 
 
-def _band(axis: Any, x: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+def _band(axis: Any, x: np.ndarray, values: np.ndarray, style: tuple[str, str], label: str) -> None:
     """Draw mean and range over seeds; long curves are thinned to what a picture can show."""
     stride = max(1, len(x) // 2000)
     x, values = x[::stride], values[:, ::stride]
-    axis.plot(x, values.mean(axis=0), color=color, lw=1.4, label=label)
+    color, dashes = style
+    axis.plot(x, values.mean(axis=0), color=color, ls=dashes, lw=1.4, label=label)
     if len(values) > 1:
         low, high = values.min(axis=0), values.max(axis=0)
         axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
@@ -221,8 +228,9 @@ def _page(
         f"<h1>{html.escape(_title(comparison))}</h1>",
         _html_table(header, lines),
         f"<p>Final losses are over whole splits. Steps and seconds to {target:.3g} are those after "
-        f"which the mean of the last {compare.WINDOW} minibatch losses is there; seconds are of "
-        "training alone, without compilation and evaluation. (k/n): reached by k of n seeds.</p>",
+        f"which the mean of the last {compare.WINDOW} minibatch losses is there, as the curves "
+        "show it (where a step is an epoch, the loss itself); seconds are of training alone, "
+        "without compilation and evaluation. (k/n): reached by k of n seeds.</p>",
         f"<img alt='curves' src='data:image/png;base64,{image}'>",
         "<p>Lines are means over seeds, bands reach from the lowest to the highest seed; shaded: "
         "the second phase.</p>",
