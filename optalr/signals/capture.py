@@ -11,7 +11,8 @@ from optalr.signals import taps
 from optalr.signals.layers import Layers
 from optalr.signals.moments import LayerMoments
 from optalr.signals.problem import Traced
-from optalr.signals.sites import Sampling, Site
+from optalr.signals.sampling import Sampling
+from optalr.signals.sites import Site
 from optalr.signals.taps import Recorder, Sums
 
 _HEAD = "head"

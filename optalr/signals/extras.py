@@ -17,7 +17,7 @@ from optalr.signals import fisher as true_fisher
 from optalr.signals.capture import assemble, differentiate
 from optalr.signals.layers import find_layers
 from optalr.signals.problem import CompositeLoss, Problem, trace
-from optalr.signals.sites import Sampling
+from optalr.signals.sampling import Sampling
 
 
 def value_grad_and_extras(

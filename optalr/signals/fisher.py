@@ -16,7 +16,7 @@ import jax
 from optalr.signals.capture import evaluate_tapped, zero_slots
 from optalr.signals.layers import Layers, find_layers
 from optalr.signals.problem import Problem, Traced, trace_predictions
-from optalr.signals.sites import Sampling
+from optalr.signals.sampling import Sampling
 from optalr.signals.taps import Sums
 
 

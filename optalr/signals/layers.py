@@ -16,10 +16,11 @@ from jax.extend import core as jex_core
 
 from optalr.signals import views
 from optalr.signals.compat import open_jaxpr, scan_arity, varying_axes
+from optalr.signals.convolutions import conv_site
 from optalr.signals.hand import MARK
 from optalr.signals.jaxprs import extract, variables
 from optalr.signals.moments import LeafView
-from optalr.signals.sites import HandSite, Site, Window, conv_site, dot_site, hand_site
+from optalr.signals.sites import HandSite, Site, Window, dot_site, hand_site
 from optalr.signals.views import Joined, View
 
 # Primitives whose output is their first operand, entry for entry.

@@ -22,7 +22,8 @@ from jax.extend import core as jex_core
 from optalr.signals.compat import manual_axes, scan_arity, vary, varying_axes
 from optalr.signals.jaxprs import extract
 from optalr.signals.layers import Derivative, Layers, Plan
-from optalr.signals.sites import HandSite, Sampling, Site, spread
+from optalr.signals.sampling import Sampling, spread
+from optalr.signals.sites import HandSite, Site
 
 
 class Sums(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import optalr
-from optalr.signals import sites
+from optalr.signals import convolutions
 from tests.signals.reference import (
     check_capture,
     linen_layer,
@@ -78,7 +78,7 @@ def test_patches_laid_out_in_pieces_give_the_same_moments(monkeypatch):
     model = Net(CONVOLUTIONS["groups"])
     params = random_params(model.init, jax.random.key(0), x)["params"]
     whole = optalr.value_grad_and_extras(loss_of(model))(params, x, y)[2]["signals"]
-    monkeypatch.setattr(sites, "PIECE", 100)
+    monkeypatch.setattr(convolutions, "PIECE", 100)
     pieces = optalr.value_grad_and_extras(loss_of(model))(params, x, y)[2]["signals"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, pieces)
 
