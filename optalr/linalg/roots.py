@@ -59,7 +59,10 @@ def inverse_root(
       that, so a singular matrix has a (huge) finite root too.
     * ``"cholesky_polar"``, p = 1, 2, 4, 8, ...: in float32 the most accurate by a factor of about
       ten at condition 1e4 and up, since it works on a factor with the root of the condition.
-    * ``"coupled_newton"``, whole p: matrix products alone, in iterations of ``order`` 2 or 3.
+    * ``"coupled_newton"``, whole p: matrix products alone, in iterations of ``order`` 2 or 3. Its
+      residual is eigh's or better; its backward error ``‖X⁻² − A‖/‖A‖`` in float32 is 0.8 to 1.5
+      times eigh's at conditions 1e4 and 1e6 (64 and 128 rows) and 2 to 5 times at 1e8.
+      ``"cholesky_polar"`` has 0.2 to 0.9 times eigh's there: choose it where that error matters.
     * ``"eigenbasis"``, any p: one QR step from ``basis``, the eigenvectors of a slightly different
       matrix, then as ``"eigh"``. An approximation whose residual says how good it is: pass the
       ``tolerance`` that you can live with, or it falls back to eigh nearly always.

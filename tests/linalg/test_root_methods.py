@@ -61,10 +61,31 @@ def test_residual_within_its_bound_over_the_sweep(n, options):
     check_sweep(n, np.float32, options)
 
 
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_auto_keeps_the_bound_over_the_sweep(n):
+    check_sweep(n, np.float32, {})  # a stack of 33 × 33: here auto takes products, on a CPU
+
+
 @every_method
 def test_residual_within_its_bound_in_float64(x64, options):
     result = check_sweep(17, np.float64, options)
     assert not result.fell_back.any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 64])
+def test_auto_keeps_the_bound_in_float64(x64, n):
+    result = check_sweep(n, np.float64, {"method": "auto"})
+    assert result.root.dtype == np.float64
+
+
+@pytest.mark.slow
+@every_method
+def test_residual_within_its_bound_in_float64_when_large(x64, options):
+    for condition in (1e2, 1e8):
+        matrix = random_spd(0, 256, condition, dtype=np.float64)
+        result = inverse_root(jnp.asarray(matrix), **options)
+        assert dense_root_residual(matrix, result.root) <= 1e-4
+        assert not result.fell_back
 
 
 @pytest.mark.slow
@@ -132,12 +153,27 @@ def test_cholesky_polar_is_at_least_as_accurate_as_eigh(condition):
     assert backward["polar"] <= backward["eigh"]
 
 
-def test_cholesky_polar_beats_eigh_at_low_rank_plus_damping():
+@pytest.mark.parametrize(("condition", "ratio"), [(1e4, 2), (1e6, 2), (1e8, 10)])
+@pytest.mark.parametrize("name", ["newton2", "newton3", "polar"])
+def test_backward_error_beside_eighs(name, condition, ratio):
+    stack = np.stack([random_spd(seed, 64, condition) for seed in range(3)])
+    # Rounding to float32 may have left an eigenvalue of the wrong sign.
+    stack = stack + np.float32(2 / condition) * np.eye(64, dtype=np.float32)
+    eigh, other = (inverse_root(stack, **METHODS[method]).root for method in ("eigh", name))
+    errors = [
+        np.mean([backward_error(matrix, root) for matrix, root in zip(stack, roots, strict=True)])
+        for roots in (eigh, other)
+    ]
+    assert errors[1] <= errors[0] * (1 if name == "polar" else ratio)
+
+
+@pytest.mark.parametrize("n", [128, pytest.param(512, marks=pytest.mark.slow)])
+def test_cholesky_polar_beats_eigh_at_low_rank_plus_damping(n):
     # Condition 2e7: what a factor estimated from few examples looks like.
     rng = np.random.default_rng(0)
-    thin = rng.standard_normal((128, 32))
-    matrix = thin @ thin.T / 32
-    matrix = (matrix + np.linalg.norm(matrix, 2) / 2e7 * np.eye(128)).astype(np.float32)
+    thin = rng.standard_normal((n, n // 4))
+    matrix = thin @ thin.T / (n // 4)
+    matrix = (matrix + np.linalg.norm(matrix, 2) / 2e7 * np.eye(n)).astype(np.float32)
     exact = dense_inverse_root(matrix)
     errors = [
         relative_error(inverse_root(matrix, **METHODS[name]).root, exact)
