@@ -86,7 +86,7 @@ def mnist1d(num_samples: int = 5000, seed: int = 42) -> Raw:
             "data 'mnist1d' is made by the package mnist1d: pip install mnist1d."
         ) from None
     arguments = get_dataset_args()
-    arguments.num_samples, arguments.seed = num_samples, seed
+    vars(arguments).update(num_samples=num_samples, seed=seed)
     made = make_dataset(arguments)
 
     def part(suffix: str) -> Split:
