@@ -106,3 +106,12 @@ def test_mnist1d_names_its_package_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "mnist1d.data", None)
     with pytest.raises(ExperimentError, match="pip install mnist1d"):
         load(DataConfig(name="mnist1d"))
+
+
+def test_mnist1d_is_made_alike_each_time():
+    pytest.importorskip("mnist1d")
+    options = {"num_samples": 100}
+    first, second = (load(DataConfig(name="mnist1d", options=options)) for _ in range(2))
+    assert first.train.x.shape[1:] == (40, 1)
+    assert len(first.test) == 20
+    np.testing.assert_array_equal(first.train.x, second.train.x)
