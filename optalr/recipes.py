@@ -222,8 +222,9 @@ def edf(
     """Follow the exponentially decaying flow: a few Krylov steps against curvature, then a rate.
 
     Choose it with ``num_steps`` 1 or 2 and the default damping for mini-batches (the paper's rates
-    lie between 0.1 and 2), with more steps, ``damping=(0.0, 1.0)``, ``acceleration="W2"`` and
-    a rate of 1 to fit a full batch. It is
+    lie between 0.1 and 2), with more steps, ``acceleration="W2"`` and a rate of 1 to fit a full
+    batch. The paper fits full batches without damping, ``(0.0, 1.0)``; from k = 5 on such steps
+    left the region where a small convolution net is nearly linear, and did not come back. It is
     ``optax.chain(scale_by_krylov_flow(...), scale_by_recorded_rate(learning_rate))``, with
     ``optax.trace(0.9)`` between the two for W1 and ``accelerate_by_nesterov_flow(3)`` after them
     for W2.

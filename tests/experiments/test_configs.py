@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from optalr.experiments.config import Config, load_config
+from optalr.experiments.methods import build_method
 from optalr.experiments.tune import grid
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -36,3 +37,13 @@ def test_a_config_states_differences_only(path):
                 if key != "name" and defaults[section].get(key, object()) == value
             ]
             assert not repeated, f"[{section}] repeats defaults: {repeated}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_the_method_of_a_config_can_be_built(path):
+    config = load_config(path)
+    given = {"num_classes": 10}
+    if config.data.name not in ("boston", "diabetes"):
+        given["loss"] = "softmax_cross_entropy"
+    total = 10 * config.train.epochs
+    assert build_method(config, steps_per_epoch=10, total_steps=total, given=given)
