@@ -42,7 +42,7 @@ def test_a_config_states_differences_only(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_the_method_of_a_config_can_be_built(path):
     config = load_config(path)
-    given = {"num_classes": 10}
+    given: dict[str, object] = {"num_classes": 10}
     if config.data.name not in ("boston", "diabetes"):
         given["loss"] = "softmax_cross_entropy"
     total = 10 * config.train.epochs
