@@ -38,9 +38,9 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
+from signals import RESULTS, make, problems
 
 import optalr
-from benchmarks.signals import RESULTS, make, problems
 
 try:
     import somax
