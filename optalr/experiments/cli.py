@@ -1,5 +1,6 @@
 """The command line: ``optalr run``, ``compare``, ``tune``, ``suggest-rate``, ``list`` and more."""
 
+import itertools
 import logging
 import math
 import os
@@ -16,8 +17,11 @@ EXIT_MISTAKE = 2
 EXIT_DIVERGED = 3
 
 _Path = tyro.conf.Positional[Path]
+# `--set A B`, `--set A --set B`, or both.
 Set = Annotated[
-    tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE", help="override config keys")
+    tuple[tuple[str, ...], ...],
+    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="override config keys; may be repeated"),
+    tyro.conf.UseAppendAction,
 ]
 
 # The heavy imports (jax, flax, matplotlib) stand inside the commands, so that help and mistakes in
@@ -246,5 +250,5 @@ def _fail(error: Exception, code: int) -> None:
     sys.exit(code)
 
 
-def _overrides(texts: Sequence[str], seed: int | None) -> tuple[str, ...]:
-    return (*texts, *(() if seed is None else (f"train.seed={seed}",)))
+def _overrides(texts: Sequence[Sequence[str]], seed: int | None) -> tuple[str, ...]:
+    return (*itertools.chain(*texts), *(() if seed is None else (f"train.seed={seed}",)))

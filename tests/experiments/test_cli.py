@@ -45,6 +45,14 @@ def _fails(capsys, *arguments):
     return captured.err
 
 
+def test_set_may_be_repeated_and_take_several(configs, capsys):
+    repeated = ["--set", "train.epochs=1", "--set", "train.batch_size=32", "train.seed=3"]
+    cli.main(["run", str(configs / "sgd.toml"), *repeated, "--out", "out"])
+    capsys.readouterr()
+    written = Path("out/config.toml").read_text()
+    assert all(line in written for line in ("epochs = 1\n", "batch_size = 32\n", "seed = 3\n"))
+
+
 def test_run_then_run_again_then_plot(configs, capsys):
     cli.main(["run", str(configs / "adam.toml")])
     shown = capsys.readouterr().out
