@@ -38,7 +38,7 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
-from signals import RESULTS, make, problems
+from signals import RESULTS, make, problems, table
 
 import optalr
 
@@ -236,14 +236,6 @@ def somax_stepper(name):
         jax.block_until_ready(carry)
 
     return run
-
-
-def table(results):
-    columns = list(next(iter(results.values())))
-    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in results.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[c]:.3g}" for c in columns) + " |")
-    return "\n".join(lines)
 
 
 def main():

@@ -20,7 +20,7 @@ _Path = tyro.conf.Positional[Path]
 # `--set A B`, `--set A --set B`, or both.
 Set = Annotated[
     tuple[tuple[str, ...], ...],
-    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="override config keys; may be repeated"),
+    tyro.conf.arg(name="set", metavar="KEY=VALUE", help="override config keys"),
     tyro.conf.UseAppendAction,
 ]
 

@@ -1,11 +1,11 @@
 """Decompositions of stacks that cannot stop a CPU: there, LAPACK gets a matrix at a time.
 
-On a CPU, jaxlib's kernels for stacks (seen in 0.8 to 0.12) split a large stack into tasks for the
-thread pool that runs the program, and wait for them inside one of its threads. Two such calls that
-do not depend on each other, in a loop's body or a branch, can then take every thread of a machine
-with few cores and wait for ever. A call for one matrix runs where it stands. LAPACK has threads of
-its own, so the loop costs nothing: measured on two cores, 0.6 to 1.2 times the stacked call's time
-(up to 1.5 for triangular solves, a small part of a root).
+On a CPU, jaxlib's kernels for stacks (seen in 0.10.2) split a large stack into tasks for the thread
+pool that runs the program, and wait for them inside one of its threads. Two such calls that do not
+depend on each other, in a loop's body or a branch, can then take every thread of a machine with few
+cores and wait for ever. A call for one matrix runs where it stands. The loop costs little: on two
+cores, for 2 to 16 matrices of 64 to 1024 rows, eigh took at most the stacked call's time, QR and
+Cholesky at most 1.2 times and triangular solves at most 1.5 times it.
 """
 
 import functools
