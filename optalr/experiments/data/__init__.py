@@ -24,6 +24,7 @@ LOADERS: Mapping[str, Callable[..., Raw]] = MappingProxyType(
         "mnist_5k": tabular.mnist_5k,
         "npz": arrays.npz,
         "python_docs": text.python_docs,
+        "shakespeare": text.shakespeare,
         "svhn": images.svhn,
         "text": text.text,
     }

@@ -79,8 +79,8 @@ def find(
     Raises:
       ExperimentError: nowhere found; the message says where to put them. Or truncated, unsafe.
     """
-    places = _places(search, system)
-    for place in places:
+    looked_in = places(search, system)
+    for place in looked_in:
         found = _read_all(place, wanted, inside)
         if found is not None:
             return found
@@ -90,7 +90,7 @@ def find(
         if found is not None:
             return found
     names = ", ".join(options[0] for options in wanted.values())
-    looked = ", ".join(map(str, places)) or "no folder"
+    looked = ", ".join(map(str, looked_in)) or "no folder"
     remedy = f"put {names} into a folder and name it in data.folder or ${ENVIRONMENT}"
     if downloads and not search.download:
         remedy += ", or set data.download=true"
@@ -115,18 +115,20 @@ def decompress(name: str, content: bytes) -> bytes:
     return plain
 
 
-def _places(search: Search, system: Sequence[str]) -> list[Path]:
+def places(search: Search, system: Sequence[str] = ()) -> list[Path]:
+    """Return where to look, in order; the user's folder excludes all others.
+
+    Raises:
+      ExperimentError: the user's folder does not exist.
+    """
     if search.folder:
         folder = Path(search.folder).expanduser()
         if not folder.exists():
             raise ExperimentError(f"data.folder {folder} does not exist: name an existing folder.")
         return [folder]
-    places = [cache_folder(search.data)]
-    places = [Path(path) for path in system] + places
+    found = [*map(Path, system), cache_folder(search.data)]
     base = os.environ.get(ENVIRONMENT)
-    if base:
-        places = [Path(base) / search.data, Path(base), *places]
-    return places
+    return [Path(base) / search.data, Path(base), *found] if base else found
 
 
 def _read_all(
@@ -172,32 +174,43 @@ def _stems(inside: Sequence[str]) -> list[str]:
 
 
 def _archive_members(path: Path, inside: Sequence[str]) -> dict[str, Reader]:
-    """Return the members of a tar archive that lie in ``inside`` or at its root.
+    """Return the members of a tar archive that lie in ``inside`` or at its root, by base name."""
+    if not is_archive(path):
+        return {path.name: path.read_bytes}
+    contents = read_archive(path, lambda name: os.path.dirname(name) in ("", *inside))
+    return {os.path.basename(k): (lambda content=v: content) for k, v in contents.items()}
+
+
+def is_archive(path: Path) -> bool:
+    """Tell by its name whether a file is a tar archive."""
+    return path.name.endswith(_ARCHIVES)
+
+
+def read_archive(path: Path, chosen: Callable[[str], bool]) -> dict[str, bytes]:
+    """Return name and contents of the files in a tar archive whose names are ``chosen``.
 
     Raises:
       ExperimentError: no archive, cut short, or with a member that could escape a folder.
     """
-    if not path.name.endswith(_ARCHIVES):
-        return {path.name: path.read_bytes}
     contents: dict[str, bytes] = {}
     total = 0
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 _refuse_unsafe(path, member)
-                parent = os.path.dirname(os.path.normpath(member.name))
-                if not member.isfile() or parent not in ("", *inside):
+                name = os.path.normpath(member.name)
+                if not member.isfile() or not chosen(name):
                     continue
                 total += member.size
                 if total > _MAX_BYTES:
                     raise ExperimentError(f"{path} holds more than {_MAX_BYTES} bytes: refused.")
                 file = archive.extractfile(member)
-                contents[os.path.basename(member.name)] = file.read() if file else b""
+                contents[name] = file.read() if file else b""
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ExperimentError(
             f"{path} is cut short or no tar archive ({error}): fetch it again."
         ) from None
-    return {name: (lambda content=content: content) for name, content in contents.items()}
+    return contents
 
 
 def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:

