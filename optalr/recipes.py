@@ -41,6 +41,7 @@ def tso_alra(
     update_every: Any = 50,
     signals_every: Any = None,
     momentum: float | None = 0.9,
+    second_momentum: float | None = None,
     layout: Coverage | None = None,
     options: KroneckerOptions | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,6 +73,8 @@ def tso_alra(
       update_every: updates between roots, >= 1.
       signals_every: updates between measurements, >= 1; None for a tenth of ``update_every``.
       momentum: in [0, 1), of phase 0; None for none.
+      second_momentum: in [0, 1), of phase 1, starting from zero at the switch; None for none. With
+        one of m, a rate acts as if divided by 1 − m.
       layout: what ``optalr.coverage(loss_fn, params, *args)`` returned, where it is needed.
       options: more of ``scale_by_kronecker``, a ``KroneckerOptions``.
 
@@ -124,13 +127,17 @@ def tso_alra(
     )
     if momentum is not None:
         direction = optax.chain(direction, optax.trace(momentum))
+    if second_momentum is not None:
+        check_interval("second_momentum", second_momentum, 0.0, 1.0, open_high=True)
+    second = optax.identity() if second_momentum is None else optax.trace(second_momentum)
     if second_learning_rate is None:
         # One rate, on one clock, for both phases.
-        staged = phases.two_stage(direction, optax.identity(), phase)
+        staged = phases.two_stage(direction, second, phase)
         return optax.chain(staged, scale_by_recorded_rate(learning_rate))
+    second_rate = scale_by_recorded_rate(second_learning_rate)
     return phases.two_stage(
         optax.chain(direction, scale_by_recorded_rate(learning_rate)),
-        scale_by_recorded_rate(second_learning_rate),
+        second_rate if second_momentum is None else optax.chain(second, second_rate),
         phase,
     )
 
