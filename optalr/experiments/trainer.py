@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +80,8 @@ class Trainer:
         self.evaluation = make_evaluation(self.model, self.problem, self.dataset)
         self._init = jax.jit(self._first_state)
         self.compile_seconds = 0.0
+        # Made once: to make a key takes longer than to record a small step.
+        self._keys: dict[int, jax.Array] = {}
         self._compiled: dict[Any, Any] = {}
         self._resident: tuple[jax.Array, jax.Array] | None = None
 
@@ -133,9 +135,9 @@ class Trainer:
 
     def _scan(self, state, seed, indices, values) -> Segment:
         run = self._epoch_function(state, seed, len(indices))
-        arguments = (*self.data(), jnp.asarray(indices), jnp.asarray(values))
+        key, data = self.key(seed), self.data()
         started = time.perf_counter()
-        state, measured = run(state, self.key(seed), *arguments)
+        state, measured = run(state, key, *data, indices, values)
         measured = jax.device_get(measured)
         jax.block_until_ready(state)
         return Segment(state, measured, time.perf_counter() - started)
@@ -168,7 +170,9 @@ class Trainer:
 
     def key(self, seed: int) -> jax.Array:
         """Return the key of a run, from which every step's own follows."""
-        return jax.random.key(seed)
+        if seed not in self._keys:
+            self._keys[seed] = jax.random.key(seed)
+        return self._keys[seed]
 
     def data(self) -> tuple[jax.Array, jax.Array]:
         """Return the training examples on the device."""
@@ -178,23 +182,27 @@ class Trainer:
         return self._resident
 
     def _epoch_function(self, state: Any, seed: int, num_steps: int) -> Any:
-        shape = (num_steps, self.batch_size)
-        indices = jax.ShapeDtypeStruct(shape, jnp.int32)
-        values = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
-        arguments = (state, self.key(seed), *self.data(), indices, values)
+        def arguments():
+            shape = (num_steps, self.batch_size)
+            indices = jax.ShapeDtypeStruct(shape, jnp.int32)
+            values = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+            return (state, self.key(seed), *self.data(), indices, values)
+
         return self._compile(("epoch", num_steps), make_epoch(self.step), arguments)
 
     def _step_function(self, state: Any, seed: int) -> Any:
-        batch = self.dataset.train.take(np.arange(self.batch_size))
-        value = jax.ShapeDtypeStruct((), jnp.float32)
-        arguments = (state, self.key(seed), batch.x, batch.y, value)
+        def arguments():
+            batch = self.dataset.train.take(np.arange(self.batch_size))
+            value = jax.ShapeDtypeStruct((), jnp.float32)
+            return (state, self.key(seed), batch.x, batch.y, value)
+
         return self._compile(("step",), self.step, arguments)
 
-    def _compile(self, name: Any, function: Any, arguments: Any) -> Any:
+    def _compile(self, name: Any, function: Any, arguments: Callable[[], Any]) -> Any:
         if name not in self._compiled:
             started = time.perf_counter()
-            jitted = jax.jit(function, donate_argnums=(0,))
-            self._compiled[name] = self._guard(lambda: jitted.lower(*arguments).compile())
+            jitted, examples = jax.jit(function, donate_argnums=(0,)), arguments()
+            self._compiled[name] = self._guard(lambda: jitted.lower(*examples).compile())
             self.compile_seconds += time.perf_counter() - started
         return self._compiled[name]
 
