@@ -182,10 +182,10 @@ def theory(
 
 
 def plot(folder: _Path, /) -> None:
-    """Draw the curves of a run again.
+    """Draw the curves of a run again, or write the report of a comparison from its finished runs.
 
     Args:
-      folder: what `optalr run` made.
+      folder: what `optalr run` or `optalr compare` made.
     """
     from optalr.experiments import commands
 

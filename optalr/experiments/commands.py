@@ -9,6 +9,7 @@ from optalr.experiments.budget import scale_to_budget
 from optalr.experiments.config import Config, load_config, override, to_table, to_toml
 from optalr.experiments.console import console, print_table, progress
 from optalr.experiments.data import LOADERS
+from optalr.experiments.errors import ExperimentError
 from optalr.experiments.exports import export_csv, export_tensorboard
 from optalr.experiments.loop import resume as open_for_resume
 from optalr.experiments.loop import train
@@ -143,7 +144,10 @@ def examine_theory(
 
 
 def plot(path: Path) -> None:
-    """Draw a run's curves."""
+    """Draw a run's curves, or report on a comparison as far as it has come."""
+    if (path / compare.SPECIFICATION).is_file():
+        _report(compare.open_comparison(path))
+        return
     folder = RunFolder.open(path)
     console.print(f"picture: {plot_run(folder, _score_name(folder))}", soft_wrap=True)
 
@@ -170,6 +174,15 @@ def list_names() -> None:
 
 def _run_and_report(comparison: compare.Comparison) -> None:
     compare.run_all(comparison, progress)
+    _report(comparison)
+
+
+def _report(comparison: compare.Comparison) -> None:
+    if not any(comparison.runs(name) for name in comparison.configs):
+        raise ExperimentError(
+            f"{comparison.path} has no finished run yet: go on with `optalr resume "
+            f"{comparison.path}`."
+        )
     print_table(*write_report(comparison))
     console.print(f"report: {comparison.path / 'report.html'}", soft_wrap=True)
 

@@ -61,7 +61,8 @@ class Curves:
       steps: ``(S,)`` step numbers.
       seconds: ``(S,)`` mean training seconds at each step.
       measured: name to ``(seeds, S)``; the loss and score are trailing means.
-      window: steps of the trailing means, ``WINDOW``, or 1 where a step is an epoch.
+      window: steps of the trailing means.
+      steps_per_epoch: steps of an epoch.
       evaluation_steps: ``(E,)`` steps of the evaluations.
       evaluation_seconds: ``(E,)`` mean training seconds at the evaluations.
       evaluated: name to ``(seeds, E)``.
@@ -71,6 +72,7 @@ class Curves:
     seconds: np.ndarray
     measured: Mapping[str, np.ndarray]
     window: int
+    steps_per_epoch: int
     evaluation_steps: np.ndarray
     evaluation_seconds: np.ndarray
     evaluated: Mapping[str, np.ndarray]
@@ -176,8 +178,12 @@ def score_name(comparison: Comparison) -> str:
     return "accuracy"
 
 
-def read_curves(comparison: Comparison, name: str) -> Curves | None:
-    """Return the curves of one config, or None where every run diverged."""
+def read_curves(comparison: Comparison, name: str, epochs: bool = False) -> Curves | None:
+    """Return the curves of one config, or None where no run has finished well.
+
+    Trailing means are over ``WINDOW`` steps (1 where a step is an epoch), with ``epochs`` over
+    those of an epoch.
+    """
     finished = [
         folder
         for folder in comparison.runs(name)
@@ -188,7 +194,8 @@ def read_curves(comparison: Comparison, name: str) -> Curves | None:
     tables = [folder.rows(METRICS) for folder in finished]
     evaluations = [folder.rows(EVALUATIONS) for folder in finished]
     smooth = ("loss", score_name(comparison))
-    window = 1 if tables[0][0]["epoch"] == tables[0][0]["step"] else WINDOW
+    steps_per_epoch = round(tables[0][0]["step"] / tables[0][0]["epoch"])
+    window = steps_per_epoch if epochs or steps_per_epoch == 1 else WINDOW
     names = [key for key in tables[0][0] if key not in ("step", "epoch", "seconds")]
     measured = {}
     for key in names:
@@ -200,6 +207,7 @@ def read_curves(comparison: Comparison, name: str) -> Curves | None:
         np.mean([column(table, "seconds") for table in tables], axis=0),
         measured,
         window,
+        steps_per_epoch,
         column(evaluations[0], "step"),
         np.mean([column(rows, "seconds") for rows in evaluations], axis=0),
         {key: np.stack([column(rows, key) for rows in evaluations]) for key in evaluated_names},

@@ -19,7 +19,7 @@ from rich.table import Table
 from optalr.experiments.loop import Report
 
 # A log file has no width; 80 columns would fold every table.
-console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
 
 
 @contextmanager
@@ -83,8 +83,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """Print a table, its first column to the left and numbers to the right."""
     console.print(title, soft_wrap=True)
     table = Table()
+    # The first column holds names, which are hard to read in pieces.
+    longest = max(map(len, (row[0] for row in rows)), default=0)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        width = min(longest, console.width // 3) if i == 0 else None
+        side = "left" if i == 0 else "right"
+        table.add_column(name, justify=side, overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -10,30 +10,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from optalr.experiments import compare
-from optalr.experiments.compare import Comparison, Curves
-from optalr.experiments.plots import shade_phases
+from optalr.experiments.compare import Comparison
+from optalr.experiments.pictures import draw_curves, draw_losses
 from optalr.experiments.record import write_atomically
-
-_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
-# With more configs than colors, the colors come again with other dashes.
-_DASHES = ("-", "--", ":")
 
 
 def write_report(comparison: Comparison) -> tuple[str, Sequence[str], list[Sequence[str]]]:
-    """Write ``report.html``, ``curves.png``, ``table.csv`` and ``runs.csv`` into the folder.
+    """Write ``report.html``, two pictures, ``table.csv`` and ``runs.csv`` into the folder.
+
+    ``curves.png`` has everything over steps and seconds, ``losses.png`` the losses over epochs. Of
+    runs that are not finished only the count is told.
 
     Returns:
       Title, header and rows of the table, for the terminal.
     """
     rows, target = compare.summarize(comparison)
     score = compare.score_name(comparison)
-    header, lines = _table(rows, target, score)
-    picture = _draw(comparison, score, target)
+    header, lines = _table(rows, target, score, len(comparison.seeds))
+    title = f"{_problem(comparison)}: mean and range over seeds"
+    picture = draw_curves(comparison, title, score, target)
     write_atomically(comparison.path / "curves.png", picture)
+    write_atomically(comparison.path / "losses.png", draw_losses(comparison, title))
     write_atomically(comparison.path / "table.csv", _summary_csv(rows))
     write_atomically(comparison.path / "runs.csv", _runs_csv(comparison))
     page = _page(comparison, header, lines, target, picture)
@@ -42,17 +40,21 @@ def write_report(comparison: Comparison) -> tuple[str, Sequence[str], list[Seque
 
 
 def _title(comparison: Comparison) -> str:
-    config = next(iter(comparison.configs.values()))
     seeds = len(comparison.seeds)
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    return f"{_problem(comparison)}: {over}"
+
+
+def _problem(comparison: Comparison) -> str:
+    config = next(iter(comparison.configs.values()))
     return (
         f"{config.data.name}, {config.model.name}, {config.train.epochs} epochs, "
-        f"batch {config.train.batch_size}: mean ± standard deviation over {seeds} "
-        f"seed{'s' if seeds > 1 else ''}"
+        f"batch {config.train.batch_size}"
     )
 
 
 def _table(
-    rows: list[dict[str, Any]], target: float, score: str
+    rows: list[dict[str, Any]], target: float, score: str, num_seeds: int
 ) -> tuple[Sequence[str], list[Sequence[str]]]:
     header = (
         "config",
@@ -67,9 +69,12 @@ def _table(
     lines: list[Sequence[str]] = []
     for row in rows:
         name = row["config"]
+        if row["runs"] < num_seeds:
+            name += f" ({row['runs']} of {num_seeds} seeds)"
         if row["diverged"]:
             name += f" ({row['diverged']} of {row['runs']} diverged)"
         finished = row["runs"] - row["diverged"]
+        never = "never" if finished else "-"
         partly = f" ({row['reached']}/{finished})" if row["reached"] < finished else ""
         lines.append(
             (
@@ -78,8 +83,8 @@ def _table(
                 _plus_minus(row["test_loss"]),
                 _plus_minus(row[f"test_{score}"]),
                 _plus_minus(row["lowest_test_loss"]),
-                _plus_minus(row["steps_to_target"], "never") + partly * bool(row["reached"]),
-                _seconds(row["seconds_to_target"], "never"),
+                _plus_minus(row["steps_to_target"], never) + partly * bool(row["reached"]),
+                _seconds(row["seconds_to_target"], never),
                 _seconds(row["seconds"]),
             )
         )
@@ -93,74 +98,15 @@ def _plus_minus(pair: tuple[float, float], missing: str = "-") -> str:
     # Two digits of the deviation tell how many digits of the mean mean anything.
     scale = deviation if deviation > 0 else abs(mean) * 1e-2
     digits = min(6, max(0, 1 - math.floor(math.log10(scale)))) if scale > 0 else 0
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
 
 
 def _seconds(pair: tuple[float, float], missing: str = "-") -> str:
     mean, deviation = pair
     digits = 2 if mean < 100 else 0
-    return missing if math.isnan(mean) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
-
-def _draw(comparison: Comparison, score: str, target: float) -> bytes:
-    figure = Figure(figsize=(13, 14), layout="constrained")
-    axes = figure.subplots(4, 2)
-    labels = (
-        ("step", "training loss"),
-        ("seconds of training", "training loss"),
-        ("step", "test loss"),
-        ("seconds of training", "test loss"),
-        ("step", f"test {score.replace('_', ' ')}"),
-        ("seconds of training", f"test {score.replace('_', ' ')}"),
-        ("step", "learning rate"),
-        ("step", "phase"),
-    )
-    for axis, (x, y) in zip(axes.flat, labels, strict=True):
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
-        axis.grid(alpha=0.3)
-    for axis in (*axes[0], *axes[1], axes[3, 0]):
-        axis.set_yscale("log")
-    for axis in axes[0]:
-        axis.axhline(target, color="black", lw=0.8, ls=":")
-    for i, name in enumerate(comparison.configs):
-        curves = compare.read_curves(comparison, name)
-        if curves is not None:
-            style = _DASHES[i // len(_COLORS) % len(_DASHES)]
-            _draw_config(axes, curves, score, name, (_COLORS[i % len(_COLORS)], style))
-    axes[3, 1].set_ylim(-0.05, 1.05)
-    axes[0, 0].legend(fontsize="small", ncols=1 + len(comparison.configs) // 9)
-    figure.suptitle(_title(comparison))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
-
-
-def _draw_config(axes: Any, curves: Curves, score: str, name: str, style: tuple[str, str]) -> None:
-    losses = curves.measured["loss"]
-    for i, (at, evaluated_at) in enumerate(
-        ((curves.steps, curves.evaluation_steps), (curves.seconds, curves.evaluation_seconds))
-    ):
-        _band(axes[0, i], at, losses, style, name)
-        _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
-        _band(axes[2, i], evaluated_at, curves.evaluated[f"test_{score}"], style, name)
-    for axis, key in ((axes[3, 0], "learning_rate"), (axes[3, 1], "phase")):
-        if key in curves.measured:
-            _band(axis, curves.steps, curves.measured[key], style, name)
-    if "phase" in curves.measured:
-        for axis in axes[:3, 0]:
-            shade_phases(axis, curves.steps, curves.measured["phase"].mean(axis=0))
-
-
-def _band(axis: Any, x: np.ndarray, values: np.ndarray, style: tuple[str, str], label: str) -> None:
-    """Draw mean and range over seeds; long curves are thinned to what a picture can show."""
-    stride = max(1, len(x) // 2000)
-    x, values = x[::stride], values[:, ::stride]
-    color, dashes = style
-    axis.plot(x, values.mean(axis=0), color=color, ls=dashes, lw=1.4, label=label)
-    if len(values) > 1:
-        low, high = values.min(axis=0), values.max(axis=0)
-        axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+    if math.isnan(mean):
+        return missing
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
 
 
 def _summary_csv(rows: list[dict[str, Any]]) -> str:
@@ -195,16 +141,20 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem;
-  color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-table { font-size: 13px; }
-th, td { border-bottom: 1px solid #ccc; padding: .3rem .5rem; text-align: right;
+:root { color-scheme: light dark; --line: #ccc; --code: #f4f4f4; }
+@media (prefers-color-scheme: dark) { :root { --line: #555; --code: #262626; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px;
+  padding: 0 1rem; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.2rem; margin-top: 2rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+td { font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
-img { max-width: 100%; }
-pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
+img { max-width: 100%; background: white; }
+pre { background: var(--code); padding: .8rem; overflow-x: auto; }
 """
 
 
@@ -232,8 +182,9 @@ def _page(
         "show it (where a step is an epoch, the loss itself); seconds are of training alone, "
         "without compilation and evaluation. (k/n): reached by k of n seeds.</p>",
         f"<img alt='curves' src='data:image/png;base64,{image}'>",
-        "<p>Lines are means over seeds, bands reach from the lowest to the highest seed; shaded: "
-        "the second phase.</p>",
+        "<p>Lines are means over seeds, bands reach from the lowest to the highest seed; the test "
+        "loss is cut off above the highest mean after the first evaluation. Shaded: the second "
+        f"phase; dotted: the training loss {target:.3g}.</p>",
         "<h2>Steps until the final training loss of another config is reached</h2>",
         _html_table(("this config reaches that of", *names), reach),
         "<h2>Configs</h2>",

@@ -77,7 +77,8 @@ def test_compare_writes_table_picture_and_page(configs, capsys):
     assert "data:image/png;base64," in page
     assert "src='http" not in page
     assert "limit = 320" in page
-    assert (out / "curves.png").stat().st_size > 10_000
+    for picture in ("curves.png", "losses.png"):
+        assert (out / picture).stat().st_size > 10_000
     assert (out / "table.csv").read_text().count("\n") == 3
     assert (out / "runs.csv").read_text().count("\n") == 5
 
@@ -98,6 +99,10 @@ def test_an_interrupted_comparison_goes_on(configs, capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         cli.main(["compare", str(configs), "--seeds", "2"])
     assert caught.value.code == 130
+    capsys.readouterr()
+    cli.main(["plot", "runs/compare-small"])  # what is there so far
+    assert "sgd (0 of 2 seeds)" in capsys.readouterr().out
+    assert count == 3
     cli.main(["resume", "runs/compare-small"])
     assert count == 5  # two before, the one cut short, and the two that were left
     assert Path("runs/compare-small/report.html").exists()

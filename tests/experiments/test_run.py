@@ -191,7 +191,19 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": null}\n'
 
 
-def test_a_divergence_stops_with_a_diagnosis_and_the_last_good_checkpoint(tmp_path):
+def test_a_later_divergence_names_the_last_good_checkpoint_and_leaves_it_there(tmp_path):
+    config = _config(schedule={"name": "steps", "at_epochs": [2], "factor": 1e38})
+    folder = RunFolder.create(tmp_path / "run", config)
+    trainer = Trainer(config)
+    with pytest.raises(TrainingDivergedError, match="the last good checkpoint is step 10"):
+        train(trainer, folder)
+    assert folder.result()["last_good_step"] == 10
+    restored = _final_state(trainer, folder)
+    assert int(restored.step) == 10
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+
+
+def test_a_divergence_stops_with_a_diagnosis(tmp_path):
     config = _config(method={"name": "sgd", "learning_rate": 1e38})
     folder = RunFolder.create(tmp_path / "run", config)
     with pytest.raises(TrainingDivergedError, match=r"diverged at step \d+: .*learning rate"):

@@ -1,0 +1,145 @@
+"""Pictures of a comparison: everything over steps and seconds, and the losses over epochs."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from optalr.experiments import compare
+from optalr.experiments.compare import Comparison, Curves
+from optalr.experiments.plots import shade_phases
+
+_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+# With more configs than colors, the colors come again with other dashes.
+_DASHES = ("-", "--", ":")
+_DOTS_PER_INCH = 110
+
+_Style = tuple[str, str]
+
+
+def draw_curves(comparison: Comparison, title: str, score: str, target: float) -> bytes:
+    """Return a PNG of losses, score, learning rate and phase, over steps and seconds."""
+    figure = Figure(figsize=(13, 14), layout="constrained")
+    axes = figure.subplots(4, 2)
+    labels = (
+        ("step", "training loss"),
+        ("seconds of training", "training loss"),
+        ("step", "test loss"),
+        ("seconds of training", "test loss"),
+        ("step", f"test {score}".replace("_", " ")),
+        ("seconds of training", f"test {score}".replace("_", " ")),
+        ("step", "learning rate"),
+        ("step", "phase"),
+    )
+    for axis, (x, y) in zip(axes.flat, labels, strict=True):
+        _label(axis, x, y)
+    highest = 0.0
+    for name, style, curves in _read(comparison):
+        _draw_config(axes, curves, score, name, style)
+        highest = max(highest, _highest(curves.evaluated["test_loss"][:, 1:]))
+    for axis in axes[0]:
+        axis.axhline(target, color="black", lw=0.8, ls=":")
+        _log_scale(axis)
+    for axis in axes[1]:
+        _log_scale(axis, highest)
+    axes[3, 0].set_yscale("log")
+    axes[3, 1].set_ylim(-0.05, 1.05)
+    return _finish(figure, axes[0, 0], title)
+
+
+def draw_losses(comparison: Comparison, title: str) -> bytes:
+    """Return a PNG of the training loss, a mean of each epoch, and the test loss, over epochs."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    _label(axes[0], "epoch", "training loss (mean of an epoch)")
+    _label(axes[1], "epoch", "test loss")
+    highest = 0.0
+    for name, style, curves in _read(comparison, epochs=True):
+        length = curves.steps_per_epoch
+        at = curves.evaluation_steps[1:] / length
+        tested = curves.evaluated["test_loss"][:, 1:]
+        trained = curves.measured["loss"][:, length - 1 :: length]
+        _band(axes[0], np.arange(1, trained.shape[1] + 1), trained, style, name)
+        _band(axes[1], at, tested, style, name, marker=".")
+        highest = max(highest, _highest(tested))
+        if "phase" in curves.measured:
+            second = np.flatnonzero(curves.measured["phase"].mean(axis=0) > 0)
+            for axis in axes if len(second) else ():
+                axis.axvline(second[0] / length, color=style[0], lw=0.9, ls="--")
+    _log_scale(axes[0])
+    _log_scale(axes[1], highest)
+    return _finish(figure, axes[0], title)
+
+
+def _read(comparison: Comparison, epochs: bool = False) -> Iterator[tuple[str, _Style, Curves]]:
+    for i, name in enumerate(comparison.configs):
+        curves = compare.read_curves(comparison, name, epochs=epochs)
+        if curves is not None:
+            yield name, (_COLORS[i % len(_COLORS)], _DASHES[i // len(_COLORS) % 3]), curves
+
+
+def _draw_config(axes: Any, curves: Curves, score: str, name: str, style: _Style) -> None:
+    losses = curves.measured["loss"]
+    for i, (at, evaluated_at) in enumerate(
+        ((curves.steps, curves.evaluation_steps), (curves.seconds, curves.evaluation_seconds))
+    ):
+        _band(axes[0, i], at, losses, style, name)
+        _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
+        _band(axes[2, i], evaluated_at, curves.evaluated[f"test_{score}"], style, name)
+    for axis, key in ((axes[3, 0], "learning_rate"), (axes[3, 1], "phase")):
+        if key in curves.measured:
+            _band(axis, curves.steps, curves.measured[key], style, name)
+    if "phase" in curves.measured:
+        for axis in axes[:3, 0]:
+            shade_phases(axis, curves.steps, curves.measured["phase"].mean(axis=0))
+
+
+def _band(
+    axis: Any, x: np.ndarray, values: np.ndarray, style: _Style, label: str, marker: str = ""
+) -> None:
+    """Draw mean and range over seeds; long curves are thinned to what a picture can show."""
+    stride = max(1, len(x) // 2000)
+    x, values = x[::stride], values[:, ::stride]
+    color, dashes = style
+    axis.plot(x, values.mean(axis=0), color=color, ls=dashes, lw=1.4, label=label, marker=marker)
+    if len(values) > 1:
+        low, high = values.min(axis=0), values.max(axis=0)
+        axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+
+
+def _highest(values: np.ndarray) -> float:
+    """Return the highest mean over seeds; one seed that goes astray should not shrink the rest."""
+    return float(values.mean(axis=0).max(initial=0.0))
+
+
+def _log_scale(axis: Any, highest: float = 0.0) -> None:
+    """Make the losses' axis logarithmic, with plain numbers, and end it above ``highest``."""
+    axis.set_yscale("log")
+    if highest > 0:
+        axis.set_ylim(top=1.15 * highest)
+    low, high = axis.get_ylim()
+    if high < 300 * low:
+        steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 8 * low else (1, 2, 5)
+        axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _label(axis: Any, x: str, y: str) -> None:
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.3)
+
+
+def _finish(figure: Figure, axis: Any, title: str) -> bytes:
+    handles, names = axis.get_legend_handles_labels()
+    figure.suptitle(title, fontsize="medium")
+    if names:
+        columns = max(1, int(12 * figure.get_figwidth()) // (8 + max(map(len, names))))
+        figure.legend(handles, names, loc="outside upper center", ncols=columns, fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=_DOTS_PER_INCH, format="png")
+    return buffer.getvalue()
