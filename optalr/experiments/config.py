@@ -61,7 +61,8 @@ class MethodConfig:
       name: ``tso_alra``, ``sgd``, ``adam``, ... A ``scale_by_*`` is given a learning rate.
       learning_rate: the rate, before the schedule.
       options: further arguments; one that ends in ``_epochs`` is given to the argument without
-        that ending, in steps.
+        that ending, in steps. A ``scale_by_*`` may have a section ``length``, with a ``name`` and
+        its arguments: what multiplies its direction instead of the learning rate.
     """
 
     name: str = "sgd"

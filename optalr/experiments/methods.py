@@ -127,10 +127,12 @@ def _build(
 ) -> optax.GradientTransformation:
     """Call ``factory`` with a learning rate where it takes one, or chain one after it."""
     if "learning_rate" not in accepted(factory):
-        direction = call(factory, options, section="method", **given)
         if not factory.__name__.startswith("scale_by_"):
-            return direction
-        return optax.chain(direction, _scale_by(schedule))
+            return call(factory, options, section="method", **given)
+        own = {key: value for key, value in options.items() if key != "length"}
+        direction = call(factory, own, section="method", **given)
+        length = _build_length(options["length"]) if "length" in options else _scale_by(schedule)
+        return optax.chain(direction, length)
     if origin == "optalr":
         return call(factory, options, section="method", learning_rate=rate, **given)
     # Only the rate is injected: it shows in the state, and the other numbers stay constants.
@@ -139,6 +141,18 @@ def _build(
     injected.__signature__ = inspect.signature(factory)  # type: ignore[attr-defined]
     injected.__name__ = factory.__name__
     return call(injected, options, section="method", learning_rate=schedule)
+
+
+def _build_length(section: Any) -> optax.GradientTransformation:
+    """Return what ``[method.length]`` names, in place of the learning rate."""
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise ExperimentError(
+            "method.length must be a section that names what sets the length of a step, for "
+            f"example name = 'scale_by_learned_rate', got {section!r}."
+        )
+    factory, _ = find_method(section["name"])
+    options = {key: value for key, value in section.items() if key != "name"}
+    return call(factory, options, section="method.length")
 
 
 def _scale_by(schedule: Schedule) -> optax.GradientTransformation:

@@ -48,6 +48,21 @@ def test_a_name_and_its_arguments_become_the_optimizer(options, reference):
     np.testing.assert_allclose(optalr.metrics(state)["learning_rate"], 0.1, rtol=1e-6)
 
 
+def test_a_direction_may_be_given_another_length_than_a_rate():
+    length = {"name": "scale_by_learned_rate", "initial_rate": 0.5, "lag": False}
+    method = {"name": "scale_by_krylov_flow", "damping": [0.0, 1.0], "length": length}
+    evaluate = optalr.value_grad_and_extras(lambda w: 0.5 * w[0] ** 2 + 2 * w[1] ** 2)
+    tx = _method({"method": {**method, "curvature": "hessian"}})
+    w = jnp.ones(2)
+    _, grads, extras = evaluate(w)
+    updates, state = tx.update(grads, tx.init(w), w, **extras)
+    # The search ends where the new gradient is orthogonal to the step.
+    np.testing.assert_allclose(jnp.vdot(evaluate(w + updates)[1], updates), 0.0, atol=1e-5)
+    # g = (1, 4), Ag = (1, 16): the flow's own length is gᵀAg/‖Ag‖², the search's gᵀg/gᵀAg.
+    rate = optalr.metrics(state)["learning_rate"]
+    np.testing.assert_allclose(rate, (17 / 65) / (65 / 257), rtol=1e-5)
+
+
 def test_weight_decay_is_an_l2_penalty_on_kernels():
     tx = _method({"method": {"learning_rate": 1.0}, "train": {"weight_decay": 0.1}})
     found, _ = _updates(tx, PARAMS, GRADS, num=1)
@@ -74,6 +89,12 @@ def test_every_name_listed_can_be_found():
         ({"method": {"name": "adma"}}, "method.name 'adma': did you mean 'ada"),
         ({"method": {"name": "chain"}}, "unknown method.name"),
         ({"method": {"name": "adam", "beta1": 0.9}}, r"unknown key 'method.beta1' for adam: .*b1"),
+        ({"method": {"name": "sgd", "length": {"name": "sgd"}}}, "unknown key 'method.length'"),
+        ({"method": {"name": "scale_by_adam", "length": 0.1}}, "method.length must be a section"),
+        (
+            {"method": {"name": "scale_by_adam", "length": {"name": "scale_by_learned_rate"}}},
+            "needs 'method.length.initial_rate'",
+        ),
         ({"method": {"name": "sgd", "momentum_epochs": -1}}, "number of epochs"),
         ({"schedule": {"name": "cosinus"}}, "did you mean 'cosine'"),
         ({"schedule": {"name": "cosine", "final": 0.1}}, r"schedule\.final_factor"),
