@@ -181,15 +181,22 @@ def theory(
     )
 
 
-def plot(folder: _Path, /) -> None:
+def plot(
+    folder: _Path,
+    /,
+    configs: tuple[str, ...] = (),
+    out: Path | None = None,
+) -> None:
     """Draw the curves of a run again, or write the report of a comparison from its finished runs.
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
+      configs: draw the losses of these configs of a comparison, over steps and over seconds.
+      out: the picture of them; by default FOLDER/selection.png.
     """
     from optalr.experiments import commands
 
-    commands.plot(folder)
+    commands.plot(folder, configs=configs, out=out)
 
 
 def export(folder: _Path, /, tensorboard: bool = False) -> None:

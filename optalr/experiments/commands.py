@@ -14,6 +14,7 @@ from optalr.experiments.exports import export_csv, export_tensorboard
 from optalr.experiments.loop import resume as open_for_resume
 from optalr.experiments.loop import train
 from optalr.experiments.models import MODELS
+from optalr.experiments.pictures import draw_selection
 from optalr.experiments.plots import plot_run
 from optalr.experiments.problem import PROBLEMS
 from optalr.experiments.record import RunFolder, free_path, write_atomically
@@ -143,11 +144,19 @@ def examine_theory(
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
-def plot(path: Path) -> None:
-    """Draw a run's curves, or report on a comparison as far as it has come."""
+def plot(path: Path, *, configs: tuple[str, ...] = (), out: Path | None = None) -> None:
+    """Draw a run's curves, report on a comparison as far as it has come, or draw part of it."""
     if (path / compare.SPECIFICATION).is_file():
-        _report(compare.open_comparison(path))
+        comparison = compare.open_comparison(path)
+        if configs:
+            picture = out or path / "selection.png"
+            write_atomically(picture, draw_selection(compare.select(comparison, configs)))
+            console.print(f"picture: {picture}", soft_wrap=True)
+        else:
+            _report(comparison)
         return
+    if configs:
+        raise ExperimentError(f"--configs chooses from a comparison, and {path} is none.")
     folder = RunFolder.open(path)
     console.print(f"picture: {plot_run(folder, _score_name(folder))}", soft_wrap=True)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from optalr.experiments.config import Config, load_config, override, to_table, to_toml
 from optalr.experiments.data import Dataset, load
-from optalr.experiments.errors import ExperimentError, TrainingDivergedError
+from optalr.experiments.errors import ExperimentError, TrainingDivergedError, suggest
 from optalr.experiments.loop import Report, train
 from optalr.experiments.plots import column, trailing_mean
 from optalr.experiments.problem import PROBLEMS
@@ -131,6 +131,20 @@ def open_comparison(path: Path) -> Comparison:
         tuple(specification["seeds"]),
         math.nan if target is None else target,
     )
+
+
+def select(comparison: Comparison, names: Sequence[str]) -> Comparison:
+    """Return the comparison with some of its configs only, in this order.
+
+    Raises:
+      ExperimentError: it has no config of that name.
+    """
+    for name in names:
+        if name not in comparison.configs:
+            hint = suggest(name, list(comparison.configs))
+            raise ExperimentError(f"{comparison.path} has no config {name!r}: {hint}")
+    chosen = {name: comparison.configs[name] for name in names}
+    return dataclasses.replace(comparison, configs=chosen)
 
 
 def run_all(comparison: Comparison, show: ShowProgress) -> None:

@@ -74,6 +74,30 @@ def draw_losses(comparison: Comparison, title: str) -> bytes:
     return _finish(figure, axes[0], title)
 
 
+def draw_selection(comparison: Comparison) -> bytes:
+    """Return a PNG of training and test loss over steps and over seconds."""
+    figure = Figure(figsize=(9.5, 7.2), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    for axis in axes.flat:
+        _label(axis, "", "")
+        axis.set_yscale("log")
+    starts = []
+    for name, style, curves in _read(comparison):
+        starts.append(float(curves.measured["loss"][:, 0].mean()))
+        for i, (at, evaluated_at) in enumerate(_places(curves)):
+            _band(axes[0, i], at, curves.measured["loss"], style, name)
+            _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
+    for axis, label in zip(axes[:, 0], ("training loss", "test loss"), strict=True):
+        axis.set_ylabel(label)
+        if starts:
+            # Above is a breakdown, below a fit to the last bit; both would flatten the rest.
+            low, high = axis.get_ylim()
+            axis.set_ylim(max(low, 1e-6 * max(starts)), min(high, 30 * max(starts)))
+    axes[1, 0].set_xlabel("step")
+    axes[1, 1].set_xlabel("seconds of training")
+    return _finish(figure, axes[0, 0], "")
+
+
 def _read(comparison: Comparison, epochs: bool = False) -> Iterator[tuple[str, _Style, Curves]]:
     for i, name in enumerate(comparison.configs):
         curves = compare.read_curves(comparison, name, epochs=epochs)
@@ -83,9 +107,7 @@ def _read(comparison: Comparison, epochs: bool = False) -> Iterator[tuple[str, _
 
 def _draw_config(axes: Any, curves: Curves, score: str, name: str, style: _Style) -> None:
     losses = curves.measured["loss"]
-    for i, (at, evaluated_at) in enumerate(
-        ((curves.steps, curves.evaluation_steps), (curves.seconds, curves.evaluation_seconds))
-    ):
+    for i, (at, evaluated_at) in enumerate(_places(curves)):
         _band(axes[0, i], at, losses, style, name)
         _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
         _band(axes[2, i], evaluated_at, curves.evaluated[f"test_{score}"], style, name)
@@ -95,6 +117,14 @@ def _draw_config(axes: Any, curves: Curves, score: str, name: str, style: _Style
     if "phase" in curves.measured:
         for axis in axes[:3, 0]:
             shade_phases(axis, curves.steps, curves.measured["phase"].mean(axis=0))
+
+
+def _places(curves: Curves) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Return where steps and evaluations lie, in steps and in seconds."""
+    return (
+        (curves.steps, curves.evaluation_steps),
+        (curves.seconds, curves.evaluation_seconds),
+    )
 
 
 def _band(

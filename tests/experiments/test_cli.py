@@ -81,6 +81,11 @@ def test_compare_writes_table_picture_and_page(configs, capsys):
         assert (out / picture).stat().st_size > 10_000
     assert (out / "table.csv").read_text().count("\n") == 3
     assert (out / "runs.csv").read_text().count("\n") == 5
+    cli.main(["plot", str(out), "--configs", "sgd", "--out", "sgd.png"])
+    assert Path("sgd.png").stat().st_size > 10_000
+    assert "no config 'sdg': did you mean 'sgd'" in _fails(
+        capsys, "plot", str(out), "--configs", "sdg"
+    )
 
 
 def test_an_interrupted_comparison_goes_on(configs, capsys, monkeypatch):
