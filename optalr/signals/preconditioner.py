@@ -62,8 +62,7 @@ def kronecker_preconditioner(
                 layers[name] = (node, eigenbasis(node.rows), eigenbasis(node.cols))
                 if node.bias is not None:
                     biases[node.bias] = name
-        curvatures = [jnp.mean(_mean_curvature(node)) for node, _, _ in layers.values()]
-        typical = jnp.mean(jnp.stack(curvatures)) if curvatures else jnp.ones(())
+        other = _curvature_elsewhere([node for node, _, _ in layers.values()], relative_damping)
 
         def leaf(path: Any, r: jax.Array) -> jax.Array:
             name = jax.tree_util.keystr(path)
@@ -71,12 +70,20 @@ def kronecker_preconditioner(
                 return _solve_kernel(name, r, *layers[name], damping, relative_damping, layout)
             if name in biases and r.ndim == 1:
                 return _solve_bias(r, *layers[biases[name]], damping, relative_damping)
-            scale = damping + (1 + relative_damping) * typical
-            return r / jnp.where(scale > 0, scale, 1.0)
+            return r / other(damping)
 
         return lambda tree: jax.tree_util.tree_map_with_path(leaf, tree)
 
     return build
+
+
+def _curvature_elsewhere(nodes: list[LayerMoments], relative: float) -> Callable[[Any], jax.Array]:
+    """Return λ ↦ the divisor of leaves without a layer; 1 where nothing was captured."""
+    if not nodes:
+        return lambda damping: jnp.ones(())
+    captured = jnp.any(jnp.stack([jnp.max(node.count) > 0 for node in nodes]))
+    typical = jnp.mean(jnp.stack([jnp.mean(_mean_curvature(node)) for node in nodes]))
+    return lambda damping: jnp.where(captured, damping + (1 + relative) * typical, 1.0)
 
 
 def _mean_curvature(node: LayerMoments) -> jax.Array:
