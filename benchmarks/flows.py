@@ -1,6 +1,6 @@
 """What a step of the exponentially decaying flow costs, beside a gradient step and beside peers.
 
-    python benchmarks/flows.py [--steps 1 2 5 10] [--batch 64] [--pairs 7] [--picture decay.png]
+    python benchmarks/flows.py [--steps 1 2 5 10] [--batch 64] [--pairs 7]
 
 Ratios are medians over alternating pairs within one process, on whatever machine this runs on;
 flops and memory are the compiler's own counts. ``python-somax`` and ``optimistix`` are measured
@@ -216,6 +216,40 @@ def beside_somax(counts, pairs):
         )
 
 
+def on_a_saddle(num_updates=40):
+    """Type H from beside a saddle, where the curvature along the gradient is negative."""
+
+    def saddle(w, batch=None):
+        return 0.5 * w[0] ** 2 - 0.5 * w[1] ** 2 + 0.025 * jnp.sum(w**4)
+
+    start = jnp.array([0.1, 1.0])
+    print(f"\nfrom beside a saddle, Newton steps of rate 0.5, {num_updates} updates:")
+    tx = optalr.edf(0.5, curvature="hessian", num_steps=2, damping=(0.01, 0.0))
+    evaluate = optalr.value_grad_and_extras(saddle)
+
+    @jax.jit
+    def step(w, state):
+        _, grads, extras = evaluate(w)
+        updates, state = tx.update(grads, state, w, **extras)
+        return optax.apply_updates(w, updates), state
+
+    w, state = start, tx.init(start)
+    for _ in range(num_updates):
+        w, state = step(w, state)
+    met = int(optalr.metrics(state)["negative_curvature"])
+    print(f"  edf: loss {float(saddle(w)):.4f}; met negative curvature in {met} updates")
+    if importlib.util.find_spec("somax") is None:
+        print("  python-somax is not installed: skipped.")
+        return
+    import somax
+
+    method = somax.newton_cg(loss_fn=saddle, lam0=0.01, maxiter=2, learning_rate=0.5)
+    w, state = start, method.init(start)
+    for _ in range(num_updates):
+        w, state, *_ = method.step(w, {"x": jnp.zeros(1)}, state, jax.random.key(0))
+    print(f"  somax newton_cg: loss {float(saddle(w)):.4f}")
+
+
 def mlp_problem(batch=128, sizes=(784, 256, 128, 10)):
     keys = jax.random.split(jax.random.key(0), len(sizes) + 1)
     params = [
@@ -300,73 +334,19 @@ def beside_optimistix(num_updates=30):
         print(f"  optimistix {name}: loss {final:.3e}, {seconds:.3f} s")
 
 
-def decay(profile, time_step, end):
-    """Follow a flow by small undamped steps; return times and the outputs' derivative F."""
-    rotation = np.array([[0.6, 0.8], [-0.8, 0.6]], np.float32)
-    loss = optalr.composite_loss(
-        lambda w: w + 0.5 * jnp.sin(rotation @ w) - np.array([0.3, -0.5], np.float32),
-        lambda z: 0.5 * jnp.sum(z**2),
-    )
-    tx = optalr.edf(optalr.flow_schedule(profile, time_step), num_steps=2, damping=(0.0, 1.0))
-
-    @jax.jit
-    def step(w, state):
-        _, grads, extras = optalr.value_grad_and_extras(loss)(w)
-        updates, state = tx.update(grads, state, w, **extras)
-        return optax.apply_updates(w, updates), state, extras["outputs"]
-
-    w = jnp.array([2.0, 1.0])
-    state, derivatives = tx.init(w), []
-    times = np.arange(0.0, end, time_step)
-    for _ in times:
-        w, state, outputs = step(w, state)
-        derivatives.append(np.asarray(outputs))
-    return times, np.stack(derivatives)
-
-
-def draw_decay(path):
-    """Draw ‖F(t)‖/‖F(0)‖ of three flows over the profiles they were asked to follow."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    profiles = {
-        "exp(−t)": (optalr.exponential_profile, 4.0),
-        "1 − t": (optalr.linear_profile, 0.96),
-        "(1 + t)⁻²": (optalr.power_profile(2.0), 4.0),
-    }
-    worst = 0.0
-    for i, (name, (profile, end)) in enumerate(profiles.items()):
-        times, derivatives = decay(profile, 0.02, end)
-        norms = np.linalg.norm(derivatives, axis=1)
-        expected = np.asarray(profile(jnp.asarray(times)))
-        worst = max(worst, float(np.max(np.abs(norms / norms[0] - expected))))
-        axes.semilogy(times, expected, color=f"C{i}", linewidth=4, alpha=0.3)
-        axes.semilogy(times[::4], norms[::4] / norms[0], ".", color=f"C{i}", label=f"ρ = {name}")
-    axes.set_xlabel("time t of the flow")
-    axes.set_ylabel("‖F(t)‖ / ‖F(0)‖: flow (dots), ρ(t) (bands)")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return worst
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 5, 10])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--peers-only", action="store_true", help="skip the VGG-like net")
-    parser.add_argument("--picture", help="where to draw the decay, a PNG")
     options = parser.parse_args()
-    if options.picture:
-        worst = draw_decay(options.picture)
-        print(f"decay drawn to {options.picture}; largest distance from the profile {worst:.1e}")
     if not options.peers_only:
         cost_of_a_step(options.steps, options.batch, options.pairs)
         memory_of_a_step(options.steps, options.batch)
     beside_somax(options.steps[:2], options.pairs)
     beside_optimistix()
+    on_a_saddle()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optalr
-from benchmarks import flows
+from benchmarks import decay
 
 # A square nonlinear system F(w) = 0 as least squares: φ(w) = w + ½ sin(Qw) − c.
 Q = np.array([[0.6, 0.8], [-0.8, 0.6]], np.float32)
@@ -71,7 +71,7 @@ def test_small_steps_follow_the_profile(profile, end):
 
 
 def test_the_decay_is_drawn(tmp_path):
-    worst = flows.draw_decay(tmp_path / "decay.png")
+    worst = decay.draw_decay(tmp_path / "decay.png")
     assert worst < 0.03
     assert (tmp_path / "decay.png").stat().st_size > 10_000
 
