@@ -125,7 +125,9 @@ def scale_by_krylov_flow(
     Cost:
       A product is one pass of the linearized model and one of its transpose (type G; four matrix
       products a layer where the gradient takes three) or about two gradients (type H). Memory: some
-      ten times the parameters, and one linearization, whatever ``num_steps`` is.
+      ten times the parameters, and one linearization, whatever ``num_steps`` is; but on a CPU XLA
+      keeps the cotangents of ``reduce_window`` poolings, the size of their inputs, once a product
+      (a pooling by ``reshape`` and ``max`` avoids it).
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr

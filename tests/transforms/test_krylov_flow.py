@@ -337,10 +337,11 @@ def test_sequence_outputs_are_solved_like_any_other():
     tx = scale_by_krylov_flow(num_steps=3, damping=(0.1, 0.0))
     sequences = optalr.value_grad_and_extras(optalr.composite_loss(net, masked))
     _, grads, extras = jax.jit(sequences)(params, x, y)
-    found, _ = tx.update(grads, tx.init(params), params, **extras)
+    update = jax.jit(tx.update)
+    found, _ = update(grads, tx.init(params), params, **extras)
     # The same positions as nine examples of their own.
     _, grads, extras = evaluate_jitted(params, x[mask], y[mask])
-    flat, _ = tx.update(grads, tx.init(params), params, **extras)
+    flat, _ = update(grads, tx.init(params), params, **extras)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found, flat)
 
 
