@@ -169,7 +169,7 @@ def _finish(figure: Figure, axis: Any, title: str) -> bytes:
     figure.suptitle(title, fontsize="medium")
     if names:
         columns = max(1, int(12 * figure.get_figwidth()) // (8 + max(map(len, names))))
-        figure.legend(handles, names, loc="outside upper center", ncols=columns, fontsize="small")
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=_DOTS_PER_INCH, format="png")
     return buffer.getvalue()
