@@ -76,7 +76,7 @@ def draw_losses(comparison: Comparison, title: str) -> bytes:
 
 def draw_selection(comparison: Comparison) -> bytes:
     """Return a PNG of training and test loss over steps and over seconds."""
-    figure = Figure(figsize=(8.5, 6.6), layout="constrained")
+    figure = Figure(figsize=(7.8, 6.2), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for axis in axes.flat:
         _label(axis, "", "")
