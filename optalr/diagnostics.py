@@ -34,6 +34,7 @@ REPORTED = (
     "nonconvex_probes",
     "runaway_steps",
     "clipped_rates",
+    "bounded_steps",
     "guarded_rates",
 )
 # Fields of common optax states, and the name they are reported under.

@@ -446,7 +446,7 @@ def lipschitz_sgd(
     target_norm: Any = None,
     steps_per_epoch: Any = 1,
     last_layer: str | None = None,
-    guards: LipschitzGuards | Mapping[str, Any] | None = None,
+    guards: LipschitzGuards | Mapping[str, Any] | str | None = "on",
 ) -> optax.GradientTransformationExtraArgs:
     """Descend the gradient with a rate of one over the loss's Lipschitz constant.
 
@@ -455,6 +455,10 @@ def lipschitz_sgd(
         g ← g + λ w,    w ← w − g / L
 
     and with momentum v ← βv + (1−β)g, K ← βK + (1−β)L, w ← w − v / K.
+
+    That rate is large, and more than many nets with hidden layers bear. Once the loss has risen to
+    1.5 times its first value the guards therefore bound each step's length by 1, which is what a
+    true Lipschitz constant would do; ``guards="off"`` is the paper's own rule.
 
     Args:
       loss: ``"softmax_cross_entropy"``, ``"binary_cross_entropy"`` or ``"least_squares"``.
@@ -465,7 +469,7 @@ def lipschitz_sgd(
       target_norm: ‖y‖ of a minibatch, for least squares.
       steps_per_epoch: 1 for a new rate at every step, else one an epoch, as in the paper.
       last_layer: key path of the last layer's kernel, or None for the layer executed last.
-      guards: bounds on the rate, a ``LipschitzGuards`` or a mapping of its fields.
+      guards: ``"on"``, a ``LipschitzGuards`` or a mapping of its fields; ``"off"`` for none.
 
     Returns:
       A transformation that reads the extra ``head`` of ``optalr.value_grad_and_extras``.
@@ -519,7 +523,7 @@ def lipschitz_adam(
     b2: float = 0.999,
     steps_per_epoch: Any = 1,
     last_layer: str | None = None,
-    guards: LipschitzGuards | Mapping[str, Any] | None = None,
+    guards: LipschitzGuards | Mapping[str, Any] | str | None = "on",
 ) -> optax.GradientTransformationExtraArgs:
     """Run Adam with the rate that the Lipschitz constant of the loss gives.
 
@@ -534,7 +538,7 @@ def lipschitz_adam(
       b2: decay of Adam's second moment and of K₂, in [0, 1).
       steps_per_epoch: 1 for a new rate at every step, else one an epoch.
       last_layer: key path of the last layer's kernel, or None for the layer executed last.
-      guards: bounds on the rate, a ``LipschitzGuards`` or a mapping of its fields.
+      guards: ``"on"``, a ``LipschitzGuards`` or a mapping of its fields; ``"off"`` for none.
 
     Returns:
       A transformation that reads the extra ``head`` of ``optalr.value_grad_and_extras``.

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: everything over steps and seconds, and the losses over epochs."""
+"""Pictures of a comparison: everything over steps and seconds, losses and rates over epochs."""
 
 import io
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from optalr.experiments import compare
 from optalr.experiments.compare import Comparison, Curves
-from optalr.experiments.plots import shade_phases
+from optalr.experiments.plots import shade_phases, trailing_mean
 
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 # With more configs than colors, the colors come again with other dashes.
@@ -72,6 +72,32 @@ def draw_losses(comparison: Comparison, title: str) -> bytes:
     _log_scale(axes[0])
     _log_scale(axes[1], highest)
     return _finish(figure, axes[0], title)
+
+
+def draw_rates(comparison: Comparison, title: str) -> bytes:
+    """Return a small PNG of the training loss and the learning rate, means of ten steps."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    _label(axes[0], "epoch", "training loss")
+    _label(axes[1], "epoch", "learning rate")
+    for name, style, curves in _read(comparison):
+        epochs = curves.steps / curves.steps_per_epoch
+        _band(axes[0], epochs, curves.measured["loss"], style, name)
+        if "learning_rate" in curves.measured:
+            rates = _smooth_rates(curves.measured["learning_rate"], curves.window)
+            _band(axes[1], epochs, rates, style, name)
+    for axis in axes:
+        axis.set_yscale("log")
+    return _finish(figure, axes[0], title, dots=80)
+
+
+def _smooth_rates(rates: np.ndarray, window: int) -> np.ndarray:
+    """Return trailing geometric means; a rate of zero, a step that was refused, does not count."""
+    logs = np.log(np.where(rates > 0, rates, np.nan))
+    known = [trailing_mean(np.where(np.isnan(row), 0.0, 1.0), window) for row in logs]
+    sums = [trailing_mean(np.nan_to_num(row), window) for row in logs]
+    with np.errstate(invalid="ignore"):
+        return np.exp(np.stack(sums) / np.stack(known))
 
 
 def draw_selection(comparison: Comparison) -> bytes:
@@ -164,12 +190,12 @@ def _label(axis: Any, x: str, y: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def _finish(figure: Figure, axis: Any, title: str) -> bytes:
+def _finish(figure: Figure, axis: Any, title: str, dots: int = _DOTS_PER_INCH) -> bytes:
     handles, names = axis.get_legend_handles_labels()
     figure.suptitle(title, fontsize="medium")
     if names:
         columns = max(1, int(12 * figure.get_figwidth()) // (8 + max(map(len, names))))
         figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize="small")
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=_DOTS_PER_INCH, format="png")
+    figure.savefig(buffer, dpi=dots, format="png")
     return buffer.getvalue()

@@ -12,15 +12,15 @@ from typing import Any
 
 from optalr.experiments import compare
 from optalr.experiments.compare import Comparison
-from optalr.experiments.pictures import draw_curves, draw_losses
+from optalr.experiments.pictures import draw_curves, draw_losses, draw_rates
 from optalr.experiments.record import write_atomically
 
 
 def write_report(comparison: Comparison) -> tuple[str, Sequence[str], list[Sequence[str]]]:
-    """Write ``report.html``, two pictures, ``table.csv`` and ``runs.csv`` into the folder.
+    """Write ``report.html``, three pictures, ``table.csv`` and ``runs.csv`` into the folder.
 
-    ``curves.png`` has everything over steps and seconds, ``losses.png`` the losses over epochs. Of
-    runs that are not finished only the count is told.
+    ``curves.png`` has everything over steps and seconds, ``losses.png`` the losses over epochs,
+    ``rates.png`` the learning rates beside the training loss, small and a little smoothed. Of runs that are not finished only the count is told.
 
     Returns:
       Title, header and rows of the table, for the terminal.
@@ -32,6 +32,7 @@ def write_report(comparison: Comparison) -> tuple[str, Sequence[str], list[Seque
     picture = draw_curves(comparison, title, score, target)
     write_atomically(comparison.path / "curves.png", picture)
     write_atomically(comparison.path / "losses.png", draw_losses(comparison, title))
+    write_atomically(comparison.path / "rates.png", draw_rates(comparison, title))
     write_atomically(comparison.path / "table.csv", _summary_csv(rows))
     write_atomically(comparison.path / "runs.csv", _runs_csv(comparison))
     page = _page(comparison, header, lines, target, picture)

@@ -37,6 +37,13 @@ class RateSafeguards:
       floor: the least rate, > 0. The paper's is 1e-6, too much for a loss that is a sum over many
         examples.
       ceiling: the greatest rate. The paper has none. Counted, with the floor, as ``clipped_rates``.
+      max_step: greatest norm of an update, > 0, from the first step on whose loss is above
+        ``max_rise`` times the first loss (or not finite); None, the default, for no bound. Try 1
+        where a net is probed on its own small batches: the steps that fit one batch are too long
+        for all others. It depends on the scale of the parameters, which nothing else here does,
+        and makes the loss of a quadratic fall more slowly. Needs the extra ``value``. Counted as
+        ``bounded_steps``; the rate that is learned stays as it is.
+      max_rise: see ``max_step``, >= 0; with 0 the bound holds from the first step on.
     """
 
     curvature: float | None = 2.0
@@ -44,6 +51,8 @@ class RateSafeguards:
     nonfinite: float | None = 10.0
     floor: float = 1e-12
     ceiling: float = float("inf")
+    max_step: float | None = None
+    max_rise: float = 1.5
 
     def __post_init__(self):
         for name in ("curvature", "nonfinite"):
@@ -54,6 +63,10 @@ class RateSafeguards:
             check_interval("runaway", self.runaway, 0.0, remedy="None switches it off.")
         check_interval("floor", self.floor, 0.0, open_low=True, remedy="The paper's is 1e-6.")
         check_interval("ceiling", self.ceiling, self.floor)
+        if self.max_step is not None:
+            remedy = "None switches it off."
+            check_interval("max_step", self.max_step, 0.0, open_low=True, remedy=remedy)
+        check_interval("max_rise", self.max_rise, 0.0)
 
     @classmethod
     def off(cls, floor: float = 1e-6) -> "RateSafeguards":

@@ -36,6 +36,7 @@ from optalr.transforms._learned_rate_rule import (
     keep,
     resolve_safeguards,
 )
+from optalr.transforms._loss_watch import LossWatch, bound_step, start_watch, watch_loss
 
 # The window, in rate updates, of the average that is reported and suggested.
 AVERAGED_UPDATES = 100
@@ -80,7 +81,9 @@ class LearnedRateState(NamedTuple):
       nonconvex_probes: int32, probes whose parabola has no minimum at a positive rate.
       runaway_steps: int32, steps cut because they would have raised the loss out of proportion.
       clipped_rates: int32, rates brought back to the floor or the ceiling.
+      bounded_steps: int32, steps cut to the safeguards' ``max_step``.
       failures: int32, probes or directions that were not finite.
+      watch: what that safeguard remembers of the loss.
       direction: the last direction, a pytree like the parameters, with ``SuccessiveGradients``;
         else empty.
     """
@@ -95,7 +98,9 @@ class LearnedRateState(NamedTuple):
     nonconvex_probes: jax.Array
     runaway_steps: jax.Array
     clipped_rates: jax.Array
+    bounded_steps: jax.Array
     failures: jax.Array
+    watch: LossWatch
     direction: Any
 
 
@@ -203,7 +208,9 @@ def scale_by_learned_rate(
             nonconvex_probes=zeros(jnp.int32),
             runaway_steps=zeros(jnp.int32),
             clipped_rates=zeros(jnp.int32),
+            bounded_steps=zeros(jnp.int32),
             failures=zeros(jnp.int32),
+            watch=start_watch(),
             direction=jax.tree.map(jnp.zeros_like, params) if keeps_direction else (),
         )
 
@@ -229,6 +236,12 @@ def scale_by_learned_rate(
         if safeguards.nonfinite is not None:
             refused = keep(rate, velocity, move=False, failed=True)
             outcome = outcome.unless(~_all_finite(updates), refused)
+
+        if safeguards.max_step is not None:
+            watch = watch_loss(state.watch, extras.get("value"), safeguards.max_rise)
+            applied, cut = bound_step(outcome.applied, updates, safeguards.max_step, watch)
+            outcome = outcome._replace(applied=applied)
+            state = state._replace(watch=watch, bounded_steps=state.bounded_steps + cut)
 
         # Apply it.
         new_state = _advance(state, outcome, reading, due, every)

@@ -22,34 +22,10 @@ from optalr.signals.lipschitz import (
     lipschitz_scale,
 )
 from optalr.signals.moments import LayerMoments, is_moments
+from optalr.transforms._lipschitz_guards import LipschitzGuards, resolve_guards
+from optalr.transforms._loss_watch import LossWatch, bound_step, start_watch, watch_loss
 
 _NAME = "scale_by_lipschitz_rate"
-
-
-@dataclasses.dataclass(frozen=True)
-class LipschitzGuards:
-    """Bounds on a Lipschitz rate, above all in the first epochs.
-
-    Right after a random initialization the measured constant may give rates from 1e-8 to absurdly
-    large ones (both are in the paper's plots). What the guards do is counted in ``guarded_rates``.
-
-    Attributes:
-      min_rate: least rate, >= 0.
-      max_rate: greatest rate.
-      warmup_steps: so many first updates use ``warmup_rate`` while the constant is measured, >= 0.
-      warmup_rate: > 0; also used as long as nothing has been measured.
-    """
-
-    min_rate: float = 1e-6
-    max_rate: float = 1e2
-    warmup_steps: int = 0
-    warmup_rate: float = 1e-2
-
-    def __post_init__(self):
-        check_interval("min_rate", self.min_rate, 0.0)
-        check_interval("max_rate", self.max_rate, self.min_rate, open_low=True)
-        check_count("warmup_steps", self.warmup_steps, 0)
-        check_interval("warmup_rate", self.warmup_rate, 0.0, open_low=True)
 
 
 class LipschitzRateState(NamedTuple):
@@ -65,6 +41,7 @@ class LipschitzRateState(NamedTuple):
       square_constant: the bound on the squared gradient in force, for Adam.
       average: K, the moving average of L with momentum (K₁ for Adam).
       square_average: K₂ for Adam.
+      watch: what the guard on steps remembers of the loss.
       guarded_rates: int32, updates whose rate a guard decided.
       failures: int32, measurements or directions that were not finite.
       wants_signals: bool, always True: the next update reads the last layer's moments.
@@ -79,6 +56,7 @@ class LipschitzRateState(NamedTuple):
     square_constant: jax.Array
     average: jax.Array
     square_average: jax.Array
+    watch: LossWatch
     guarded_rates: jax.Array
     failures: jax.Array
     wants_signals: jax.Array
@@ -115,7 +93,7 @@ def scale_by_lipschitz_rate(
     averages: tuple[float, ...] = (),
     steps_per_epoch: Any = 1,
     last_layer: str | None = None,
-    guards: LipschitzGuards | Mapping[str, Any] | None = None,
+    guards: LipschitzGuards | Mapping[str, Any] | str | None = "on",
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply by minus one over the loss's Lipschitz constant.
 
@@ -126,8 +104,13 @@ def scale_by_lipschitz_rate(
         L = c K_z / m + λ max_l ‖W_l‖,    c = (k−1)/k,  1/2  or  K_a + ‖y‖
         w ← w − u / L
 
-    for softmax cross-entropy of k classes, binary cross-entropy and least squares. L is the value
-    at initialization (equal class probabilities), not a bound: gradients can exceed it.
+    for softmax cross-entropy of k classes, binary cross-entropy and least squares.
+
+    L is not a bound on the gradient, though the paper calls it one. It is the value at
+    initialization (equal class probabilities), it looks at the last layer alone, and it takes the
+    largest number in the error ``∂E/∂z`` for the norm of that m-row matrix, which makes it smaller
+    by up to √m. Logistic regression trains at the rate 1/L; deeper nets break down at it where
+    their activations change quickly. The default guard ``max_step`` keeps them alive.
 
     Args:
       loss: ``"softmax_cross_entropy"``, ``"binary_cross_entropy"`` (means over the batch) or
@@ -145,11 +128,13 @@ def scale_by_lipschitz_rate(
         largest so far.
       last_layer: key path (``jax.tree_util.keystr``) of the last layer's kernel; None for the layer
         that is executed last.
-      guards: a ``LipschitzGuards`` or a mapping of its fields; None for the defaults.
+      guards: ``"on"``, a ``LipschitzGuards`` or a mapping of its fields; ``"off"`` for the paper's
+        own rule, 1/L whatever comes of it.
 
     Returns:
       A transformation. ``update`` reads the extras ``head`` (``signals`` with ``last_layer``), with
-      weight decay ``point``, and for least squares ``outputs`` (of ``optalr.composite_loss``).
+      weight decay ``point``, and for least squares ``outputs`` (of ``optalr.composite_loss``); the
+      guard on steps reads ``value``, if it is there.
       For Adam ``activations``, if you pass them, give ‖a∘a‖_F exactly; else its lower bound
       ``√(NT Σ_j A_jj²)`` is taken, which errs towards small rates.
 
@@ -194,16 +179,18 @@ def scale_by_lipschitz_rate(
         raise ValueError(f"averages must be (), (β,) or (β₁, β₂), got {averages!r}.")
     for decay in averages:
         check_interval("averages", decay, 0.0, 1.0, open_high=True)
-    guards = LipschitzGuards(**guards) if isinstance(guards, Mapping) else guards
-    guards = LipschitzGuards() if guards is None else guards
+    guards = resolve_guards(guards)
 
     def init_fn(params: Any) -> LipschitzRateState:
         del params
-        zeros = {name: jnp.zeros((), jnp.float32) for name in LipschitzRateState._fields}
+        zeros: dict[str, Any] = {
+            name: jnp.zeros((), jnp.float32) for name in LipschitzRateState._fields
+        }
         counts = ("count", "guarded_rates", "failures")
         zeros |= {name: jnp.zeros((), jnp.int32) for name in counts}
         return LipschitzRateState(**zeros)._replace(
             learning_rate=jnp.array(guards.warmup_rate, jnp.float32),
+            watch=start_watch(),
             wants_signals=jnp.ones((), bool),
         )
 
@@ -218,11 +205,16 @@ def scale_by_lipschitz_rate(
         # Refresh.
         state = _collect(state, measured, formula, steps_per_epoch, extras.get("point", params))
         state = _average(state, averages)
+        watch = watch_loss(state.watch, extras.get("value"), guards.max_rise)
         rate, guarded = _rate(state, averages, guards)
+        if guards.max_step is not None:
+            rate, too_long = bound_step(rate, updates, guards.max_step, watch)
+            guarded |= too_long
 
         # Apply. A direction that is not finite is not followed.
         state = state._replace(
             count=optax.safe_increment(state.count),
+            watch=watch,
             learning_rate=jnp.where(finite, rate, 0),
             guarded_rates=state.guarded_rates + guarded,
             failures=state.failures + failed,
@@ -344,7 +336,7 @@ def _average(state: LipschitzRateState, averages: tuple[float, ...]) -> Lipschit
 def _rate(
     state: LipschitzRateState, averages: tuple[float, ...], guards: LipschitzGuards
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the rate, and whether a guard decided it."""
+    """Return the rate, and whether a bound on it or the warm-up decided it."""
     if not averages:
         raw = 1 / state.lipschitz_constant
     elif len(averages) == 1:

@@ -225,6 +225,70 @@ def test_guards_bound_the_rate_and_are_counted():
     np.testing.assert_allclose(plain, 4.0)
 
 
+def test_once_the_loss_has_risen_no_step_is_longer_than_one():
+    w = jnp.full((6, 2), 3.0)
+    length = float(jnp.linalg.norm(w))
+
+    def rates(values, **guards):
+        tx = optalr.scale_by_lipschitz_rate("sigmoid", guards=guards)
+        state, found = tx.init(w), []
+        for value in values:
+            updates, state = tx.update(w, state, w, head=moments(4.0), value=value)
+            found.append(float(state.learning_rate))
+            np.testing.assert_allclose(updates, -found[-1] * w, rtol=1e-6)
+        return found, int(state.guarded_rates)
+
+    # 1/L = 4 as long as the loss stays below 1.5 times the first, then 1/|g| for good.
+    found, count = rates([2.0, 2.9, 3.1, 0.5])
+    np.testing.assert_allclose(found, [4.0, 4.0, 1 / length, 1 / length], rtol=1e-6)
+    assert count == 2
+    np.testing.assert_allclose(rates([2.0, np.nan])[0], [4.0, 1 / length], rtol=1e-6)
+    np.testing.assert_allclose(rates([2.0], max_rise=0.0, max_step=3.0)[0], [3 / length], rtol=1e-6)
+    # A short step is not touched.
+    np.testing.assert_allclose(rates([2.0, 9.0], max_step=100.0)[0], 4.0)
+    # Switched off, or where the loss is not known, it is the paper's rule.
+    assert rates([2.0, 9.0], max_step=False) == ([4.0, 4.0], 0)
+    plain, _ = feed(optalr.scale_by_lipschitz_rate("sigmoid"), [4.0, 4.0])
+    np.testing.assert_allclose(plain, 4.0)
+    paper = optalr.scale_by_lipschitz_rate("sigmoid", guards="off")
+    rates, state = feed(paper, [1e-6, 1e9], value=1.0)
+    np.testing.assert_allclose(rates, [16e6, 16e-9], rtol=1e-5)
+    assert int(state.guarded_rates) == 0
+
+
+def test_the_defaults_keep_a_deep_net_alive_at_which_the_papers_rule_breaks_down():
+    keys = jax.random.split(jax.random.key(1), 6)
+    sizes = [(8, 32), (32, 32), (32, 32), (32, 3)]
+    params = [
+        jax.random.normal(k, n) * (2 / n[0]) ** 0.5 for k, n in zip(keys, sizes, strict=False)
+    ]
+    x = jax.random.normal(keys[4], (64, 8))
+    y = jnp.argmax(jnp.abs(x[:, :3]), axis=1)
+
+    def loss_fn(params):
+        h = x
+        for w in params[:-1]:
+            h = jax.nn.relu(h @ w)
+        return cross_entropy(h @ params[-1], y).mean()
+
+    evaluate = optalr.value_grad_and_extras(loss_fn)
+
+    def train(guards):
+        tx = optalr.lipschitz_sgd("softmax", num_classes=3, guards=guards)
+
+        def body(carry, _):
+            params, state = carry
+            value, grads, extras = evaluate(params, signals=True)
+            updates, state = tx.update(grads, state, params, **extras)
+            return (optax.apply_updates(params, updates), state), value
+
+        run = jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), length=60)[1])
+        return run(params)
+
+    assert train("on")[-1] < 0.1
+    assert not train("off")[-1] < 1.0  # log 3 is 1.099: dead
+
+
 def test_zero_and_infinite_activations_leave_the_last_rate_in_place():
     rates, state = feed(optalr.scale_by_lipschitz_rate("sigmoid"), [4.0, 0.0, np.inf, np.nan])
     np.testing.assert_allclose(rates, 4.0)
@@ -293,11 +357,18 @@ def test_trains_with_batch_norm_and_dropout(make):
         ({"guards": {"min_rate": 2.0, "max_rate": 1.0}}, "max_rate"),
         ({"guards": {"warmup_rate": 0.0}}, "warmup_rate"),
         ({"guards": {"warmup_steps": -1}}, "warmup_steps"),
+        ({"guards": {"max_step": 0.0}}, "max_step"),
+        ({"guards": {"max_rise": -1.0}}, "max_rise"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(options, name):
     with pytest.raises(ValueError, match=name):
         optalr.scale_by_lipschitz_rate(**{"loss": "sigmoid", **options})
+
+
+def test_guards_of_another_kind_are_refused():
+    with pytest.raises(TypeError, match="guards"):
+        optalr.scale_by_lipschitz_rate("sigmoid", guards="some")
 
 
 def test_missing_extras_say_the_remedy():

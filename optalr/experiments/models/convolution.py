@@ -47,6 +47,7 @@ class TableOne(nn.Module):
     """The CNN in table 1 of "LipschitzLR": five 3 x 3 convolutions, two dense layers, dropout."""
 
     features: int
+    batch_norm_momentum: float = 0.9
     dropouts: tuple[float, float, float, float] = (0.2, 0.25, 0.25, 0.25)
 
     @nn.compact
@@ -62,7 +63,7 @@ class TableOne(nn.Module):
             x = dropout(_pool(x), i)
         x = dropout(nn.relu(nn.Conv(128, (3, 3))(x)), 2)
         x = nn.relu(nn.Dense(128)(_flat(x)))
-        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=self.batch_norm_momentum)(x)
         return nn.Dense(self.features)(dropout(x, 3))
 
 
@@ -150,9 +151,9 @@ def lenet(num_classes: int, dropout: float = 0.5) -> nn.Module:
     return LeNet(num_classes, dropout)
 
 
-def table1_cnn(num_classes: int) -> nn.Module:
-    """Build the 730 000 parameter CNN of "LipschitzLR", table 1."""
-    return TableOne(num_classes)
+def table1_cnn(num_classes: int, batch_norm_momentum: float = 0.9) -> nn.Module:
+    """Build the 730 000 parameter CNN of the Lipschitz paper, table 1."""
+    return TableOne(num_classes, batch_norm_momentum)
 
 
 def alexnet(
