@@ -527,8 +527,9 @@ def lipschitz_adam(
 ) -> optax.GradientTransformationExtraArgs:
     """Run Adam with the rate that the Lipschitz constant of the loss gives.
 
-    Choose it for the authors' follow-up of their rate for SGD; it is larger than what Adam is
-    usually given. With K₁, K₂ of ``scale_by_lipschitz_rate``, η = (√K₂ + 1e-8) / K₁.
+    Choose it for the authors' follow-up of their rate for SGD; at 0.1 and more it is far larger
+    than what Adam is usually given, and small nets learn only with the default guards. With K₁, K₂
+    of ``scale_by_lipschitz_rate``, η = (√K₂ + 1e-8) / K₁.
 
     Args:
       loss: ``"softmax_cross_entropy"`` or ``"binary_cross_entropy"``.

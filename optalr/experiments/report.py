@@ -20,7 +20,8 @@ def write_report(comparison: Comparison) -> tuple[str, Sequence[str], list[Seque
     """Write ``report.html``, three pictures, ``table.csv`` and ``runs.csv`` into the folder.
 
     ``curves.png`` has everything over steps and seconds, ``losses.png`` the losses over epochs,
-    ``rates.png`` the learning rates beside the training loss, small and a little smoothed. Of runs that are not finished only the count is told.
+    ``rates.png`` the learning rates beside the training loss, small and a little smoothed. Of runs
+    that are not finished only the count is told.
 
     Returns:
       Title, header and rows of the table, for the terminal.

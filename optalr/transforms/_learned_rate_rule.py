@@ -38,7 +38,7 @@ class RateSafeguards:
         examples.
       ceiling: the greatest rate. The paper has none. Counted, with the floor, as ``clipped_rates``.
       max_step: greatest norm of an update, > 0, from the first step on whose loss is above
-        ``max_rise`` times the first loss (or not finite); None, the default, for no bound. Try 1
+        ``max_rise`` times the first loss (or not finite); None, the default, for no bound. Try 0.3
         where a net is probed on its own small batches: the steps that fit one batch are too long
         for all others. It depends on the scale of the parameters, which nothing else here does,
         and makes the loss of a quadratic fall more slowly. Needs the extra ``value``. Counted as

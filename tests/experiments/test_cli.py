@@ -77,7 +77,7 @@ def test_compare_writes_table_picture_and_page(configs, capsys):
     assert "data:image/png;base64," in page
     assert "src='http" not in page
     assert "limit = 320" in page
-    for picture in ("curves.png", "losses.png"):
+    for picture in ("curves.png", "losses.png", "rates.png"):
         assert (out / picture).stat().st_size > 10_000
     assert (out / "table.csv").read_text().count("\n") == 3
     assert (out / "runs.csv").read_text().count("\n") == 5
