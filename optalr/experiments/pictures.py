@@ -88,6 +88,9 @@ def draw_rates(comparison: Comparison, title: str) -> bytes:
             _band(axes[1], epochs, rates, style, name)
     for axis in axes:
         axis.set_yscale("log")
+        low, high = axis.dataLim.intervaly
+        if 0 < low <= high < 2 * low:  # one constant rate has no range of its own
+            axis.set_ylim(low / 2, 2 * high)
     return _finish(figure, axes[0], title, dots=80)
 
 
