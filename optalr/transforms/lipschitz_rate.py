@@ -142,8 +142,8 @@ def scale_by_lipschitz_rate(
       ValueError: an argument is out of range or missing; ``last_layer`` is no captured layer.
       TypeError: an extra is missing.
 
-    Cost: a trace of the last layer's captured input moment; with weight decay one pass over the
-      parameters for every new rate. No second forward pass.
+    Cost: a trace of the last layer's captured input moment; with ``max_step`` one pass over the
+      update, with weight decay one over the parameters for every new rate. No second forward pass.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
