@@ -116,14 +116,14 @@ def value_grad_and_extras(
         flag = _static_flag(signals)
         layers = find_layers(traced.closed, traced.leaf_shapes)
         if likelihood is None:
-            flat, grads, sums = differentiate(traced, layers, flag, sampling)
-            moments, head = assemble(traced, layers, sums, flag, num_examples)
+            flat, grads, measured = differentiate(traced, layers, flag, sampling)
+            moments, head = assemble(traced, layers, measured, flag, sampling, num_examples)
         else:
             flat, grads, _ = differentiate(traced, layers, False, sampling)
             drawn = true_fisher.sampled_sums(
                 problem, params, likelihood, _sampling_key(key, axis_name), flag, sampling
             )
-            moments, head = assemble(*drawn, flag, num_examples)
+            moments, head = assemble(*drawn, flag, sampling, num_examples)
         value, *aux_leaves = flat
         grads = jax.tree.unflatten(traced.treedef, grads)
         extras = {

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from optalr.signals.capture import evaluate_tapped, zero_slots
-from optalr.signals.layers import Layers, find_layers
+from optalr.signals.layers import find_layers
+from optalr.signals.measuring import Dummies
+from optalr.signals.plan import Layers
 from optalr.signals.problem import Problem, Traced, trace_predictions
 from optalr.signals.sampling import Sampling
-from optalr.signals.taps import Sums
 
 
 def softmax(outputs: jax.Array, key: jax.Array) -> jax.Array:
@@ -46,7 +47,7 @@ LIKELIHOODS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 def sampled_sums(
     problem: Problem, params: Any, likelihood: str, key: jax.Array, flag: Any, sampling: Sampling
-) -> tuple[Traced, Layers, dict[Any, Sums]]:
+) -> tuple[Traced, Layers, dict[Any, Dummies]]:
     """Return the model's layers and the sums of signals of sampled targets.
 
     A loss is taken to be the mean over all axes of the outputs but the last, and a sum over the
@@ -54,7 +55,7 @@ def sampled_sums(
     """
     traced = trace_predictions(problem, params)
     layers = find_layers(traced.closed, traced.leaf_shapes)
-    slots = zero_slots(traced, layers)
+    slots = zero_slots(traced, layers, flag)
     if flag is False or not slots:
         return traced, layers, slots
 

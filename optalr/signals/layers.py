@@ -7,7 +7,7 @@ tap, in which nested jaxpr, and for every leaf that no tap reaches, why.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from optalr.signals.convolutions import conv_site
 from optalr.signals.hand import MARK
 from optalr.signals.jaxprs import extract, variables
 from optalr.signals.moments import LeafView
+from optalr.signals.plan import CALLS, Derivative, Layers, Plan
 from optalr.signals.sites import HandSite, Site, Window, dot_site, hand_site
 from optalr.signals.views import Joined, View
 
@@ -28,7 +29,6 @@ _SAME = frozenset({
     "convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint", "name",
     "pvary", "pcast", "pbroadcast", "optimization_barrier", "mesh_cast", "reshard",
 })  # fmt: skip
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _REMAT = frozenset({"remat2", "checkpoint", "remat"})
 _OPAQUE = {
     "while": "inside a while loop, which has no reverse derivative",
@@ -41,71 +41,6 @@ _OPAQUE = {
     "split": "split before its product",
     "concatenate": "concatenated before its product",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Derivative:
-    """The user's derivative of one ``custom_jvp`` call, traced.
-
-    Attributes:
-      function: the call, as a function of ``variables``.
-      variables: the distinct variables that it reads.
-      inputs: which of them have tangents.
-      outputs: which of its outputs have tangents.
-      closed: the ``ClosedJaxpr`` of (all variables, tangents of inputs) -> tangents of outputs.
-    """
-
-    function: Callable[..., Any]
-    variables: tuple[Any, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    closed: Any
-
-
-@dataclasses.dataclass
-class Plan:
-    """What to tap in one jaxpr.
-
-    Attributes:
-      taps: sites by equation index; several if the equation's kernel joins several leaves.
-      nested: plans of the jaxprs inside an equation, by equation index.
-      sliced: for a scan, by equation index, the leaves of which it takes one slice a step.
-      derivatives: for a custom_jvp, by equation index, its derivative; the nested plan is for it.
-    """
-
-    taps: dict[int, tuple[Site, ...]] = dataclasses.field(default_factory=dict)
-    nested: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
-    sliced: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
-    derivatives: dict[int, Derivative] = dataclasses.field(default_factory=dict)
-
-    def all_sites(self) -> Iterator[Site]:
-        """Iterate over the sites of this jaxpr and of those inside it."""
-        for sites in self.taps.values():
-            yield from sites
-        for plans in self.nested.values():
-            for inner in plans:
-                yield from inner.all_sites()
-
-
-@dataclasses.dataclass
-class Layers:
-    """The layers of one traced loss.
-
-    Attributes:
-      plan: what to tap where.
-      sites: the accepted sites, in the order of execution.
-      views: for each captured leaf, its matrix view (with its bias by leaf index in ``biases``).
-      biases: maps a captured leaf to the leaf that is its bias.
-      notes: for each leaf, how it is used other than by a tapped layer.
-      head: the layer executed last, or None.
-    """
-
-    plan: Plan
-    sites: list[Site]
-    views: dict[int, LeafView]
-    biases: dict[int, int]
-    notes: dict[int, list[str]]
-    head: Site | None
 
 
 def find_layers(closed: Any, leaf_shapes: Sequence[tuple[int, ...]]) -> Layers:
@@ -181,9 +116,9 @@ class _Finder:
             return [self.add(equation, seen)]
         if name in ("dot_general", "conv_general_dilated"):
             return [self.product(jaxpr, plan, index, seen)]
-        if name in _CALLS and equation.params.get("name", "").startswith(MARK):
+        if name in CALLS and equation.params.get("name", "").startswith(MARK):
             return [self.hand(jaxpr, plan, index, seen)]
-        if name in _CALLS or name in _REMAT or name in ("scan", "cond", "shard_map"):
+        if name in CALLS or name in _REMAT or name in ("scan", "cond", "shard_map"):
             return self.nest(plan, index, equation, seen)
         if name == "custom_jvp_call" and any(v is not None and v.is_parameter for v in seen):
             return self.derivative(jaxpr, plan, index, seen)
@@ -319,7 +254,7 @@ class _Finder:
         """Walk the jaxprs inside an equation."""
         name, params = equation.primitive.name, equation.params
         kept = [view if view is not None and view.is_parameter else None for view in seen]
-        if name in _CALLS or name in _REMAT:
+        if name in CALLS or name in _REMAT:
             inner, outputs = self.walk(open_jaxpr(params["jaxpr"]), seen)
             plans = (inner,)
         elif name == "scan":

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optalr.signals.layers import Layers, find_layers
+from optalr.signals.layers import find_layers
 from optalr.signals.moments import Coverage, LeafTreatment
+from optalr.signals.plan import Layers
 from optalr.signals.problem import Problem, Traced, trace
 from optalr.signals.storage import FactorStorage
 

@@ -6,14 +6,15 @@ with the same value and the same derivative, whose backward pass also hands the 
     Σ α αᵀ,  Σ β βᵀ,  Σ α,  the number of α
 
 to four arguments of the twin that are otherwise unused (all zeros), as if these were their
-cotangents. One ``jax.grad`` over parameters and these dummies then returns gradients and sums.
-Reverse mode adds the sums up over repeated uses and time steps, stacks them over scanned layers,
-and passes through remat, vmap and inner functions, with no bookkeeping of ours.
+cotangents; or, where that is less, input and output cotangent as they are. One ``jax.grad`` over
+parameters and these dummies then returns gradients and sums. Reverse mode adds the sums up over
+repeated uses and time steps, stacks them over scanned layers, and passes through remat, vmap and
+inner functions, with no bookkeeping of ours.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +22,15 @@ from jax.extend import core as jex_core
 
 from optalr.signals.compat import manual_axes, scan_arity, vary, varying_axes
 from optalr.signals.jaxprs import extract
-from optalr.signals.layers import Derivative, Layers, Plan
-from optalr.signals.sampling import Sampling, spread
+from optalr.signals.measuring import Dummies, Operands, measure_if
+from optalr.signals.plan import Derivative, Layers, Plan
+from optalr.signals.sampling import Sampling
 from optalr.signals.sites import HandSite, Site
-
-
-class Sums(NamedTuple):
-    """Sums over all positions of all uses of one leaf, not yet divided by their number.
-
-    With ``stack`` the sizes of the leaf's stacked axes:
-
-      inputs:  ``(*stack, m, m)`` Σ α αᵀ, averaged over a convolution's groups
-      outputs: ``(*stack, n, n)`` Σ c cᵀ over cotangents c of the layer's output
-      mean:    ``(*stack, m)``    Σ α
-      total:   ``(*stack,)``      the number of positions, NT
-    """
-
-    inputs: jax.Array
-    outputs: jax.Array
-    mean: jax.Array
-    total: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """What the twins need: where to put their sums, and whether to compute them.
+    """What the twins need: where to put what they measure, and whether to measure.
 
     Attributes:
       slots: the dummies of each slot (a leaf's index, or ``HEAD``).
@@ -54,28 +39,19 @@ class Recorder:
       sampling: which examples and positions to look at.
     """
 
-    slots: dict[Any, Sums]
+    slots: dict[Any, Dummies]
     slot_of: Callable[[Site], Any]
     flag: jax.Array | None
     sampling: Sampling
 
-    def with_slots(self, slots: dict[Any, Sums]) -> "Recorder":
+    def with_slots(self, slots: dict[Any, Dummies]) -> "Recorder":
         """Return the recorder with other dummies."""
         return dataclasses.replace(self, slots=slots)
 
-
-def zero_sums(site: Site, leaf_shape: tuple[int, ...], dtype: Any) -> Sums:
-    """Return the dummies of a leaf that ``site`` taps."""
-    view = site.leaf_view
-    stack, m, n = view.matrix_shape(leaf_shape)
-    if view.input_side == "cols":
-        m, n = n, m
-    return Sums(
-        jnp.zeros((*stack, m, m), dtype),
-        jnp.zeros((*stack, n, n), dtype),
-        jnp.zeros((*stack, m), dtype),
-        jnp.zeros(stack, dtype),
-    )
+    def slots_in(self, plan: Plan) -> dict[Any, Dummies]:
+        """Return the dummies of the sites of one plan."""
+        own = {self.slot_of(site) for site in plan.all_sites()}
+        return {slot: dummies for slot, dummies in self.slots.items() if slot in own}
 
 
 def run(closed: Any, layers: Layers, args: Sequence[Any], recorder: Recorder) -> list[Any]:
@@ -148,7 +124,7 @@ def _nest(equation: Any, plan: Plan, index: int, values: list[Any], recorder: Re
             return _run(jaxpr, plans[0], consts, args, recorder.with_slots(slots))
 
         return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(
-            recorder.slots, *values
+            recorder.slots_in(plans[0]), *values
         )
     return _run(jaxpr, plans[0], consts, values, recorder)
 
@@ -201,7 +177,7 @@ def _shard_map(params: dict[str, Any], plan: Plan, values: list[Any], recorder: 
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
         axis_names=manual_axes(params),
-    )(recorder.slots, *values)
+    )(recorder.slots_in(plan), *values)
 
 
 def _custom_jvp(
@@ -214,8 +190,7 @@ def _custom_jvp(
     """
     read = {v: x for v, x in zip(equation.invars, values, strict=True) if _is_var(v)}
     args = [read[var] for var in derivative.variables]
-    own = {recorder.slot_of(site) for site in plan.all_sites()}
-    slots = {slot: recorder.slots[slot] for slot in own}
+    slots = recorder.slots_in(plan)
     axes = frozenset().union(*(varying_axes(jax.typeof(arg)) for arg in args))
     slots = jax.tree.map(lambda dummy: vary(dummy, axes), slots)
 
@@ -252,104 +227,42 @@ def _tap(sites: tuple[Site, ...], values: list[Any], recorder: Recorder) -> jax.
     data, kernel = sites[0].operands(values)
     if isinstance(sites[0], HandSite):  # its value does not depend on the declared inputs
         data = jax.lax.stop_gradient(data)
-    sums = tuple(recorder.slots[recorder.slot_of(site)] for site in sites)
+    dummies = tuple(recorder.slots[recorder.slot_of(site)] for site in sites)
     axes = varying_axes(jax.typeof(data)) | varying_axes(jax.typeof(kernel))
-    sums = jax.tree.map(lambda dummy: vary(dummy, axes), sums)
-    like = jax.tree.map(lambda dummy: jax.ShapeDtypeStruct(dummy.shape, dummy.dtype), sums)
-    return _twin(sites, recorder.sampling, like)(data, kernel, sums, recorder.flag)
+    dummies = jax.tree.map(lambda dummy: vary(dummy, axes), dummies)
+    like = jax.tree.map(lambda dummy: jax.ShapeDtypeStruct(dummy.shape, dummy.dtype), dummies)
+    return _twin(sites, recorder.sampling, like)(data, kernel, dummies, recorder.flag)
 
 
 def _twin(
-    sites: tuple[Site, ...], sampling: Sampling, like: tuple[Sums, ...]
+    sites: tuple[Site, ...], sampling: Sampling, like: tuple[Dummies, ...]
 ) -> Callable[..., jax.Array]:
-    """Return the product of ``sites``; its backward pass also measures sums ``like`` these."""
+    """Return the product of ``sites``; its backward pass also gives what the dummies ask for."""
     product = sites[0].product()
 
     @jax.custom_vjp
-    def twin(data, kernel, sums, flag):
-        del sums, flag
+    def twin(data, kernel, dummies, flag):
+        del dummies, flag
         return product(data, kernel)
 
-    def forward(data, kernel, sums, flag):
-        del sums
+    def forward(data, kernel, dummies, flag):
+        del dummies
         return product(data, kernel), (data, kernel, flag)
 
     def backward(residuals, cotangent):
         data, kernel, flag = residuals
         data_bar, kernel_bar = sites[0].pull_back(data, kernel, cotangent)
+        both = Operands(data, cotangent)
         measured = tuple(
-            _measure_if(flag, site, sampling, data, cotangent, sums)
-            for site, sums in zip(sites, like, strict=True)
+            both
+            if isinstance(dummies, Operands)
+            else measure_if(flag, site, sampling, both, dummies)
+            for site, dummies in zip(sites, like, strict=True)
         )
         return data_bar, kernel_bar, measured, None
 
     twin.defvjp(forward, backward)
     return twin
-
-
-def _measure_if(flag, site: Site, sampling: Sampling, data, cotangent, like: Sums) -> Sums:
-    """Measure, or return zeros where a traced ``flag`` is off (only this sits in a ``cond``)."""
-    axes = varying_axes(jax.typeof(cotangent))
-
-    def measure(data, cotangent):
-        sums = _measure(site, sampling, data, cotangent, like.total.dtype)
-        return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), sums, like)
-
-    def skip(data, cotangent):
-        del data, cotangent
-        return jax.tree.map(lambda shape: vary(jnp.zeros(shape.shape, shape.dtype), axes), like)
-
-    if flag is None:
-        return measure(data, cotangent)
-    return jax.lax.cond(flag, measure, skip, data, cotangent)
-
-
-def _measure(site: Site, sampling: Sampling, data, cotangent, dtype) -> Sums:
-    """Compute the four sums of one site, each an estimate of the sum over all positions."""
-    data, cotangent = _only_once((data, cotangent))
-    # Where a sample starts is hashed from the cotangent, so that it varies from step to step with
-    # no key to pass. Of absolute values: a softmax's cotangents sum to zero.
-    size = jnp.sum(jnp.abs(cotangent.astype(jnp.float32)))
-    seed = jax.lax.bitcast_convert_type(size, jnp.uint32)
-    first, *others = site.pieces(data, cotangent, sampling)
-    total = _sums(site, first, sampling, spread(seed), dtype)
-    for piece in others:  # one after the other, so that they share their memory
-        piece, total = jax.lax.optimization_barrier((piece, total))
-        total = jax.tree.map(jnp.add, total, _sums(site, piece, sampling, spread(seed), dtype))
-    return total
-
-
-def _sums(site: Site, piece: tuple[jax.Array, jax.Array], sampling: Sampling, seed, dtype) -> Sums:
-    """Compute the sums over one piece of the examples."""
-    inputs, outputs, scale = site.signals(*piece, sampling, seed)
-    inputs, outputs = inputs.astype(dtype), outputs.astype(dtype)
-    return Sums(
-        _gram(inputs) * (scale / site.groups),
-        _gram(outputs) * scale,
-        jnp.sum(inputs, axis=1) * (scale / site.groups),
-        jnp.full(inputs.shape[0], outputs.shape[1] * scale, dtype),
-    )
-
-
-def _gram(rows: jax.Array) -> jax.Array:
-    """Return ``Σ_r x_r x_rᵀ`` of ``(S, R, d)``, in full precision also where TF32 is default."""
-    return jnp.einsum("srd,sre->sde", rows, rows, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_jvp
-def _only_once(signals):
-    """Pass signals on, and refuse to be differentiated: the sums are quadratic in them."""
-    return signals
-
-
-@_only_once.defjvp
-def _refuse(primals, tangents):
-    raise TypeError(
-        "value_grad_and_extras cannot be differentiated while it captures signals: their Gram "
-        "matrices are quadratic in the cotangent, so a second derivative through them would be "
-        "wrong. Pass signals=False, or use the matvecs extras['hessian'] and "
-        "extras['gauss_newton']."
-    )
 
 
 def _is_var(var: Any) -> bool:

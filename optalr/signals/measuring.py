@@ -1,0 +1,151 @@
+"""What is measured of one layer: sums of Gram products over its positions, and when.
+
+A layer's two sides, its input and its output's cotangent, are laid out by its site; here they
+become sums. Where the two sides take less memory than their Gram matrices they can be handed on as
+they are, and be measured after the backward pass (``Operands``).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.signals.compat import vary, varying_axes
+from optalr.signals.sampling import Sampling, spread
+from optalr.signals.sites import Site
+
+
+class Sums(NamedTuple):
+    """Sums over all positions of all uses of one leaf, not yet divided by their number.
+
+    With ``stack`` the sizes of the leaf's stacked axes:
+
+      inputs:  ``(*stack, m, m)`` Σ α αᵀ, averaged over a convolution's groups
+      outputs: ``(*stack, n, n)`` Σ c cᵀ over cotangents c of the layer's output
+      mean:    ``(*stack, m)``    Σ α
+      total:   ``(*stack,)``      the number of positions, NT
+    """
+
+    inputs: jax.Array
+    outputs: jax.Array
+    mean: jax.Array
+    total: jax.Array
+
+
+class Operands(NamedTuple):
+    """The two sides of a layer's only use, not yet measured.
+
+    Fields:
+      data: the product's other operand, in its own shape and dtype.
+      cotangent: the cotangent of the product.
+    """
+
+    data: jax.Array
+    cotangent: jax.Array
+
+
+# What a slot holds: zeros before the backward pass, then what was measured or is to be.
+Dummies = Sums | Operands
+
+
+def zero_sums(site: Site, leaf_shape: tuple[int, ...], dtype: Any) -> Sums:
+    """Return the dummies of a leaf that ``site`` taps."""
+    view = site.leaf_view
+    stack, m, n = view.matrix_shape(leaf_shape)
+    if view.input_side == "cols":
+        m, n = n, m
+    return Sums(
+        jnp.zeros((*stack, m, m), dtype),
+        jnp.zeros((*stack, n, n), dtype),
+        jnp.zeros((*stack, m), dtype),
+        jnp.zeros(stack, dtype),
+    )
+
+
+def zero_operands(site: Site) -> Operands:
+    """Return the dummies of a site that hands on its operands."""
+    data, _ = site.operands([var.aval for var in site.equation.invars])
+    cotangent = site.equation.outvars[0].aval
+    return Operands(jnp.zeros(data.shape, data.dtype), jnp.zeros(cotangent.shape, cotangent.dtype))
+
+
+def operands_are_smaller(site: Site, leaf_shape: tuple[int, ...]) -> bool:
+    """Whether the two sides of a site's product have fewer entries than their Gram matrices."""
+    data, _ = site.operands([var.aval for var in site.equation.invars])
+    cotangent = site.equation.outvars[0].aval
+    if not jnp.issubdtype(data.dtype, jnp.floating) or varying_axes(data):
+        return False
+    stack, m, n = site.leaf_view.matrix_shape(leaf_shape)
+    return data.size + cotangent.size < math.prod(stack) * (m * m + n * n)
+
+
+def measure_if(flag: Any, site: Site, sampling: Sampling, operands: Operands, like: Sums) -> Sums:
+    """Measure, or return zeros where a traced ``flag`` is off (only this sits in a ``cond``).
+
+    Args:
+      flag: None or a Python bool to measure always, else a traced bool.
+      site: the layer's product.
+      sampling: which examples and positions to look at.
+      operands: the product's two sides.
+      like: arrays, or shapes and dtypes, of the sums.
+    """
+    axes = varying_axes(jax.typeof(operands.cotangent))
+
+    def skip(operands):
+        del operands
+        return jax.tree.map(lambda shape: vary(jnp.zeros(shape.shape, shape.dtype), axes), like)
+
+    if flag is None:
+        return measure(site, sampling, operands, like)
+    return jax.lax.cond(flag, lambda both: measure(site, sampling, both, like), skip, operands)
+
+
+def measure(site: Site, sampling: Sampling, operands: Operands, like: Sums) -> Sums:
+    """Return a site's four sums, each an estimate of the sum over all positions."""
+    data, cotangent = _only_once(operands)
+    # Where a sample starts is hashed from the cotangent, so that it varies from step to step with
+    # no key to pass. Of absolute values: a softmax's cotangents sum to zero.
+    size = jnp.sum(jnp.abs(cotangent.astype(jnp.float32)))
+    seed = jax.lax.bitcast_convert_type(size, jnp.uint32)
+    dtype = like.total.dtype
+    first, *others = site.pieces(data, cotangent, sampling)
+    total = _sums(site, first, sampling, spread(seed), dtype)
+    for piece in others:  # one after the other, so that they share their memory
+        piece, total = jax.lax.optimization_barrier((piece, total))
+        total = jax.tree.map(jnp.add, total, _sums(site, piece, sampling, spread(seed), dtype))
+    axes = varying_axes(jax.typeof(cotangent))
+    return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), total, like)
+
+
+def _sums(site: Site, piece: tuple[jax.Array, jax.Array], sampling: Sampling, seed, dtype) -> Sums:
+    """Compute the sums over one piece of the examples."""
+    inputs, outputs, scale = site.signals(*piece, sampling, seed)
+    inputs, outputs = inputs.astype(dtype), outputs.astype(dtype)
+    return Sums(
+        _gram(inputs) * (scale / site.groups),
+        _gram(outputs) * scale,
+        jnp.sum(inputs, axis=1) * (scale / site.groups),
+        jnp.full(inputs.shape[0], outputs.shape[1] * scale, dtype),
+    )
+
+
+def _gram(rows: jax.Array) -> jax.Array:
+    """Return ``Σ_r x_r x_rᵀ`` of ``(S, R, d)``, in full precision also where TF32 is default."""
+    return jnp.einsum("srd,sre->sde", rows, rows, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def _only_once(signals):
+    """Pass signals on, and refuse to be differentiated: the sums are quadratic in them."""
+    return signals
+
+
+@_only_once.defjvp
+def _refuse(primals, tangents):
+    raise TypeError(
+        "value_grad_and_extras cannot be differentiated while it captures signals: their Gram "
+        "matrices are quadratic in the cotangent, so a second derivative through them would be "
+        "wrong. Pass signals=False, or use the matvecs extras['hessian'] and "
+        "extras['gauss_newton']."
+    )
