@@ -11,10 +11,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from optalr import arguments
 from optalr.signals import fisher as true_fisher
-from optalr.signals.capture import assemble, differentiate
+from optalr.signals.assembly import Assembly
+from optalr.signals.capture import differentiate
 from optalr.signals.layers import find_layers
 from optalr.signals.problem import CompositeLoss, Problem, trace
 from optalr.signals.sampling import Sampling
@@ -68,6 +70,9 @@ def value_grad_and_extras(
       * ``point``: the parameters;
       * ``signals``: the structure of ``params``, with a ``LayerMoments`` at each captured kernel
         and None elsewhere; its ``count`` is 0 where ``signals`` was off;
+      * ``measure``: ``() -> signals``, for whoever looks at them inside a branch of their own:
+        with a traced flag, layers whose inputs and cotangents take less memory than their moments
+        are measured there, and where it is not called nothing is written;
       * ``head``: the moments of the layer that is executed last, or None;
       * ``hessian``: the matvec ``v -> H v`` at ``params``;
       * ``outputs``, ``gauss_newton``: for a ``composite_loss``, its outputs and ``v -> G v``.
@@ -117,13 +122,14 @@ def value_grad_and_extras(
         layers = find_layers(traced.closed, traced.leaf_shapes)
         if likelihood is None:
             flat, grads, measured = differentiate(traced, layers, flag, sampling)
-            moments, head = assemble(traced, layers, measured, flag, sampling, num_examples)
+            assembly = Assembly.of(traced, layers, sampling, num_examples)
         else:
             flat, grads, _ = differentiate(traced, layers, False, sampling)
-            drawn = true_fisher.sampled_sums(
+            predictions, layers, measured = true_fisher.sampled_sums(
                 problem, params, likelihood, _sampling_key(key, axis_name), flag, sampling
             )
-            moments, head = assemble(*drawn, flag, sampling, num_examples)
+            assembly = Assembly.of(predictions, layers, sampling, num_examples)
+        moments = assembly(flag, measured)
         value, *aux_leaves = flat
         grads = jax.tree.unflatten(traced.treedef, grads)
         extras = {
@@ -131,8 +137,9 @@ def value_grad_and_extras(
             "grad": grads,
             "value_fn": problem.value_fn(axis_name),
             "point": params,
-            "signals": jax.tree.unflatten(traced.treedef, moments),
-            "head": head,
+            "signals": moments,
+            "measure": _later(assembly, flag, measured, moments),
+            "head": assembly.head_moments(flag, measured),
         }
         extras.update(problem.products(params, extras["value_fn"]))
         if not has_aux:
@@ -140,6 +147,17 @@ def value_grad_and_extras(
         return (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)), grads, extras
 
     return evaluate
+
+
+def _later(assembly: Assembly, flag: Any, measured: Any, moments: Any) -> Partial:
+    """Return a function that gives the moments where it is called."""
+    if isinstance(flag, bool):
+        return Partial(_as_they_are, moments)
+    return Partial(assembly, flag, measured)
+
+
+def _as_they_are(moments: Any) -> Any:
+    return moments
 
 
 def _check_fisher(loss_fn: Any, fisher: str, likelihood: str | None) -> None:

@@ -27,10 +27,10 @@ class Sums(NamedTuple):
       total:   ``(*stack,)``      the number of positions, NT
     """
 
-    inputs: jax.Array
-    outputs: jax.Array
-    mean: jax.Array
-    total: jax.Array
+    inputs: Any
+    outputs: Any
+    mean: Any
+    total: Any
 
 
 class Operands(NamedTuple):
@@ -41,33 +41,34 @@ class Operands(NamedTuple):
       cotangent: the cotangent of the product.
     """
 
-    data: jax.Array
-    cotangent: jax.Array
+    data: Any
+    cotangent: Any
 
 
 # What a slot holds: zeros before the backward pass, then what was measured or is to be.
 Dummies = Sums | Operands
 
 
-def zero_sums(site: Site, leaf_shape: tuple[int, ...], dtype: Any) -> Sums:
-    """Return the dummies of a leaf that ``site`` taps."""
+def sums_like(site: Site, leaf_shape: tuple[int, ...], dtype: Any) -> Sums:
+    """Return the shapes and dtypes of what is summed for a leaf that ``site`` taps."""
     view = site.leaf_view
     stack, m, n = view.matrix_shape(leaf_shape)
     if view.input_side == "cols":
         m, n = n, m
-    return Sums(
-        jnp.zeros((*stack, m, m), dtype),
-        jnp.zeros((*stack, n, n), dtype),
-        jnp.zeros((*stack, m), dtype),
-        jnp.zeros(stack, dtype),
-    )
+    shapes = ((*stack, m, m), (*stack, n, n), (*stack, m), stack)
+    return Sums(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
 
 
-def zero_operands(site: Site) -> Operands:
-    """Return the dummies of a site that hands on its operands."""
+def zeros_of(like: Any) -> Any:
+    """Return zeros in place of shapes and dtypes."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+
+def operands_like(site: Site) -> Operands:
+    """Return the shapes and dtypes of the two sides of a site's product."""
     data, _ = site.operands([var.aval for var in site.equation.invars])
     cotangent = site.equation.outvars[0].aval
-    return Operands(jnp.zeros(data.shape, data.dtype), jnp.zeros(cotangent.shape, cotangent.dtype))
+    return Operands(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (data, cotangent)))
 
 
 def operands_are_smaller(site: Site, leaf_shape: tuple[int, ...]) -> bool:
@@ -94,7 +95,7 @@ def measure_if(flag: Any, site: Site, sampling: Sampling, operands: Operands, li
 
     def skip(operands):
         del operands
-        return jax.tree.map(lambda shape: vary(jnp.zeros(shape.shape, shape.dtype), axes), like)
+        return jax.tree.map(lambda zero: vary(zero, axes), zeros_of(like))
 
     if flag is None:
         return measure(site, sampling, operands, like)

@@ -9,6 +9,7 @@ two small roots instead of one of order mn. p = −1/2 is the direction of Ida &
 p = −1 the natural gradient, p = 0 the gradient.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import optax
 
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.signals.moments import Coverage, is_moments
-from optalr.states import count_up
+from optalr.states import count_up, update_when
 from optalr.transforms import _kronecker_apply as applying
 from optalr.transforms import _kronecker_memory as store
 from optalr.transforms import _kronecker_refresh as refreshing
@@ -193,9 +194,10 @@ def scale_by_kronecker(
         )
 
     def update_fn(updates, state, params=None, **extras):
-        signals = None
+        signals = measure = None
         if from_signals:
             signals = require_extra(extras, "signals", "scale_by_kronecker", _SIGNALS_REMEDY)
+            measure = extras.get("measure")
         plans = plan(updates)
         setup = store.Setup(
             plans=plans,
@@ -212,7 +214,7 @@ def scale_by_kronecker(
         grads = [leaf.astype(_working_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
         memory = _from_trees(state, structure)
 
-        memory, state = _measure(setup, clock, memory, state, grads, signals)
+        memory, state = _measure(setup, clock, memory, state, grads, (signals, measure))
         memory, state = _refresh(setup, clock, memory, state)
         new = applying.apply(setup, memory, grads, state.weight, state.num_refreshes > 0)
 
@@ -235,23 +237,28 @@ _SIGNALS_REMEDY = (
 )
 
 
-def _measure(setup, clock, memory, state, grads, signals):
+def _measure(setup, clock, memory, state, grads, captured):
     """Fold this batch into the factors, where it is due and was captured."""
+    signals, _ = captured
     nodes = [node for node in jax.tree.leaves(signals, is_leaf=is_moments) if is_moments(node)]
     num_examples = jnp.float32(1)
     if nodes:
         num_examples = jnp.max(jnp.stack([jnp.asarray(n.count, jnp.float32) for n in nodes]))
     due = clock.measures(state.signal_age, state.count) & (num_examples > 0)
-    # Only what may change goes through the branch: the roots would be copied.
-    kept = (memory.row_factors, memory.col_factors, memory.second_moments)
+    names = ("row_factors", "col_factors", "second_moments")
 
-    def fold_in(kept):
-        filled = memory._replace(row_factors=kept[0], col_factors=kept[1], second_moments=kept[2])
-        new, good = store.measure(setup, filled, grads, num_examples)
-        return (new.row_factors, new.col_factors, new.second_moments), good
+    def fold_in(carry, inputs):
+        grads, (signals, measure), num_examples = inputs
+        filled = memory._replace(**carry[0])
+        sources = find_sources(setup.plans, signals if measure is None else measure())
+        current = dataclasses.replace(setup, sources=sources)
+        new, good = store.measure(current, filled, grads, num_examples)
+        return {name: getattr(new, name) for name in names}, good
 
-    kept, good = jax.lax.cond(due, fold_in, lambda kept: (kept, jnp.bool_(True)), kept)
-    memory = memory._replace(row_factors=kept[0], col_factors=kept[1], second_moments=kept[2])
+    kept = {name: getattr(memory, name) for name in names}
+    carry, inputs = (kept, jnp.bool_(True)), (grads, captured, num_examples)
+    kept, good = update_when(due, fold_in, carry, inputs)
+    memory = memory._replace(**kept)
     measured = due & good
     decay = jnp.asarray(setup.decay, jnp.float32)
     return memory, state._replace(
@@ -269,18 +276,21 @@ def _refresh(setup, clock, memory, state):
     due = clock.refreshes(state)
     names = ("row_roots", "col_roots", "row_eigenvalues", "col_eigenvalues", "second_moments")
     names += ("row_bases", "col_bases")
-    kept = {name: getattr(memory, name) for name in names}
 
-    def take(kept):
-        filled = memory._replace(**kept)
-        first = state.num_refreshes == 0
-        new, residual, failed = refreshing.refresh(setup, filled, state.weight, first)
+    def take(carry, inputs):
+        rows, cols, weight, first = inputs
+        filled = memory._replace(row_factors=rows, col_factors=cols, **carry[0])
+        new, residual, failed = refreshing.refresh(setup, filled, weight, first)
         return {name: getattr(new, name) for name in names}, residual, failed
 
-    def keep(kept):
-        return kept, state.root_residual, jnp.int32(0)
-
-    kept, residual, failed = jax.lax.cond(due, take, keep, kept)
+    kept = {name: getattr(memory, name) for name in names}
+    first = state.num_refreshes == 0
+    kept, residual, failed = update_when(
+        due,
+        take,
+        (kept, state.root_residual, jnp.int32(0)),
+        (memory.row_factors, memory.col_factors, state.weight, first),
+    )
     memory = memory._replace(**kept)
     return memory, state._replace(
         root_age=jnp.where(due, 0, state.root_age),
