@@ -4,6 +4,7 @@ The reference never looks at a jaxpr: each model calls ``layer(name, inputs, out
 product, the reference keeps the inputs and differentiates the loss by what it adds to the outputs.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +94,31 @@ def scanned(params, x, y, layer=no_layer):
             h = jnp.tanh(layer(f"w{i}", h, h @ w) + params["stack"]["b"][i][None, :])
             h = jnp.tanh(layer("shared", h, h @ params["shared"]))
     return cross_entropy(layer("out", h, h @ params["out"]), y)
+
+
+@pytest.mark.parametrize("size", [3, 300])  # operands smaller, and larger, than the moments
+@pytest.mark.parametrize("flag", [True, False])
+def test_measure_gives_what_signals_hold(size, flag):
+    keys = jax.random.split(jax.random.key(2), 3)
+    params = {
+        "conv": jax.random.normal(keys[0], (3, 3, 2, 8)),
+        "dense": jax.random.normal(keys[1], (72, 20)),
+    }
+    x = jax.random.normal(keys[2], (size, 3, 3, 2))
+
+    def loss_fn(params, x):
+        h = jax.lax.conv_general_dilated(
+            x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(jnp.sum((jnp.tanh(h).reshape(size, -1) @ params["dense"]) ** 2, 1))
+
+    evaluate = optalr.value_grad_and_extras(loss_fn)
+    _, grads, extras = jax.jit(lambda p, x, flag: evaluate(p, x, signals=flag))(params, x, flag)
+    _, _, expected = evaluate(params, x, signals=flag)
+    chex.assert_trees_all_equal(grads, jax.jit(jax.grad(loss_fn))(params, x))
+    for got in (extras["signals"], extras["measure"](), expected["measure"]()):
+        chex.assert_trees_all_close(got, expected["signals"], rtol=1e-5, atol=1e-6)
+    assert float(extras["signals"]["conv"].count) == (size if flag else 0)
 
 
 def test_scanned_layers_come_out_stacked_and_shared_ones_summed(batch):

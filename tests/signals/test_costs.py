@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import optalr
+from optalr.states import update_when
 
 N, M, H, K = 64, 48, 40, 10
 
@@ -123,3 +124,58 @@ def test_samples_cost_their_share():
     full, sampled = cost(), cost(every=2, max_positions=18)
     assert np.isclose(full, 2 * 16 * 144 * (72**2 + 16**2), rtol=0.05)
     assert sampled < full / 12  # an eighth of the positions of half the examples, and choosing them
+
+
+def narrow_problem():
+    """A model with fewer examples than features: its operands are smaller than its moments."""
+    params = {"w0": jnp.full((37, 29), 0.1), "w1": jnp.full((29, 10), 0.2)}
+
+    def loss(params, x):
+        return jnp.mean(jnp.sum((jnp.tanh(x @ params["w0"]) @ params["w1"]) ** 2, 1))
+
+    return loss, params, jax.random.normal(jax.random.key(1), (4, 37))
+
+
+def outside_branches(function, *args):
+    """Return the instructions of a compiled function that every call runs."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return text[text.index("\nENTRY") :]
+
+
+def test_where_operands_are_smaller_a_consumer_measures_in_its_own_branch():
+    loss, params, x = narrow_problem()
+    evaluate = optalr.value_grad_and_extras(loss)
+
+    def trace_of(extras):
+        return jnp.trace(extras["measure"]()["w0"].rows)
+
+    def inside(flag, state, params, x):
+        _, grads, extras = evaluate(params, x, signals=flag)
+        return grads, update_when(flag, lambda _, extras: trace_of(extras), state, extras)
+
+    def outside(flag, state, params, x):
+        _, grads, extras = evaluate(params, x, signals=flag)
+        rows = extras["signals"]["w0"].rows
+        return grads, update_when(flag, lambda _, rows: jnp.trace(rows), state, rows)
+
+    args = (jnp.array(True), jnp.float32(0), params, x)
+    assert "f32[37,37]" in outside_branches(outside, *args)
+    assert "f32[37,37]" not in outside_branches(inside, *args)
+    expected = jnp.trace(evaluate(params, x)[2]["signals"]["w0"].rows)
+    np.testing.assert_allclose(jax.jit(inside)(*args)[1], expected, rtol=1e-6)
+    assert jax.jit(inside)(jnp.array(False), *args[1:])[1] == 0
+
+
+def test_a_phase_that_reads_no_signals_writes_none():
+    loss, params, x = narrow_problem()
+    evaluate = optalr.value_grad_and_extras(loss)
+    tx = optalr.tso_alra(1e-2, switch_at=3)
+    state = tx.init(params)
+
+    def step(params, state, x):
+        _, grads, extras = evaluate(params, x, signals=optalr.wants_signals(state))
+        return tx.update(grads, state, params, **extras)
+
+    for line in outside_branches(step, params, state, x).splitlines():
+        if " conditional(" in line:
+            assert "f32[37,37]" not in line.split(" conditional(")[0]
