@@ -10,6 +10,8 @@ shown: the gradient alone against the gradient with signals. Columns:
   sampled   signals at every step, of one example in ``--every`` and ``--positions`` positions
   off       a traced flag that is off
   amortized a traced flag that is on at every 10th step, sampled likewise
+  folded    as ``amortized``, but what is returned are moving averages of the moments, which take
+            ``extras["measure"]()`` in a branch of their own, as ``scale_by_kronecker`` does
   floor     (gradient flops + 2NT(m² + n²) over the layers) / gradient flops, for ``each``
   memory    (peak of ``each``, less the returned matrices) / peak of the gradient
 
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 import optax
 
 import optalr
+from optalr.states import update_when
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -138,6 +141,31 @@ def ratio(first, second, repeats):
     return statistics.median(b / a for a, b in pairs), statistics.median(a for a, _ in pairs)
 
 
+class Folding:
+    """A compiled gradient that also keeps moving averages of the moments, updated in place."""
+
+    def __init__(self, evaluate, params, batch):
+        def step(averages, flag, params, *batch):
+            value, grads, extras = evaluate(params, *batch, signals=flag)
+
+            def fold(averages, extras):
+                moments = extras["measure"]()
+                return jax.tree.map(lambda a, x: 0.95 * a + 0.05 * x, averages, moments)
+
+            return update_when(flag, fold, averages, extras), value, grads
+
+        like = jax.eval_shape(lambda p, *b: evaluate(p, *b)[2]["signals"], params, *batch)
+        self.averages = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        self.args = (params, *batch)
+        jitted = jax.jit(step, donate_argnums=0)
+        self.step = jitted.lower(self.averages, jnp.array(True), *self.args).compile()
+
+    def ten_steps(self):
+        for i in range(10):
+            self.averages, *rest = self.step(self.averages, jnp.array(i == 0), *self.args)
+        return self.averages, rest
+
+
 def measure(name, repeats, every, positions):
     loss_fn, params, batch = make(name)
     full = optalr.value_grad_and_extras(loss_fn, has_aux=True)
@@ -159,6 +187,7 @@ def measure(name, repeats, every, positions):
     each, each_flops, each_peak = compiled(always(full), params, *batch)
     some, some_flops, some_peak = compiled(always(sampled), params, *batch)
     traced, _, _ = compiled(with_signals(sampled), jnp.array(True), params, *batch)
+    fold = Folding(sampled, params, batch)
     _, static_flops, _ = compiled(
         lambda *args: with_signals(full)(False, *args)[:2], params, *batch
     )
@@ -188,6 +217,7 @@ def measure(name, repeats, every, positions):
         "sampled": ratio(one, lambda: some(params, *batch), repeats)[0],
         "off": ratio(one, lambda: traced(off, params, *batch), repeats)[0],
         "amortized": ratio(ten_gradients, every_tenth, max(3, repeats // 3))[0],
+        "folded": ratio(ten_gradients, fold.ten_steps, max(3, repeats // 3))[0],
         "flops_each": each_flops / flops,
         "flops_sampled": some_flops / flops,
         "flops_static_off": static_flops / flops,

@@ -21,7 +21,8 @@ from optalr.signals.problem import Traced
 from optalr.signals.sampling import Sampling
 from optalr.signals.sites import Site
 
-_HEAD = "head"
+# The slot of the head where it has one apart; the others are leaf indices (keys must sort).
+_HEAD = -1
 
 
 def slot_chooser(layers: Layers) -> Callable[[Site], Any]:

@@ -112,6 +112,10 @@ class _Finder:
             joined = views.join(seen, equation.params["dimension"])
             if joined is not None:
                 return [joined]
+        if name in ("slice", "split"):
+            parts = views.cut_parts(name, equation.params, first)
+            if all(part is not None for part in parts):
+                return parts
         if name in ("add", "add_any"):
             return [self.add(equation, seen)]
         if name in ("dot_general", "conv_general_dilated"):
@@ -145,6 +149,8 @@ class _Finder:
                 window = Window(whole.axis, start, view.shape[whole.axis])
             shape = self.leaf_shapes[view.source]
             site = make(jaxpr, equation, kernel, view, shape, window)
+            if isinstance(site, Site) and not site.fits_its_cut(shape):
+                site = "cut along one of several axes on a side of its product"
             if isinstance(site, str):
                 self.note(view, site)
             else:
@@ -165,7 +171,7 @@ class _Finder:
         """Take a layer that the user declared."""
         equation = jaxpr.eqns[index]
         view = seen[2]
-        if not isinstance(view, View) or not view.is_parameter:
+        if not isinstance(view, View) or not view.is_parameter or view.cut is not None:
             self.note(view, "tapped by hand, but not as a whole leaf")
             return seen[0]
         site = hand_site(jaxpr, equation, view, self.leaf_shapes[view.source])
@@ -215,6 +221,8 @@ class _Finder:
     def is_bias(self, output: View, parameter: View) -> bool:
         """Whether ``parameter`` has one entry for each feature of the layer's ``output``."""
         offset = len(output.dims) - len(parameter.dims)
+        if parameter.cut is not None or output.source.view.cut is not None:
+            return False
         if offset < 0 or parameter.scanned != tuple(range(len(output.source.view.scanned))):
             return False
         atoms: list[views.Atom] = []

@@ -116,7 +116,22 @@ def measure(site: Site, sampling: Sampling, operands: Operands, like: Sums) -> S
         piece, total = jax.lax.optimization_barrier((piece, total))
         total = jax.tree.map(jnp.add, total, _sums(site, piece, sampling, spread(seed), dtype))
     axes = varying_axes(jax.typeof(cotangent))
-    return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), total, like)
+    placed = _into_whole(site, total, like)
+    return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), placed, like)
+
+
+def _into_whole(site: Site, sums: Sums, like: Sums) -> Sums:
+    """Place the sums of a part that was cut out of its leaf; the rest of the leaf saw zeros."""
+    cut = site.view.cut
+    if cut is None:
+        return sums
+    name = "inputs" if cut.axis in site.sides.inputs else "outputs"
+    after = getattr(like, name).shape[-1] - cut.start - cut.size
+    room = (cut.start, after)
+    placed = {name: jnp.pad(getattr(sums, name), ((0, 0), room, room))}
+    if name == "inputs":
+        placed["mean"] = jnp.pad(sums.mean, ((0, 0), room))
+    return sums._replace(**placed)
 
 
 def _sums(site: Site, piece: tuple[jax.Array, jax.Array], sampling: Sampling, seed, dtype) -> Sums:

@@ -74,6 +74,16 @@ class Site:
             return LeafView(stack, inputs, outputs, "rows")
         return LeafView(stack, outputs, inputs, "cols")
 
+    def fits_its_cut(self, leaf_shape: tuple[int, ...]) -> bool:
+        """Whether a part cut out of the leaf is one block of one side's Gram matrix."""
+        if self.view.cut is None:
+            return True
+        axis = self.view.cut.axis
+        for side in (self.sides.inputs, self.sides.outputs):
+            if axis in side:
+                return all(leaf_shape[other] == 1 for other in side if other != axis)
+        return False
+
     def operands(self, values: Sequence[Any]) -> tuple[Any, Any]:
         """Return data and kernel among the equation's inputs."""
         return values[1 - self.kernel], values[self.kernel]

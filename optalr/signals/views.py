@@ -26,6 +26,20 @@ class Atom(NamedTuple):
 Dims = tuple[tuple[Atom, ...], ...]
 
 
+class Cut(NamedTuple):
+    """The part of a leaf that was cut out along one of its axes.
+
+    Fields:
+      axis: the leaf axis.
+      start: where the part begins.
+      size: how far it goes.
+    """
+
+    axis: int
+    start: int
+    size: int
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """An intermediate array that holds the entries of one source, rearranged.
@@ -35,12 +49,14 @@ class View:
       shape: the array's shape.
       dims: for each dimension the atoms it holds, major first; none for a dimension of size 1.
       scanned: leaf axes that an enclosing scan slices, outermost first.
+      cut: the part of the source that this is, or None for all of it.
     """
 
     source: Any
     shape: tuple[int, ...]
     dims: Dims
     scanned: tuple[int, ...] = ()
+    cut: Cut | None = None
 
     @property
     def is_parameter(self) -> bool:
@@ -156,6 +172,39 @@ def join(seen: Sequence["View | Joined | None"], axis: int) -> Joined | None:
     return Joined(parts, axis) if len(parts) == len(seen) else None
 
 
+def cut_parts(name: str, params: dict[str, Any], view: View | Joined | None) -> list[View | None]:
+    """Follow a parameter through a ``slice`` or ``split``: what each output holds of it.
+
+    Only whole axes of a leaf can be cut, once and without gaps; None for other parts.
+    """
+    if not isinstance(view, View) or not view.is_parameter:
+        return [None]
+    if name == "split":
+        sizes, axis = params["sizes"], params["axis"]
+        return [_cut(view, axis, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+    starts, limits = params["start_indices"], params["limit_indices"]
+    strided = any(stride != 1 for stride in params["strides"] or ())
+    narrowed = [a for a, size in enumerate(view.shape) if (starts[a], limits[a]) != (0, size)]
+    if not narrowed:
+        return [view]
+    if strided or len(narrowed) > 1:
+        return [None]
+    (axis,) = narrowed
+    return [_cut(view, axis, starts[axis], limits[axis] - starts[axis])]
+
+
+def _cut(view: View, dimension: int, start: int, size: int) -> View | None:
+    atoms = view.dims[dimension]
+    if view.cut is not None or len(atoms) != 1 or atoms[0].axis < 0 or atoms[0].stride != 1:
+        return None
+    axis = atoms[0].axis
+    if sum(atom.axis == axis for dim in view.dims for atom in dim) != 1:
+        return None
+    dims = list(view.dims)
+    dims[dimension] = (Atom(axis, 1, size),)
+    return dataclasses.replace(view.with_dims(dims), cut=Cut(axis, start, size))
+
+
 REARRANGEMENTS = frozenset({"transpose", "squeeze", "reshape", "broadcast_in_dim"})
 
 
@@ -215,6 +264,8 @@ def slice_leading(view: View) -> View | None:
         return None
     axis, stride, _ = view.dims[0][0]
     if stride != 1 or sum(a.axis == axis for dim in view.dims for a in dim) != 1:
+        return None
+    if view.cut is not None and view.cut.axis == axis:
         return None
     return dataclasses.replace(
         view, shape=view.shape[1:], dims=view.dims[1:], scanned=(*view.scanned, axis)

@@ -13,6 +13,7 @@ import pytest
 import optalr
 from tests.signals.reference import (
     assert_moments,
+    check_capture,
     no_layer,
     reference_moments,
     stack_slice,
@@ -117,8 +118,53 @@ def test_measure_gives_what_signals_hold(size, flag):
     _, _, expected = evaluate(params, x, signals=flag)
     chex.assert_trees_all_equal(grads, jax.jit(jax.grad(loss_fn))(params, x))
     for got in (extras["signals"], extras["measure"](), expected["measure"]()):
-        chex.assert_trees_all_close(got, expected["signals"], rtol=1e-5, atol=1e-6)
+        for x, like in zip(*map(jax.tree.leaves, (got, expected["signals"])), strict=True):
+            np.testing.assert_allclose(x, like, rtol=1e-5, atol=1e-5 * np.max(np.abs(like)))
     assert float(extras["signals"]["conv"].count) == (size if flag else 0)
+
+
+def test_a_kernel_used_in_parts_sums_over_its_parts(batch):
+    x, y = batch
+    keys = jax.random.split(jax.random.key(5), 2)
+    width = x.shape[-1]
+    params = {
+        "by_columns": jax.random.normal(keys[0], (width, 9)),
+        "by_rows": jax.random.normal(keys[1], (9, 3)),
+    }
+
+    def model(params, x, y, layer=no_layer):
+        left, right = jnp.split(params["by_columns"], [4], axis=1)
+        if layer is no_layer:
+            h = jnp.concatenate([jnp.tanh(x @ left), jnp.cos(x) @ right], 1)
+            first, last = params["by_rows"][:2], params["by_rows"][2:]
+            return cross_entropy(jnp.tanh(h[:, :2] @ first) + h[:, 2:] @ last, y)
+        of_x = layer("by_columns", x, x @ params["by_columns"])[:, :4]
+        of_cos = layer("by_columns", jnp.cos(x), jnp.cos(x) @ params["by_columns"])[:, 4:]
+        h = jnp.concatenate([jnp.tanh(of_x), of_cos], 1)
+        parts = [h.at[:, 2:].set(0), h.at[:, :2].set(0)]
+        first, last = (layer("by_rows", part, part @ params["by_rows"]) for part in parts)
+        return cross_entropy(jnp.tanh(first) + last, y)
+
+    expected = reference_moments(model, params, x, y, num_examples=len(x))
+    kernels = {name: name for name in params}
+    extras = check_capture(model, params, batch, expected, kernels)
+    assert extras["signals"]["by_columns"].positions == 2
+    assert [leaf.treatment for leaf in optalr.coverage(model, params, *batch).leaves] == [
+        "kronecker",
+        "kronecker",
+    ]
+    assert_moments(extras["head"], _head_by_hand(params, batch))
+
+
+def _head_by_hand(params, batch):
+    """Return the moments of the layer executed last: the product with the last rows alone."""
+    x, y = batch
+    left, right = params["by_columns"][:, :4], params["by_columns"][:, 4:]
+    h = jnp.concatenate([jnp.tanh(x @ left), jnp.cos(x) @ right], 1)
+    inputs = h.at[:, :2].set(0)
+    first = jnp.tanh(h[:, :2] @ params["by_rows"][:2])
+    beta = jax.grad(lambda z: len(x) * cross_entropy(first + z, y))(inputs @ params["by_rows"])
+    return inputs.T @ inputs / len(x), beta.T @ beta / len(x), inputs.mean(0)
 
 
 def test_scanned_layers_come_out_stacked_and_shared_ones_summed(batch):
