@@ -12,10 +12,11 @@ from optalr.linalg._eigh import MethodResult, eigh_root, refreshed_root
 from optalr.linalg._newton import coupled_newton_root
 from optalr.linalg._polar import cholesky_polar_root
 
-# Where, on a CPU, the coupled iteration takes no longer than eigh at condition 1e2 and at 1e6, by
-# benchmarks/roots.py: matrices of this many rows, at least this many rows in the stack.
-CPU_PRODUCTS_ROWS = (32, 64)
-CPU_PRODUCTS_TOTAL = 256
+# Where, on a CPU, Cholesky + polar takes no longer than eigh at condition 1e2 and at 1e6, by
+# benchmarks/roots.py: matrices of this many rows, at least this many rows in the stack. The coupled
+# iteration is as fast there, but its backward error is larger than eigh's.
+CPU_POLAR_ROWS = (32, 64)
+CPU_POLAR_TOTAL = 256
 
 
 class Arguments(NamedTuple):
@@ -77,9 +78,9 @@ def _cpu_method(p: int, shape: tuple[int, ...]) -> str:
     if p == 1:
         return "cholesky_polar"
     n = shape[-1]
-    low, high = CPU_PRODUCTS_ROWS
-    many = math.prod(shape[:-1]) >= CPU_PRODUCTS_TOTAL
-    return "coupled_newton" if p == 2 and low <= n <= high and many else "eigh"
+    low, high = CPU_POLAR_ROWS
+    many = math.prod(shape[:-1]) >= CPU_POLAR_TOTAL
+    return "cholesky_polar" if p == 2 and low <= n <= high and many else "eigh"
 
 
 def _accelerator_method(p: int) -> str:

@@ -60,15 +60,16 @@ def inverse_root(
     * ``"cholesky_polar"``, p = 1, 2, 4, 8, ...: in float32 the most accurate by a factor of about
       ten at condition 1e4 and up, since it works on a factor with the root of the condition.
     * ``"coupled_newton"``, whole p: matrix products alone, in iterations of ``order`` 2 or 3. Its
-      residual is eigh's or better; its backward error ``‖X⁻² − A‖/‖A‖`` in float32 is 0.8 to 1.5
-      times eigh's at conditions 1e4 and 1e6 (64 and 128 rows) and 2 to 5 times at 1e8.
-      ``"cholesky_polar"`` has 0.2 to 0.9 times eigh's there: choose it where that error matters.
+      residual is eigh's or better; its backward error ``‖X⁻² − A‖/‖A‖`` in float32 is 1.1 to 4
+      times eigh's at conditions 1e4 to 1e8 (32 to 256 rows, spectra spread or in two clusters), and
+      up to 9 times at 1e2 in two clusters. ``"cholesky_polar"`` has 0.2 to 0.7 times eigh's:
+      choose it where that error matters; ``"auto"`` does for p = 2.
     * ``"eigenbasis"``, any p: one QR step from ``basis``, the eigenvectors of a slightly different
       matrix, then as ``"eigh"``. An approximation whose residual says how good it is: pass the
       ``tolerance`` that you can live with, or it falls back to eigh nearly always.
     * ``"auto"``, by backend and size. On a CPU ``"eigh"``, but ``"cholesky_polar"`` for p = 1, and
-      for p = 2 ``"coupled_newton"`` from 32 to 64 rows if the stack has 256 rows in all: there
-      it is the faster at condition 1e2 and at 1e6 (``benchmarks/roots.py``). Elsewhere
+      for p = 2 from 32 to 64 rows if the stack has 256 rows in all: there it is no slower at
+      condition 1e2 and at 1e6 (``benchmarks/roots.py``). Elsewhere
       ``"cholesky_polar"`` for p = 1 and 2 and ``"coupled_newton"`` for other whole p: products are
       cheap there and eigendecompositions are not (published timings; not measured by us). A p that
       is traced or not whole takes ``"eigh"``.

@@ -167,6 +167,19 @@ def test_backward_error_beside_eighs(name, condition, ratio):
     assert errors[1] <= errors[0] * (1 if name == "polar" else ratio)
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_what_auto_takes_has_no_larger_backward_error_than_eigh(rows, condition):
+    stack = np.stack([random_spd(seed, rows, condition) for seed in range(8)])
+    stack = stack + np.float32(2 / condition) * np.eye(rows, dtype=np.float32)
+    eigh, auto = (inverse_root(stack, method=method).root for method in ("eigh", "auto"))
+    errors = [
+        np.mean([backward_error(matrix, root) for matrix, root in zip(stack, roots, strict=True)])
+        for roots in (eigh, auto)
+    ]
+    assert errors[1] <= errors[0]
+
+
 @pytest.mark.parametrize("n", [128, pytest.param(512, marks=pytest.mark.slow)])
 def test_cholesky_polar_beats_eigh_at_low_rank_plus_damping(n):
     # Condition 2e7: what a factor estimated from few examples looks like.

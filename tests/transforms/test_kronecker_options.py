@@ -188,14 +188,22 @@ def test_a_diagonal_side_is_right_in_every_spectrum(spectrum):
     np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_refresh_is_a_branch_outside_vmap(leaf):
+@pytest.mark.parametrize("lanes", [None, 3])
+def test_roots_are_taken_in_a_branch_only(leaf, lanes):
+    """In a loop of no turn or one, that is, which stays one when several states are vmapped."""
     g, rows, cols = leaf
     tx = scale_by_kronecker()
-    jaxpr = jax.make_jaxpr(lambda g, s, e: tx.update(g, s, signals=e))(
-        g, tx.init(g), moments(rows, cols)
-    )
-    outside = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "cond"])
-    branches = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"])
+
+    def update(g, state, signals):
+        return tx.update(g, state, signals=signals)
+
+    args = g, tx.init(g), moments(rows, cols)
+    if lanes is not None:
+        args = jax.tree.map(lambda x: jnp.stack([x] * lanes), args)
+        update = jax.vmap(update)
+    jaxpr = jax.make_jaxpr(update)(*args)
+    outside = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "while"])
+    branches = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name == "while"])
     assert "eigh" in branches or "cholesky" in branches
     assert "eigh" not in outside
     assert "cholesky" not in outside
