@@ -1,6 +1,5 @@
 """Convolutions as layers: the input of one is the patch of each position, laid out in pieces."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,24 +33,24 @@ class ConvSite(Site):
         dims[self._numbers.out_spec[1]] = self.view.dims[self._numbers.rhs_spec[0]]
         return whole(self, shape).with_dims(dims)
 
-    def pieces(self, data, cotangent, sampling):
-        """A convolution's patches are its input many times over: lay out a part at a time."""
+    def piece_edges(self, data, cotangent, sampling):
+        # A convolution's patches are its input many times over: lay out a part at a time.
         spec = self._numbers
         examples = data.shape[spec.lhs_spec[0]]
         positions = math.prod(cotangent.shape[axis] for axis in spec.out_spec[2:])
         if sampled_counts(examples, positions, sampling) != (examples, positions):
-            return [(data, cotangent)]
+            return None
         area = math.prod(self.view.shape[axis] for axis in spec.rhs_spec[2:])
         patches = examples * positions * area * data.shape[spec.lhs_spec[1]]
         number = min(-(-patches // max(PIECE, data.size)), MOST_PIECES, examples)
-        edges = [examples * i // number for i in range(number + 1)]
-        return [
-            (
-                jax.lax.slice_in_dim(data, start, end, axis=spec.lhs_spec[0]),
-                jax.lax.slice_in_dim(cotangent, start, end, axis=spec.out_spec[0]),
-            )
-            for start, end in itertools.pairwise(edges)
-        ]
+        return [examples * i // number for i in range(number + 1)] if number > 1 else None
+
+    def piece(self, data, cotangent, start, size):
+        spec = self._numbers
+        return (
+            jax.lax.dynamic_slice_in_dim(data, start, size, axis=spec.lhs_spec[0]),
+            jax.lax.dynamic_slice_in_dim(cotangent, start, size, axis=spec.out_spec[0]),
+        )
 
     def signals(self, data, cotangent, sampling, seed):
         params = self.equation.params

@@ -5,6 +5,7 @@ become sums. Where the two sides take less memory than their Gram matrices they 
 they are, and be measured after the backward pass (``Operands``).
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -110,11 +111,11 @@ def measure(site: Site, sampling: Sampling, operands: Operands, like: Sums) -> S
     size = jnp.sum(jnp.abs(cotangent.astype(jnp.float32)))
     seed = jax.lax.bitcast_convert_type(size, jnp.uint32)
     dtype = like.total.dtype
-    first, *others = site.pieces(data, cotangent, sampling)
-    total = _sums(site, first, sampling, spread(seed), dtype)
-    for piece in others:  # one after the other, so that they share their memory
-        piece, total = jax.lax.optimization_barrier((piece, total))
-        total = jax.tree.map(jnp.add, total, _sums(site, piece, sampling, spread(seed), dtype))
+    edges = site.piece_edges(data, cotangent, sampling)
+    if edges is None:
+        total = _sums(site, (data, cotangent), sampling, spread(seed), dtype)
+    else:
+        total = _sums_by_pieces(site, (data, cotangent), edges, sampling, spread(seed), dtype)
     axes = varying_axes(jax.typeof(cotangent))
     placed = _into_whole(site, total, like)
     return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), placed, like)
@@ -132,6 +133,24 @@ def _into_whole(site: Site, sums: Sums, like: Sums) -> Sums:
     if name == "inputs":
         placed["mean"] = jnp.pad(sums.mean, ((0, 0), room))
     return sums._replace(**placed)
+
+
+def _sums_by_pieces(
+    site: Site, both: tuple[jax.Array, jax.Array], edges: list[int], sampling, seed, dtype
+) -> Sums:
+    """Add up the sums over pieces of the examples, one after the other in the same memory."""
+    total: Sums | None = None
+    for start, end in itertools.pairwise(edges):
+        begin: Any = start
+        if total is not None:
+            # A piece must wait for the one before, or a scheduler lays them all out at once (the
+            # CPU's does, and drops barriers first). Entries of a Gram diagonal are not negative.
+            begin = start + (total.inputs[0, 0, 0] < 0)
+        piece = site.piece(*both, begin, end - start)
+        sums = _sums(site, piece, sampling, seed, dtype)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    assert total is not None
+    return total
 
 
 def _sums(site: Site, piece: tuple[jax.Array, jax.Array], sampling: Sampling, seed, dtype) -> Sums:

@@ -112,12 +112,15 @@ class Site:
         """Return the site's output as a view, with the leaf's axes at the feature dimensions."""
         raise NotImplementedError
 
-    def pieces(
-        self, data: jax.Array, cotangent: jax.Array, sampling: Sampling
-    ) -> list[tuple[jax.Array, jax.Array]]:
-        """Divide the examples where all at once would need much memory."""
-        del sampling
-        return [(data, cotangent)]
+    def piece_edges(self, data: Any, cotangent: Any, sampling: Sampling) -> list[int] | None:
+        """Return where to divide the examples, as all at once would take much memory, or None."""
+        del data, cotangent, sampling
+
+    def piece(
+        self, data: jax.Array, cotangent: jax.Array, start: Any, size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return both sides of ``size`` examples from ``start`` on."""
+        raise NotImplementedError
 
     def signals(
         self, data: jax.Array, cotangent: jax.Array, sampling: Sampling, seed: jax.Array

@@ -83,6 +83,26 @@ def test_patches_laid_out_in_pieces_give_the_same_moments(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, pieces)
 
 
+def test_pieces_of_patches_share_their_memory(monkeypatch):
+    x, w = jnp.ones((16, 16, 16, 8)), jnp.ones((3, 3, 8, 8))
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def loss(w, x):
+        h = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
+        return jnp.mean(h**2)
+
+    def scratch():
+        evaluate = optalr.value_grad_and_extras(loss)
+        compiled = jax.jit(lambda w, x: evaluate(w, x)[2]["signals"]).lower(w, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    patches = x.size * 9 * 4
+    whole = scratch()
+    monkeypatch.setattr(convolutions, "PIECE", x.size)
+    monkeypatch.setattr(convolutions, "MOST_PIECES", 8)
+    assert scratch() < whole - patches / 2
+
+
 def test_convolutions_stacked_by_vmap_are_layers_of_their_own():
     """To jax they are one grouped convolution; each has its own input and its own factors."""
     lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
