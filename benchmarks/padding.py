@@ -67,9 +67,8 @@ def main():
     parser.add_argument("--methods", nargs="+", default=["eigh", "cholesky_polar"])
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    print(
-        "| method | padding | batches | compile s | ms | time / no padding |\n|---|---|---|---|---|---|"
-    )
+    print("| method | padding | batches | compile s | ms | time / no padding |")
+    print("|---|---|---|---|---|---|")
     for method in arguments.methods:
         measure(method, arguments.rounds)
 
