@@ -10,6 +10,9 @@ import optax
 from optalr.arguments import check_interval
 from optalr.states import count_up
 
+# A learning rate: a number, or a schedule of the updates so far.
+Rate = float | Callable[[jax.Array], Any]
+
 
 class RecordedRateState(NamedTuple):
     """State of ``scale_by_recorded_rate``.
@@ -25,7 +28,7 @@ class RecordedRateState(NamedTuple):
 
 
 def scale_by_recorded_rate(
-    learning_rate: float | Callable[[jax.Array], Any],
+    learning_rate: Rate,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply by minus the learning rate, and keep the rate where it can be read.
 

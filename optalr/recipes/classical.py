@@ -1,0 +1,78 @@
+"""The classical optimizers by name, with any rate or schedule and per-weight gains."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import optax
+
+from optalr.arguments import check_choice
+from optalr.transforms.guard import guard
+from optalr.transforms.learning_rate import Rate, scale_by_recorded_rate
+
+
+def classical(
+    rule: str | optax.GradientTransformation,
+    learning_rate: Rate,
+    *,
+    gains: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Combine one of optax's classical rules with any schedule and with gains of each weight.
+
+    Choose it for a baseline whose rate can be read in ``optalr.metrics``, that survives a bad batch
+    and runs in float32 whatever the parameters' dtype. With u what the rule makes of the gradient,
+
+        θ ← θ − η u,    with gains    θ ← θ − η gain ⊙ u.
+
+    Args:
+      rule: a name in ``CLASSICAL_RULES``: ``"sgd"``, ``"momentum"`` (0.9), ``"nesterov"`` (0.9),
+        ``"rmsprop"`` (decay 0.9, eps outside the root, as the lecture has it), ``"adam"``,
+        ``"amsgrad"``, ``"adagrad"``, ``"adadelta"``; or, for other settings, an optax
+        transformation without a rate, such as ``optax.scale_by_adam(b2=0.99)``. PyTorch's
+        ``dampening=d`` is ``optax.chain(optax.scale(1 - d), optax.trace(momentum))``, but for its
+        first step, which PyTorch does not dampen.
+      learning_rate: η, at least 0, or a schedule, of ``optax`` or ``optalr.schedules``.
+      gains: ``optalr.scale_by_local_gains(...)``; a gain follows the sign of u. After a rule that
+        divides by the gradient's size, gains before it would be divided out.
+
+    Returns:
+      A transformation.
+
+    Raises:
+      ValueError: the rule's name is unknown, or the rate is negative.
+
+    Cost: that of optax's rule.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> rate = optalr.schedules.inverse_decay(0.5, rate=1.0)
+      >>> tx = optalr.classical("nesterov", rate, gains=optalr.scale_by_local_gains(0.1))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(params, state, params)  # the gradient of |θ|²/2
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.linalg.norm(params) < 0.1), float(optalr.metrics(state)["learning_rate"]) < 0.02
+      (True, True)
+
+    Reference: Raschka, "Common Optimization Algorithms", STAT 479 lecture 12, 2019.
+    """
+    if isinstance(rule, str):
+        check_choice("rule", rule, tuple(CLASSICAL_RULES))
+        rule = CLASSICAL_RULES[rule]()
+    links = [rule] if gains is None else [rule, gains]
+    return guard(optax.chain(*links, scale_by_recorded_rate(learning_rate)))
+
+
+CLASSICAL_RULES: Mapping[str, Callable[[], optax.GradientTransformation]] = MappingProxyType(
+    {
+        "sgd": optax.identity,
+        "momentum": partial(optax.trace, 0.9),
+        "nesterov": partial(optax.trace, 0.9, nesterov=True),
+        "rmsprop": partial(optax.scale_by_rms, 0.9, eps_in_sqrt=False),
+        "adam": optax.scale_by_adam,
+        "amsgrad": optax.scale_by_amsgrad,
+        "adagrad": optax.scale_by_rss,
+        "adadelta": optax.scale_by_adadelta,
+    }
+)

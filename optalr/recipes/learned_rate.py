@@ -1,0 +1,162 @@
+"""SGD at a learned rate, and other optimizers at the rate it found."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optalr import phases
+from optalr.arguments import check_interval
+from optalr.transforms.learned_rate import (
+    LearnedRateState,
+    RateSafeguards,
+    scale_by_learned_rate,
+)
+
+
+def learned_rate_sgd(
+    initial_rate: Any,
+    *,
+    order: int = 2,
+    momentum: float | None = None,
+    meta_rate: Any = 1e-3,
+    derivatives: Any = "exact",
+    rate_momentum: Any = 0.0,
+    every: Any = 1,
+    lag: bool = True,
+    probe: str = "value_fn",
+    safeguards: RateSafeguards | Mapping[str, Any] | str | None = "on",
+) -> optax.GradientTransformationExtraArgs:
+    """Descend the gradient with a learning rate that is itself learned.
+
+    Choose it to train without searching for a rate, in the first epochs above all; or to find a
+    rate, as ``optalr.suggest_learning_rate`` does. It is
+    ``optax.chain(optax.trace(momentum), scale_by_learned_rate(initial_rate, ...))``.
+
+    Args:
+      initial_rate: η₀ > 0.
+      order: 2 for Newton's method on the rate, 1 for gradient descent on it.
+      momentum: decay of the gradients' momentum, in [0, 1); None (as in the paper) for plain SGD.
+      meta_rate: α > 0 of order 1.
+      derivatives: ``"exact"``, ``"finite_differences"``, ``"successive_gradients"``, or one of
+        these configured.
+      rate_momentum: decay of the rate's own momentum, in [0, 1).
+      every: update the rate at every so many steps, >= 1.
+      lag: whether a new rate is applied from the next step on, as published, or at once.
+      probe: the name of the extra that holds the loss to probe.
+      safeguards: ``"on"``, a ``RateSafeguards`` or a mapping of its fields; ``"off"`` or None for
+        the paper's bare rule.
+
+    Returns:
+      A transformation that reads ``value_fn`` and the other extras of
+      ``optalr.value_grad_and_extras``; see ``scale_by_learned_rate``.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Cost: that of ``scale_by_learned_rate``; at order 2 a step takes about 8/3 of SGD's.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> evaluate = optalr.value_grad_and_extras(lambda w: jnp.sum((w - 1) ** 2))
+      >>> tx = optalr.learned_rate_sgd(0.01)
+      >>> w = jnp.zeros(3)
+      >>> state = tx.init(w)
+      >>> for _ in range(2):
+      ...     value, grads, extras = evaluate(w)
+      ...     updates, state = tx.update(grads, state, w, **extras)
+      ...     w = optax.apply_updates(w, updates)
+      >>> bool(jnp.allclose(w, 1.0))  # the second step has the exact rate
+      True
+
+    Reference: Ravaut, Gorti, "Faster gradient descent via an adaptive learning rate".
+    """
+    scale = scale_by_learned_rate(
+        initial_rate,
+        order=order,
+        meta_rate=meta_rate,
+        derivatives=derivatives,
+        rate_momentum=rate_momentum,
+        every=every,
+        lag=lag,
+        probe=probe,
+        safeguards=safeguards,
+    )
+    if momentum is None:
+        return optax.chain(scale)
+    check_interval("momentum", momentum, 0.0, 1.0, open_high=True)
+    return optax.chain(optax.trace(momentum), scale)
+
+
+def learned_rate_then(
+    second: Callable[..., optax.GradientTransformation],
+    initial_rate: Any,
+    phase: Any,
+    *,
+    rate_factor: float = 1.0,
+    first: dict[str, Any] | None = None,
+    **second_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Learn the rate for the first epochs, then hand it to another optimizer.
+
+    Choose it after the paper's own conclusion: the learned rate is fastest in the first epochs and
+    dearer a step. At the switch ``second`` is given the geometric mean of the last hundred learned
+    rates (single rates are noisy), times ``rate_factor``, as its ``learning_rate``.
+
+    Args:
+      second: a factory that takes ``learning_rate``, such as ``optax.sgd``.
+      initial_rate: η₀ > 0 of the first stage.
+      phase: when to switch: ``optalr.switch_at(step)``, ``optalr.switch_on_plateau(...)``.
+      rate_factor: > 0, what the rate found is multiplied by: 1 - β for SGD with momentum β, and
+        about 1e-2 for Adam, whose direction has another length.
+      first: further arguments of ``learned_rate_sgd``, as a dict.
+      **second_options: further arguments of ``second``.
+
+    Returns:
+      A ``two_stage`` transformation.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: ``second`` takes no ``learning_rate``.
+
+    Cost: a learned-rate step before the switch, a step of ``second`` after it.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> evaluate = optalr.value_grad_and_extras(lambda w: jnp.sum((w - 1) ** 2))
+      >>> tx = optalr.learned_rate_then(optax.sgd, 0.01, optalr.switch_at(1), momentum=0.9)
+      >>> w = jnp.zeros(3)
+      >>> state = tx.init(w)
+      >>> for _ in range(2):
+      ...     value, grads, extras = evaluate(w)
+      ...     updates, state = tx.update(grads, state, w, **extras)
+      ...     w = optax.apply_updates(w, updates)
+      >>> bool(jnp.allclose(optalr.metrics(state)["learning_rate"], 0.5))  # what step 1 found
+      True
+
+    Reference: Ravaut, Gorti, "Faster gradient descent via an adaptive learning rate", section 7.
+    """
+    check_interval("rate_factor", rate_factor, 0.0, open_low=True)
+    if not callable(second) or "learning_rate" not in inspect.signature(second).parameters:
+        raise TypeError(
+            f"second must take a learning_rate, got {second!r}. Pass the factory, such as "
+            "optax.sgd, not a built optimizer."
+        )
+    learned = learned_rate_sgd(initial_rate, **(first or {}))
+    start = float(initial_rate) * rate_factor
+    following = optax.inject_hyperparams(second, hyperparam_dtype=jnp.float32)(
+        learning_rate=start, **second_options
+    )
+
+    def hand_over(first_state: Any, second_state: Any) -> Any:
+        states = jax.tree.leaves(first_state, is_leaf=lambda x: isinstance(x, LearnedRateState))
+        found = next(x for x in states if isinstance(x, LearnedRateState)).average_rate
+        rate = jnp.asarray(rate_factor * found, jnp.float32)
+        return second_state._replace(
+            hyperparams={**second_state.hyperparams, "learning_rate": rate}
+        )
+
+    return phases.two_stage(learned, following, phase, momentum=hand_over)

@@ -1,0 +1,152 @@
+"""SGD and Adam at rates that come from a Lipschitz constant."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from optalr.arguments import check_interval, is_concrete
+from optalr.transforms.lipschitz_rate import LipschitzGuards, scale_by_lipschitz_rate
+
+
+def lipschitz_sgd(
+    loss: str,
+    *,
+    num_classes: Any = None,
+    weight_decay: Any = 0.0,
+    momentum: float | None = None,
+    target_norm: Any = None,
+    steps_per_epoch: Any = 1,
+    last_layer: str | None = None,
+    guards: LipschitzGuards | Mapping[str, Any] | str | None = "on",
+) -> optax.GradientTransformationExtraArgs:
+    """Descend the gradient with a rate of one over the loss's Lipschitz constant.
+
+    Choose it to train without searching for a rate. With L of ``scale_by_lipschitz_rate``,
+
+        g ← g + λ w,    w ← w − g / L
+
+    and with momentum v ← βv + (1−β)g, K ← βK + (1−β)L, w ← w − v / K.
+
+    That rate is large, and more than many nets with hidden layers bear. Once the loss has risen to
+    1.5 times its first value the guards therefore bound each step's length by 1, which is what a
+    true Lipschitz constant would do; ``guards="off"`` is the paper's own rule.
+
+    Args:
+      loss: ``"softmax_cross_entropy"``, ``"binary_cross_entropy"`` or ``"least_squares"``.
+      num_classes: k >= 2, for softmax cross-entropy.
+      weight_decay: λ >= 0, added here to the gradient and to L. If the loss has the penalty itself,
+        use ``scale_by_lipschitz_rate``, which counts it in L only.
+      momentum: β in [0, 1), or None.
+      target_norm: ‖y‖ of a minibatch, for least squares.
+      steps_per_epoch: 1 for a new rate at every step, else one an epoch, as in the paper.
+      last_layer: key path of the last layer's kernel, or None for the layer executed last.
+      guards: ``"on"``, a ``LipschitzGuards`` or a mapping of its fields; ``"off"`` for none.
+
+    Returns:
+      A transformation that reads the extra ``head`` of ``optalr.value_grad_and_extras``.
+
+    Raises:
+      ValueError: an argument is out of range or missing.
+
+    Cost: that of SGD, and a trace of the last layer's captured moment.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> x, y = jnp.array([[1.0], [-1.0]]), jnp.array([1.0, 0.0])
+      >>> logistic = lambda w: optax.sigmoid_binary_cross_entropy((x @ w)[:, 0], y).mean()
+      >>> evaluate = optalr.value_grad_and_extras(logistic)
+      >>> tx = optalr.lipschitz_sgd("binary_cross_entropy")
+      >>> w = jnp.zeros((1, 1))
+      >>> value, grads, extras = evaluate(w)
+      >>> updates, state = tx.update(grads, tx.init(w), w, **extras)
+      >>> rate = float(optalr.metrics(state)["learning_rate"])
+      >>> round(rate, 4), bool(logistic(optax.apply_updates(w, updates)) < value)  # 2m / √2
+      (2.8284, True)
+
+    Reference: Yedida, Saha, "A novel adaptive learning rate scheduler for deep neural networks",
+      and their follow-up with momentum.
+    """
+    links: list[optax.GradientTransformation] = []
+    if not (is_concrete(weight_decay) and weight_decay == 0):
+        links.append(optax.add_decayed_weights(weight_decay))
+    if momentum is not None:
+        check_interval("momentum", momentum, 0.0, 1.0, open_high=True)
+        links.append(optax.ema(momentum, debias=False))
+    scale = scale_by_lipschitz_rate(
+        loss,
+        num_classes=num_classes,
+        weight_decay=weight_decay,
+        target_norm=target_norm,
+        averages=() if momentum is None else (momentum,),
+        steps_per_epoch=steps_per_epoch,
+        last_layer=last_layer,
+        guards=guards,
+    )
+    return optax.chain(*links, scale)
+
+
+def lipschitz_adam(
+    loss: str,
+    *,
+    num_classes: Any = None,
+    weight_decay: Any = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    steps_per_epoch: Any = 1,
+    last_layer: str | None = None,
+    guards: LipschitzGuards | Mapping[str, Any] | str | None = "on",
+) -> optax.GradientTransformationExtraArgs:
+    """Run Adam with the rate that the Lipschitz constant of the loss gives.
+
+    Choose it for the authors' follow-up of their rate for SGD; at 0.1 and more it is far larger
+    than what Adam is usually given, and small nets learn only with the default guards. With K₁, K₂
+    of ``scale_by_lipschitz_rate``, η = (√K₂ + 1e-8) / K₁.
+
+    Args:
+      loss: ``"softmax_cross_entropy"`` or ``"binary_cross_entropy"``.
+      num_classes: k >= 2, for softmax cross-entropy.
+      weight_decay: λ >= 0, added here to the gradient and to L.
+      b1: decay of Adam's first moment and of K₁, in [0, 1).
+      b2: decay of Adam's second moment and of K₂, in [0, 1).
+      steps_per_epoch: 1 for a new rate at every step, else one an epoch.
+      last_layer: key path of the last layer's kernel, or None for the layer executed last.
+      guards: ``"on"``, a ``LipschitzGuards`` or a mapping of its fields; ``"off"`` for none.
+
+    Returns:
+      A transformation that reads the extra ``head`` of ``optalr.value_grad_and_extras``.
+
+    Raises:
+      ValueError: an argument is out of range or missing.
+
+    Cost: that of Adam, and a trace of the last layer's captured moment.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> x, y = jnp.array([[1.0], [-1.0]]), jnp.array([1.0, 0.0])
+      >>> logistic = lambda w: optax.sigmoid_binary_cross_entropy((x @ w)[:, 0], y).mean()
+      >>> evaluate = optalr.value_grad_and_extras(logistic)
+      >>> tx = optalr.lipschitz_adam("binary_cross_entropy")
+      >>> w = jnp.zeros((1, 1))
+      >>> value, grads, extras = evaluate(w)
+      >>> updates, state = tx.update(grads, tx.init(w), w, **extras)
+      >>> bool(logistic(optax.apply_updates(w, updates)) < value)
+      True
+
+    Reference: Yedida, Saha, Prashanth, "LipschitzLR: Using theoretically computed adaptive learning
+      rates for fast convergence", 2020. Departures: the bound on ‖a∘a‖_F from captured moments,
+      and both averages freed of their bias.
+    """
+    links: list[optax.GradientTransformation] = []
+    if not (is_concrete(weight_decay) and weight_decay == 0):
+        links.append(optax.add_decayed_weights(weight_decay))
+    scale = scale_by_lipschitz_rate(
+        loss,
+        num_classes=num_classes,
+        weight_decay=weight_decay,
+        averages=(b1, b2),
+        steps_per_epoch=steps_per_epoch,
+        last_layer=last_layer,
+        guards=guards,
+    )
+    return optax.chain(*links, optax.scale_by_adam(b1, b2), scale)
