@@ -104,26 +104,28 @@ def _smooth_rates(rates: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_selection(comparison: Comparison) -> bytes:
-    """Return a PNG of training and test loss over steps and over seconds."""
-    figure = Figure(figsize=(7.8, 6.2), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    """Return a PNG of the losses over steps and seconds; of the test loss if it has a curve."""
+    found = list(_read(comparison))
+    tested = any(len(curves.evaluation_steps) > 2 for _, _, curves in found)
+    labels = ("training loss", "test loss") if tested else ("training loss",)
+    figure = Figure(figsize=(7.8, 3.3 if len(labels) == 1 else 6.2), layout="constrained")
+    axes = figure.subplots(len(labels), 2, sharex="col", sharey="row", squeeze=False)
     for axis in axes.flat:
         _label(axis, "", "")
         axis.set_yscale("log")
-    starts = []
-    for name, style, curves in _read(comparison):
-        starts.append(float(curves.measured["loss"][:, 0].mean()))
+    for name, style, curves in found:
         for i, (at, evaluated_at) in enumerate(_places(curves)):
             _band(axes[0, i], at, curves.measured["loss"], style, name)
-            _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
-    for axis, label in zip(axes[:, 0], ("training loss", "test loss"), strict=True):
+            if tested:
+                _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
+    start = max((float(c.measured["loss"][:, 0].mean()) for _, _, c in found), default=1.0)
+    for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
-        if starts:
-            # Above is a breakdown, below a fit to the last bit; both would flatten the rest.
-            low, high = axis.get_ylim()
-            axis.set_ylim(max(low, 1e-6 * max(starts)), min(high, 30 * max(starts)))
-    axes[1, 0].set_xlabel("step")
-    axes[1, 1].set_xlabel("seconds of training")
+        # Above is a breakdown, below a fit to the last bit; both would flatten the rest.
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, 1e-6 * start), min(high, 30 * start))
+    axes[-1, 0].set_xlabel("step")
+    axes[-1, 1].set_xlabel("seconds of training")
     return _finish(figure, axes[0, 0], "")
 
 
