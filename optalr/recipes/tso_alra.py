@@ -48,8 +48,7 @@ def tso_alra(
         still make one by hand).
       phase: a phase scheduler instead of ``switch_at``, or a number in [0, 1].
       second_learning_rate: η of phase 1, where it shall be another; a schedule counts from the
-        switch. The second phase's rate decides how it ends: with a large one, or with momentum, the
-        test loss rises again.
+        switch. The second phase's rate decides how it ends: with a large one the loss rises again.
       power: p, in [−1, 0].
       statistics: ``"signals"`` or ``"gradient"`` (needs no captured signals).
       decay: of the moving averages of statistics, in [0, 1).
