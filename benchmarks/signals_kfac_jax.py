@@ -97,8 +97,10 @@ def measure(name, num_steps):
         jax.block_until_ready(gradient(params, (x, y)))
         steps.append(middle - start)
         gradients.append(time.perf_counter() - middle)
+        print(f"{name}, step {i}: {steps[-1]:.3g} s, gradient {gradients[-1]:.3g} s", flush=True)
     steps, gradients = steps[1:], gradients[1:]  # the first step compiles
     return {
+        "steps": num_steps,
         "gradient_ms": 1e3 * statistics.median(gradients),
         "step_ms": 1e3 * statistics.median(steps),
         "step": statistics.median(s / g for s, g in zip(steps, gradients, strict=True)),
@@ -113,7 +115,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=results)
     args = parser.parse_args()
     measured = {name: measure(name, args.steps) for name in args.models}
-    about = {"jax": jax.__version__, "kfac_jax": kfac_jax.__version__, "steps": args.steps}
+    about = {"jax": jax.__version__, "kfac_jax": kfac_jax.__version__}
     text = json.dumps({"about": about, "results": measured}, indent=2)
     print(text)
     args.out.parent.mkdir(exist_ok=True)
