@@ -185,10 +185,10 @@ def cut_parts(name: str, params: dict[str, Any], view: View | Joined | None) -> 
     starts, limits = params["start_indices"], params["limit_indices"]
     strided = any(stride != 1 for stride in params["strides"] or ())
     narrowed = [a for a, size in enumerate(view.shape) if (starts[a], limits[a]) != (0, size)]
-    if not narrowed:
-        return [view]
     if strided or len(narrowed) > 1:
         return [None]
+    if not narrowed:
+        return [view]
     (axis,) = narrowed
     return [_cut(view, axis, starts[axis], limits[axis] - starts[axis])]
 
