@@ -22,6 +22,7 @@ from optalr.linalg._newton import (
     condition_estimate,
     largest_eigenvalue_bound,
     max_steps,
+    near_one,
     power_iteration,
     start_vector,
 )
@@ -97,7 +98,7 @@ def _step(loop: _Loop, close: float) -> _Loop:
     factor = _multiply(loop, *_polynomials.coefficients(loop.radius, 2, 3))
     deviation, error, radius, probe = _measure(factor, loop.probe, 2)
     # Near the limit the error must fall, or rounding has the last word.
-    stalled = (loop.radius < 0.5) & ~(error < 0.5 * loop.error)
+    stalled = near_one(loop.error, factor) & ~(error < 0.5 * loop.error)
     active = loop.active & ~stalled & (error > close) & jnp.isfinite(error)
     new = _Loop(factor, active, loop.num_steps + 1, deviation, error, radius, probe)
     return jax.tree.map(

@@ -14,7 +14,7 @@ from optalr.linalg._polar import cholesky_polar_root
 
 # Where, on a CPU, Cholesky + polar takes no longer than eigh at condition 1e2 and at 1e6, by
 # benchmarks/roots.py: matrices of this many rows, at least this many rows in the stack. The coupled
-# iteration is as fast there, but its backward error is larger than eigh's.
+# iteration is about as fast there, and less accurate at a high condition.
 CPU_POLAR_ROWS = (32, 64)
 CPU_POLAR_TOTAL = 256
 

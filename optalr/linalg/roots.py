@@ -60,10 +60,10 @@ def inverse_root(
     * ``"cholesky_polar"``, p = 1, 2, 4, 8, ...: in float32 the most accurate by a factor of about
       ten at condition 1e4 and up, since it works on a factor with the root of the condition.
     * ``"coupled_newton"``, whole p: matrix products alone, in iterations of ``order`` 2 or 3. Its
-      residual is eigh's or better; its backward error ``‖X⁻² − A‖/‖A‖`` in float32 is 1.1 to 4
-      times eigh's at conditions 1e4 to 1e8 (32 to 256 rows, spectra spread or in two clusters), and
-      up to 9 times at 1e2 in two clusters. ``"cholesky_polar"`` has 0.2 to 0.7 times eigh's:
-      choose it where that error matters; ``"auto"`` does for p = 2.
+      residual is eigh's or better, and for p = 2 so is its backward error ``‖X⁻² − A‖/‖A‖`` in
+      float32: 0.2 to 1.0 of eigh's from 16 rows up, at conditions 1e2 to 1e6, with spectra spread,
+      in two clusters or of few large eigenvalues (below that both are a few ε√condition, and either
+      can be the larger). ``"cholesky_polar"`` has 0.2 to 0.7 of eigh's.
     * ``"eigenbasis"``, any p: one QR step from ``basis``, the eigenvectors of a slightly different
       matrix, then as ``"eigh"``. An approximation whose residual says how good it is: pass the
       ``tolerance`` that you can live with, or it falls back to eigh nearly always.
@@ -99,8 +99,8 @@ def inverse_root(
       ValueError: ``matrix`` is not square, or an argument is outside its range.
 
     Cost: in products of n×n matrices, for p = 2: ``"cholesky_polar"`` 3 a step and
-    ``"coupled_newton"`` 3 (order 2) or 4 (order 3) a step. Order 3 takes 5 steps at condition 1e2
-    and 9 at 1e6, in float32, order 2 takes 7 and 13. Every residual costs 2.
+    ``"coupled_newton"`` 3 (order 2) or 4 (order 3) a step and 3 at the end. Order 3 takes 5 steps
+    at condition 1e2 and 9 at 1e6, in float32, order 2 takes 7 and 13. Every residual costs 2.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -112,7 +112,8 @@ def inverse_root(
     Reference: Guo & Higham 2006, "A Schur-Newton method for the matrix pth root and its inverse",
     equation 3.9 for the coupled iteration, and Higham 2008, "Functions of Matrices", chapters 7 and
     8; our coefficients are not the Taylor ones until the end (see ``_polynomials``), our stopping
-    rule is on the iterate's distance from the identity, and eigh is the fallback.
+    rule is on the iterate's distance from the identity, a last step corrects the iterate by its
+    true residual (``_newton``), and eigh is the fallback.
     """
     matrix = _spd.as_square_stack("matrix", matrix)
     check_choice("method", method, METHODS)
