@@ -9,7 +9,8 @@ Write the loss as ``ℓ(w) = L(φ(w))`` with outputs ``φ`` and an output loss `
 with ``G`` is one pass of the linearized model, ``H_L`` applied to its outputs, and one pass of the
 transpose: four matrix products a layer where the gradient takes three. Every product linearizes
 anew from ``params``, so that it is a function of arrays only; under ``jit`` XLA merges the equal
-linearizations of the gradient and of all products into one.
+linearizations of the gradient and of all products into one. Max poolings get a derivative that
+takes no memory of its own for every product (``pooling``).
 
 ``H_L`` is found by differentiation for any output loss. The closed forms at the end are for output
 losses that can't be differentiated twice, and where positive semidefiniteness must be certain.
@@ -21,6 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+
+from optalr.signals.pooling import with_light_pooling
 
 
 def hessian_product(loss_fn: Callable[[Any], jax.Array], params: Any) -> Partial:
@@ -160,10 +163,12 @@ def sigmoid_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
 
 
 def _apply_hessian(loss_fn: Any, params: Any, v: Any) -> Any:
-    return jax.jvp(jax.grad(loss_fn), (params,), (_cast_like(v, params),))[1]
+    gradient = jax.grad(with_light_pooling(loss_fn))
+    return jax.jvp(gradient, (params,), (_cast_like(v, params),))[1]
 
 
 def _apply_gauss_newton(predict_fn: Any, output_product: Any, params: Any, v: Any) -> Any:
+    predict_fn = with_light_pooling(predict_fn)
     outputs, pushed = jax.jvp(predict_fn, (params,), (_cast_like(v, params),))
     _, pull = jax.vjp(predict_fn, params)
     return pull(output_product(outputs, pushed))[0]
