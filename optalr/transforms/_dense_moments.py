@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from optalr.arguments import check_choice, check_count, check_interval, is_concrete
 from optalr.linalg import inverse_root
+from optalr.states import update_when
 
 DAMPING_FORMS = ("relative", "absolute")
 
@@ -79,25 +80,59 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.float32(0)))
 
 
+def multiply(matrix: jax.Array, other: jax.Array) -> jax.Array:
+    """Return ``matrix @ other`` in full precision also where TF32 or bfloat16 is default."""
+    return jnp.matmul(matrix, other, precision=jax.lax.Precision.HIGHEST)
+
+
 def fold_vectors(
-    rule: Rule, moments: Sequence[jax.Array], vectors: Sequence[jax.Array], good: jax.Array
-) -> list[jax.Array]:
-    """Fold the outer product of each vector into its moment, unless it is not ``good``."""
-    return [
-        jnp.where(good, rule.fold(moment, vector[:, None] * vector[None, :]), moment)
+    rule: Rule, moments: Sequence[jax.Array], vectors: Sequence[jax.Array], weight: jax.Array
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Fold the outer product of each vector into its moment.
+
+    Returns moments, their weight, and whether all that was finite; if not, nothing was folded in.
+    """
+    after = rule.next_weight(weight)
+    folded = [
+        rule.fold(moment, vector[:, None] * vector[None, :])
         for moment, vector in zip(moments, vectors, strict=True)
     ]
+    # No entry of a sum of outer products exceeds its trace, and damping divides by that.
+    good = all_finite([jnp.trace(moment) / after.astype(moment.dtype) for moment in folded])
+    kept = [jnp.where(good, new, old) for new, old in zip(folded, moments, strict=True)]
+    return kept, jnp.where(good, after, weight), good
+
+
+def refresh_roots(
+    rule: Rule, due: jax.Array, moments: Any, weight: jax.Array, kept: tuple[Any, jax.Array]
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Take roots where they are ``due``; ``kept`` are those in use, and their worst residual."""
+
+    def take(carry, inputs):
+        roots, residual, _ = carry
+        moments, weight = inputs
+        return take_roots(rule, moments, weight, roots, residual)
+
+    return update_when(due, take, (*kept, jnp.int32(0)), (moments, weight))
 
 
 def take_roots(
-    rule: Rule, moments: Sequence[jax.Array], roots: Sequence[jax.Array], weight: jax.Array
+    rule: Rule,
+    moments: Sequence[jax.Array],
+    weight: jax.Array,
+    roots: Sequence[jax.Array],
+    last_residual: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """Return new roots, the worst residual in use, and how many kept the old root instead."""
+    """Return new roots, the worst residual in use, and how many kept the old root instead.
+
+    Of roots that are kept only the worst residual is known, and stands for each of them.
+    """
     if is_concrete(rule.power) and float(rule.power) == 0:
         return list(roots), jnp.float32(0), jnp.int32(0)
     groups: dict[Any, list[int]] = {}
     for i, moment in enumerate(moments):
-        groups.setdefault((moment.shape[0], moment.dtype), []).append(i)
+        if moment.size:
+            groups.setdefault((moment.shape[0], moment.dtype), []).append(i)
     new, residual, failed = list(roots), jnp.float32(0), jnp.int32(0)
     for members in groups.values():
         stack = jnp.stack([moments[i] for i in members])
@@ -106,8 +141,8 @@ def take_roots(
         result = inverse_root(stack, -1 / rule.power, damping=rule.added(mean))
         for k, i in enumerate(members):
             new[i] = jnp.where(result.success[k], result.root[k], roots[i])
-        usable = jnp.where(result.success, result.residual, 0)
-        residual = jnp.maximum(residual, jnp.max(usable).astype(jnp.float32))
+        in_use = jnp.where(result.success, result.residual.astype(jnp.float32), last_residual)
+        residual = jnp.maximum(residual, jnp.max(in_use))
         failed += jnp.sum(~result.success, dtype=jnp.int32)
     return new, residual, failed
 

@@ -21,14 +21,14 @@ class BlockDiagonalState(NamedTuple):
     # every update
     count: jax.Array  # () int32
     weight: jax.Array  # () float32, sum of the moving average's weights
-    root_age: jax.Array  # () int32, updates since the roots were taken
+    root_age: jax.Array  # () int32, updates since roots were last due, taken or kept back
     failures: jax.Array  # () int32, roots kept back and updates not finite
     damping: jax.Array  # () float32
     update_norm: jax.Array  # () float32
-    moments: Any  # (k, k) float32 a leaf of k numbers
+    moments: Any  # (k, k) float32 (float64 of such leaves) a leaf of k numbers
     # every refresh
     root_residual: jax.Array  # () float32, the worst among the roots in use
-    roots: Any  # (k, k) float32 a leaf
+    roots: Any  # (k, k) a leaf, as the moments
 
 
 def scale_by_block_diagonal(
@@ -48,6 +48,7 @@ def scale_by_block_diagonal(
 
         F ← decay·F + (1 − decay) g gᵀ   (``decay=None``: F ← F + g gᵀ),     u = (F + λI)^p g.
 
+    A gradient that is not finite, or too large for g gᵀ to be, is not folded in; its update is 0.
     g itself is part of a fresh F, so ``|u|² <= 1/(1 − decay)`` at p = −1/2 whatever the damping.
     With gradients of batch means F is N times smaller than the Fisher matrix of one example that
     ``scale_by_kronecker`` estimates (N examples a batch): at p = −1/2 this update is √N times its.
@@ -109,23 +110,17 @@ def scale_by_block_diagonal(
         del params, extras
         leaves, structure = jax.tree.flatten(updates)
         vectors = [leaf.astype(dense.working_dtype(leaf)).reshape(-1) for leaf in leaves]
-        good = dense.all_finite(vectors)
 
         moments = jax.tree.leaves(state.moments)
-        moments = dense.fold_vectors(rule, moments, vectors, good)
-        weight = jnp.where(good, rule.next_weight(state.weight), state.weight)
+        moments, weight, good = dense.fold_vectors(rule, moments, vectors, state.weight)
 
         age = count_up(state.root_age)
         due = dense.is_due(state.count, age, update_every) & good
-        roots, residual, failed = jax.lax.cond(
-            due,
-            lambda roots: dense.take_roots(rule, moments, roots, weight),
-            lambda roots: (roots, state.root_residual, jnp.int32(0)),
-            jax.tree.leaves(state.roots),
-        )
+        kept = jax.tree.leaves(state.roots), state.root_residual
+        roots, residual, failed = dense.refresh_roots(rule, due, moments, weight, kept)
 
-        new = [root @ vector for root, vector in zip(roots, vectors, strict=True)]
-        safe = dense.all_finite(new)
+        new = [dense.multiply(root, x) for root, x in zip(roots, vectors, strict=True)]
+        safe = good & dense.all_finite(new)
         new = [jnp.where(safe, u, 0) for u in new]
         new_state = BlockDiagonalState(
             count=count_up(state.count),

@@ -22,14 +22,14 @@ class FullMatrixState(NamedTuple):
     # every update
     count: jax.Array  # () int32
     weight: jax.Array  # () float32, sum of the moving average's weights
-    root_age: jax.Array  # () int32, updates since the root was taken
+    root_age: jax.Array  # () int32, updates since a root was last due, taken or kept back
     failures: jax.Array  # () int32, roots kept back and updates not finite
     damping: jax.Array  # () float32
     update_norm: jax.Array  # () float32
-    moment: jax.Array  # (P, P) float32
+    moment: jax.Array  # (P, P) float32, or float64 where a leaf is
     # every refresh
-    root_residual: jax.Array  # () float32
-    root: jax.Array  # (P, P) float32
+    root_residual: jax.Array  # () float32, of the root in use
+    root: jax.Array  # (P, P), as the moment
 
 
 class WindowedState(NamedTuple):
@@ -40,8 +40,8 @@ class WindowedState(NamedTuple):
     failures: jax.Array  # () int32, updates not finite
     damping: jax.Array  # () float32
     update_norm: jax.Array  # () float32
-    gram: jax.Array  # (r, r) float32, inner products of the gradients kept
-    gradients: Any  # (r, *shape) float32 a leaf; gradient t in row t mod r
+    gram: jax.Array  # (r, r) float32, or float64 where a leaf is: products of the gradients kept
+    gradients: Any  # (r, *shape) float32 (float64 of such leaves) a leaf; gradient t in row t mod r
 
 
 def scale_by_full_matrix(
@@ -53,7 +53,7 @@ def scale_by_full_matrix(
     window: int | None = None,
     update_every: Any = 1,
     bias_correction: bool = True,
-    max_size: int = 4096,
+    max_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale gradients by a power of their full second moment.
 
@@ -67,6 +67,8 @@ def scale_by_full_matrix(
 
         u = λ^p g + M V diag(((s + λ)^p − λ^p)/s) Vᵀ Mᵀ g.
 
+    A gradient that is not finite, or too large for g gᵀ to be, is not taken in; its update is 0.
+
     Args:
       power: p, in [−1, 0].
       decay: of the moving average, in [0, 1); None for AdaGrad's sum.
@@ -76,14 +78,15 @@ def scale_by_full_matrix(
       window: r, how many gradients to keep, >= 1; None for the whole matrix.
       update_every: updates between roots, >= 1; with a window every update takes one.
       bias_correction: divide out the moving average's start at zero.
-      max_size: the largest P accepted without a window.
+      max_size: the state may take ``2·max_size²`` numbers: the largest P without a window is this.
+        None for 4096, and with a window for 16384 (537 million numbers, 2 GiB in float32).
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; it needs no extras.
 
     Raises:
-      ValueError: an argument is out of range; at ``init``, there are more than ``max_size``
-        parameters and no window.
+      ValueError: an argument is out of range; at ``init``, the matrix or the window would be larger
+        than ``max_size`` says.
 
     Cost: ``4P²`` flops an update and some ``20 P³`` a refresh, ``2P²`` numbers. With a window
     ``6rP`` flops and ``20 r³`` an update, ``rP + r²`` numbers.
@@ -105,18 +108,23 @@ def scale_by_full_matrix(
     """
     rule = dense.Rule(power, decay, damping, damping_form, bias_correction)
     dense.check_update_every(update_every)
+    if max_size is None:
+        max_size = _MAX_SIZE if window is None else _MAX_SIZE_WINDOWED
     check_count("max_size", max_size)
     if window is None:
         return _whole(rule, update_every, max_size)
     check_count("window", window)
-    return _windowed(rule, int(window))
+    return _windowed(rule, int(window), max_size)
+
+
+_MAX_SIZE, _MAX_SIZE_WINDOWED = 4096, 16384
 
 
 def _whole(rule, update_every, max_size):
     def init_fn(params):
         leaves = jax.tree.leaves(params)
         size = sum(leaf.size for leaf in leaves)
-        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+        dtype = _working_dtype(leaves)
         if size > max_size:
             raise ValueError(
                 f"The full matrix of {size:,} parameters would take "
@@ -141,22 +149,16 @@ def _whole(rule, update_every, max_size):
         leaves, structure = jax.tree.flatten(updates)
         flat = [leaf.astype(state.moment.dtype).reshape(-1) for leaf in leaves]
         vector = jnp.concatenate([jnp.zeros(0, state.moment.dtype), *flat])
-        good = dense.all_finite(vector)
 
-        (moment,) = dense.fold_vectors(rule, [state.moment], [vector], good)
-        weight = jnp.where(good, rule.next_weight(state.weight), state.weight)
+        moments, weight, good = dense.fold_vectors(rule, [state.moment], [vector], state.weight)
 
         age = count_up(state.root_age)
-        due = dense.is_due(state.count, age, update_every) & good & bool(leaves)
-        (root,), residual, failed = jax.lax.cond(
-            due,
-            lambda root: dense.take_roots(rule, [moment], [root], weight),
-            lambda root: ([root], state.root_residual, jnp.int32(0)),
-            state.root,
-        )
+        due = dense.is_due(state.count, age, update_every) & good
+        kept = [state.root], state.root_residual
+        (root,), residual, failed = dense.refresh_roots(rule, due, moments, weight, kept)
 
-        new = root @ vector
-        safe = dense.all_finite(new)
+        new = dense.multiply(root, vector)
+        safe = good & dense.all_finite(new)
         new = jnp.where(safe, new, 0)
         ends = [0]
         for leaf in leaves:
@@ -172,7 +174,7 @@ def _whole(rule, update_every, max_size):
             failures=state.failures + failed + (~safe).astype(jnp.int32),
             damping=jnp.asarray(rule.damping, jnp.float32),
             update_norm=dense.global_norm(new),
-            moment=moment,
+            moment=moments[0],
             root_residual=residual,
             root=root,
         )
@@ -180,15 +182,17 @@ def _whole(rule, update_every, max_size):
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _windowed(rule, size):
+def _windowed(rule, size, max_size):
     def init_fn(params):
+        leaves = jax.tree.leaves(params)
+        _refuse_large(leaves, size, max_size)
         return WindowedState(
             count=jnp.zeros([], jnp.int32),
             num_gradients=jnp.zeros([], jnp.int32),
             failures=jnp.zeros([], jnp.int32),
             damping=jnp.asarray(rule.damping, jnp.float32),
             update_norm=jnp.zeros([], jnp.float32),
-            gram=jnp.zeros((size, size), jnp.float32),
+            gram=jnp.zeros((size, size), _working_dtype(leaves)),
             gradients=jax.tree.map(
                 lambda x: jnp.zeros((size, *x.shape), dense.working_dtype(x)), params
             ),
@@ -199,19 +203,22 @@ def _windowed(rule, size):
         leaves, structure = jax.tree.flatten(updates)
         kept = jax.tree.leaves(state.gradients)
         grads = [x.astype(k.dtype) for x, k in zip(leaves, kept, strict=True)]
-        good = dense.all_finite(grads)
 
         row = state.num_gradients % size
-        kept = [jnp.where(good, k.at[row].set(g), k) for k, g in zip(kept, grads, strict=True)]
-        products = _inner_products(kept, grads, size)
+        filled = [k.at[row].set(g) for k, g in zip(kept, grads, strict=True)]
+        products = _inner_products(filled, grads, state.gram)
         gram = state.gram.at[row].set(products).at[:, row].set(products)
+        # No inner product exceeds the trace, the sum of all squares.
+        good = jnp.isfinite(jnp.trace(gram))
+        kept = [jnp.where(good, new, old) for new, old in zip(filled, kept, strict=True)]
         gram = jnp.where(good, gram, state.gram)
         taken = state.num_gradients + good.astype(jnp.int32)
 
-        scales = jnp.sqrt(_weights(rule, taken, size))
+        scales = jnp.sqrt(_weights(rule, taken, gram))
         share, coefficients = _coefficients(rule, gram, scales, products)
         new = [
-            share.astype(g.dtype) * g + jnp.tensordot(coefficients.astype(g.dtype), k, axes=(0, 0))
+            share.astype(g.dtype) * g
+            + dense.multiply(coefficients.astype(g.dtype), k.reshape(size, g.size)).reshape(g.shape)
             for k, g in zip(kept, grads, strict=True)
         ]
         safe = good & dense.all_finite(new)
@@ -229,22 +236,44 @@ def _windowed(rule, size):
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _inner_products(kept: list[jax.Array], grads: list[jax.Array], size: int) -> jax.Array:
+def _working_dtype(leaves: list[Any]) -> Any:
+    """Return float32, or float64 where a leaf is."""
+    return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+
+
+def _refuse_large(leaves: list[Any], size: int, max_size: int) -> None:
+    """Raise where a window takes more than ``2·max_size²`` numbers."""
+    count = sum(leaf.size for leaf in leaves)
+    if size * (count + size) <= 2 * max_size**2:
+        return
+    itemsize = jnp.dtype(_working_dtype(leaves)).itemsize
+    needed = size**2 * itemsize
+    needed += sum(size * x.size * jnp.dtype(dense.working_dtype(x)).itemsize for x in leaves)
+    raise ValueError(
+        f"window={size:,} gradients of {count:,} parameters would take {needed:,} bytes, and "
+        f"max_size={max_size:,} accepts {2 * max_size**2 * itemsize:,}. Pass a smaller window=, "
+        "use optalr.scale_by_kronecker, whose factors are small, or raise max_size."
+    )
+
+
+def _inner_products(kept: list[jax.Array], grads: list[jax.Array], gram: jax.Array) -> jax.Array:
     """Return the inner products of the kept gradients with the new one, ``(r,)``."""
-    total = jnp.zeros(size, jnp.float32)
+    total = jnp.zeros(gram.shape[0], gram.dtype)
     for k, g in zip(kept, grads, strict=True):
-        total += (k.reshape(size, -1) @ g.reshape(-1)).astype(jnp.float32)
+        rows, column = k.reshape(gram.shape[0], g.size), g.reshape(-1)
+        total += dense.multiply(rows.astype(gram.dtype), column.astype(gram.dtype))
     return total
 
 
-def _weights(rule: dense.Rule, taken: jax.Array, size: int) -> jax.Array:
+def _weights(rule: dense.Rule, taken: jax.Array, gram: jax.Array) -> jax.Array:
     """Return the weight of each row of the window in F, 0 for empty rows."""
+    size, dtype = gram.shape[0], gram.dtype
     age = jnp.mod(taken - 1 - jnp.arange(size), size)
     filled = age < taken
     if rule.decay is None:
-        return filled.astype(jnp.float32)
-    decay = jnp.asarray(rule.decay, jnp.float32)
-    weights = jnp.where(filled, (1 - decay) * jnp.power(decay, age.astype(jnp.float32)), 0)
+        return filled.astype(dtype)
+    decay = jnp.asarray(rule.decay, dtype)
+    weights = jnp.where(filled, (1 - decay) * jnp.power(decay, age.astype(dtype)), 0)
     if not rule.bias_correction:
         return weights
     total = jnp.sum(weights)
@@ -258,14 +287,16 @@ def _coefficients(
     weighted = gram * scales[:, None] * scales[None, :]
     values, vectors = lapack.eigh(weighted)
     values = jnp.maximum(values, 0)
-    rank = jnp.maximum(1, jnp.sum(scales > 0)).astype(jnp.float32)
+    rank = jnp.maximum(1, jnp.sum(scales > 0)).astype(gram.dtype)
     added = rule.added(jnp.sum(values) / rank)
-    power = jnp.asarray(rule.power, jnp.float32)
+    power = jnp.asarray(rule.power, gram.dtype)
     # Below this an eigenvalue is rounding, and its direction is not in the window.
-    floor = jnp.finfo(jnp.float32).eps * scales.size * jnp.max(values)
+    floor = jnp.finfo(gram.dtype).eps * scales.size * jnp.max(values)
     seen = values > floor
     safe = jnp.where(seen, values, 1)
     # Undamped, what is outside the window is left out: a pseudo-inverse.
     share = jnp.where((added > 0) | (power == 0), jnp.power(added, power), 0)
-    gains = jnp.where(seen, (jnp.power(safe + added, power) - share) / safe, 0)
-    return share, scales * (vectors @ (gains * (vectors.T @ (scales * products))))
+    gains = jnp.where(seen, jnp.power(safe + added, power) - share, 0)
+    # Divided by the eigenvalues first: gains/s underflows for large gradients.
+    turned = dense.multiply(vectors.T, scales * products) / safe
+    return share, scales * dense.multiply(vectors, gains * turned)

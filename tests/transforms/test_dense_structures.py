@@ -1,6 +1,7 @@
 """The exact structures: one block a leaf, the full matrix, and its window."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ import optalr
 from optalr.transforms.block_diagonal import scale_by_block_diagonal
 from optalr.transforms.full_matrix import scale_by_full_matrix
 
+ALL = pytest.mark.parametrize(
+    "tx",
+    [scale_by_block_diagonal(), scale_by_full_matrix(), scale_by_full_matrix(window=2)],
+    ids=["block", "full", "window"],
+)
 BOTH = pytest.mark.parametrize("method", [scale_by_block_diagonal, scale_by_full_matrix])
 
 
@@ -150,11 +156,7 @@ def test_without_damping_repeated_gradients_do_no_harm(window):
     assert int(state.failures) == 0
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [scale_by_block_diagonal(), scale_by_full_matrix(), scale_by_full_matrix(window=2)],
-    ids=["block", "full", "window"],
-)
+@ALL
 def test_zero_and_not_finite_gradients(tx):
     good, zero = jnp.array([1.0, 2.0]), jnp.zeros(2)
     updates, state = trajectory(tx, [zero, good, good.at[0].set(jnp.nan), good])
@@ -163,6 +165,113 @@ def test_zero_and_not_finite_gradients(tx):
     assert int(state.failures) == 1
     assert bool(jnp.isfinite(updates[3]).all())
     assert float(jnp.abs(updates[3]).max()) > 0
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+@pytest.mark.parametrize("window", ["block", None, 2])
+def test_a_gradient_whose_square_overflows_leaves_no_trace(window, decay):
+    method = scale_by_block_diagonal if window == "block" else scale_by_full_matrix
+    arguments = {} if window == "block" else {"window": window}
+    tx = method(decay=decay, **arguments)
+    good, large = sequence((3,), 2), jnp.array([1e20, 1.0, 1.0])
+    updates, state = trajectory(tx, [good[0], large, large, good[1]])
+    expected, without = trajectory(tx, good)
+    assert float(jnp.abs(updates[1]).max()) == 0
+    np.testing.assert_allclose(updates[3], expected[1], rtol=1e-4)
+    assert int(state.failures) == 2
+    for x, y in zip(jax.tree.leaves(state)[5:], jax.tree.leaves(without)[5:], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)
+
+
+@ALL
+def test_sums_do_not_overflow_either(tx):
+    # Each square is finite, the trace of them together is not.
+    updates, state = trajectory(tx, [jnp.ones(3), jnp.full(3, 1.5e19), jnp.ones(3)])
+    assert float(jnp.abs(updates[1]).max()) == 0
+    assert float(jnp.abs(updates[2]).max()) > 0.1
+    assert int(state.failures) == 1
+
+
+@ALL
+@pytest.mark.parametrize("scale", [1e-9, 1e9, 1e16])
+def test_the_scale_of_gradients_does_not_matter(tx, scale):
+    grads = sequence((3,), 3)
+    expected, _ = trajectory(tx, grads)
+    updates, state = trajectory(tx, [scale * g for g in grads])
+    np.testing.assert_allclose(updates[-1], expected[-1], rtol=2e-3, atol=1e-3)
+    assert int(state.failures) == 0
+
+
+@ALL
+@pytest.mark.parametrize(
+    "params", [{}, {"none": jnp.zeros(0)}, {"none": jnp.zeros((0, 3)), "w": jnp.ones(2)}]
+)
+def test_leaves_without_numbers_and_trees_without_leaves(tx, params):
+    updates, state = trajectory(tx, [params, params])
+    assert jax.tree.map(jnp.shape, updates[1]) == jax.tree.map(jnp.shape, params)
+    assert int(state.failures) == 0
+    masked = optax.masked(tx, jax.tree.map(lambda _: False, params))
+    updates, _ = trajectory(masked, [params])
+    assert jax.tree.map(jnp.shape, updates[0]) == jax.tree.map(jnp.shape, params)
+
+
+def test_a_root_that_is_kept_back_keeps_its_residual():
+    tx = scale_by_block_diagonal(damping_form="absolute")
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    _, state = trajectory(tx, [params])
+    assert 0 < float(state.root_residual) < 1e-2
+    # Not semidefinite: the root of one leaf of two fails.
+    broken = state._replace(
+        moments={**state.moments, "a": -100 * jnp.eye(2)}, root_residual=jnp.float32(0.5)
+    )
+    _, after = jitted(tx.update)(params, broken)
+    assert int(after.failures) == 1
+    np.testing.assert_array_equal(after.roots["a"], state.roots["a"])
+    assert float(after.root_residual) == 0.5
+    assert int(after.root_age) == 0  # not every step may pay for another try
+    _, after = jitted(tx.update)(params, after._replace(moments=state.moments))
+    assert float(after.root_residual) < 1e-2
+
+
+@BOTH
+@pytest.mark.parametrize("lanes", [None, 3])
+def test_roots_are_taken_in_a_branch_only(method, lanes):
+    """In a loop of no turn or one, that is, which stays one when several states are vmapped."""
+    tx = method()
+    args = jnp.ones((2, 3)), tx.init(jnp.ones((2, 3)))
+    update = tx.update
+    if lanes is not None:
+        args = jax.tree.map(lambda x: jnp.stack([x] * lanes), args)
+        update = jax.vmap(update)
+    jaxpr = jax.make_jaxpr(update)(*args)
+    outside = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "while"])
+    branches = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name == "while"])
+    assert "eigh" in branches or "cholesky" in branches
+    assert "eigh" not in outside
+    assert "cholesky" not in outside
+
+
+@ALL
+def test_products_are_taken_in_full_precision(tx):
+    g = jnp.ones(3)
+    printed = str(jax.make_jaxpr(tx.update)(g, tx.init(g)))
+    products = re.findall(r"dot_general\[(.*?)\n\s*\]", printed, re.DOTALL)
+    assert products
+    assert all("Precision.HIGHEST" in product for product in products)
+
+
+def test_a_window_of_doubles_is_worked_on_in_doubles():
+    rng = np.random.default_rng(7)
+    rows = rng.standard_normal((3, 6))
+    with jax.enable_x64(True):
+        tx = scale_by_full_matrix(decay=None, damping=1e-8, damping_form="absolute", window=4)
+        updates, state = trajectory(tx, list(jnp.asarray(rows)))
+        assert state.gram.dtype == jnp.float64
+        mixed = tx.init({"a": jnp.ones(2), "b": jnp.ones(2, jnp.float32)})
+        assert mixed.gram.dtype == jnp.float64
+    expected = power_of(rows.T @ rows + 1e-8 * np.eye(6), -0.5) @ rows[-1]
+    # The part outside the window is amplified 1e4 times; floats err by 6e-3 here.
+    np.testing.assert_allclose(updates[-1], expected, rtol=1e-8, atol=1e-9)
 
 
 def test_what_would_not_fit_is_refused_with_its_bytes_and_the_way_out():
@@ -174,6 +283,22 @@ def test_what_would_not_fit_is_refused_with_its_bytes_and_the_way_out():
     with pytest.raises(ValueError, match=message):
         scale_by_full_matrix(max_size=1000).init(params)
     scale_by_full_matrix(max_size=1000, window=2).init(params)
+
+
+def test_a_window_that_would_not_fit_is_refused_with_its_bytes_and_the_way_out():
+    def init(tx, size):
+        return jax.eval_shape(tx.init, jax.ShapeDtypeStruct((size,), jnp.float32))
+
+    message = r"window=10,000 .* 100,000,000 parameters would take 4,000,400,000,000 bytes"
+    message += r".*max_size=16,384 accepts 2,147,483,648.*window=.*scale_by_kronecker.*max_size"
+    with pytest.raises(ValueError, match=message):
+        init(scale_by_full_matrix(window=10_000), 10**8)
+    init(scale_by_full_matrix(window=200), 2 * 10**6)
+    # r P + r² numbers, as many as the whole matrix of max_size parameters and its root.
+    init(scale_by_full_matrix(window=10, max_size=10), 10)
+    with pytest.raises(ValueError, match="max_size=10 "):
+        init(scale_by_full_matrix(window=10, max_size=10), 11)
+    init(scale_by_full_matrix(window=10_000, max_size=10**6), 10**8)
 
 
 @BOTH
