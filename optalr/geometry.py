@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optalr.arguments import check_count, check_interval
+from optalr.signals.moments import Coverage
+from optalr.signals.storage import Side
+from optalr.transforms._kronecker_options import KroneckerOptions
+from optalr.transforms._kronecker_plan import LeafPlan, plan_leaves
 from optalr.transforms.kronecker import KroneckerState
 
 
@@ -101,7 +105,8 @@ class Geodesic(NamedTuple):
       points: ``(n + 1, P)``.
       velocities: ``(n + 1, P)``.
       speeds: ``(n + 1,)``, ``√(γ'ᵀ F γ')``; constant up to the error of the integration.
-      gaps: ``(n + 1,)``, the distance to ``start + t·velocity``, relative to ``t ‖velocity‖``.
+      gaps: ``(n + 1,)``, the distance to ``start + t·velocity``, relative to ``t ‖velocity‖``; 0
+        where that is 0.
     """
 
     times: jax.Array
@@ -138,22 +143,34 @@ def geodesic(
       A ``Geodesic``.
 
     Raises:
+      TypeError: ``start`` or ``velocity`` is not of floating point.
       ValueError: ``duration`` or ``num_steps`` is out of range.
 
     Cost: ``4 num_steps`` times the derivative of the metric (P passes) and a solve, ``P³``.
 
     Examples:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from optalr.geometry import geodesic
       >>> flat = geodesic(lambda x: jnp.diag(jnp.array([2.0, 5.0])), jnp.zeros(2), jnp.ones(2))
       >>> bool(flat.gaps.max() < 1e-5)
       True
 
+      Logistic regression on three points: its Fisher matrix falls as it becomes sure.
+
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, -2.0]])
+      >>> def fisher(w):
+      ...     p = jax.nn.sigmoid(x @ w)
+      ...     return x.T @ (x * (p * (1 - p))[:, None]) / 3
+      >>> curve = geodesic(fisher, jnp.array([0.5, -0.5]), jnp.array([0.2, 0.1]))
+      >>> far, half = curve.gaps[-1], curve.gaps[50]  # at twice the length, twice the relative gap
+      >>> bool(far > 0.005), bool(1.8 < far / half < 2.4)
+      (True, True)
+
     Reference: Ida & Fujiwara 2020, eq. 7 and 8, lemma 2.
     """
     check_interval("duration", duration, 0, open_low=True)
     check_count("num_steps", num_steps)
-    start, velocity = jnp.asarray(start), jnp.asarray(velocity)
+    start, velocity = _floating("start", start), _floating("velocity", velocity)
     derivative_fn = jax.jacfwd(metric_fn)
 
     def slope(state):
@@ -188,24 +205,49 @@ def geodesic(
         jax.vmap(lambda p, v: jnp.einsum("i,ij,j->", v, metric_fn(p), v))(points, velocities)
     )
     line = start[None] + times[:, None] * velocity[None]
-    length = jnp.linalg.norm(velocity) * jnp.where(times > 0, times, 1)
-    return Geodesic(
-        times, points, velocities, speeds, jnp.linalg.norm(points - line, axis=1) / length
-    )
+    length = jnp.linalg.norm(velocity) * times
+    distance = jnp.linalg.norm(points - line, axis=1)
+    gaps = jnp.where(length > 0, distance / jnp.where(length > 0, length, 1), 0)
+    return Geodesic(times, points, velocities, speeds, gaps)
 
 
-def factor_spectra(opt_state: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _floating(name: str, value: Any) -> jax.Array:
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be of floating point, got {array.dtype}. Pass {name}.astype(jnp.float32)."
+        )
+    return array
+
+
+def factor_spectra(
+    opt_state: Any,
+    params: Any = None,
+    *,
+    layout: Coverage | None = None,
+    options: KroneckerOptions | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return the eigenvalues of every pair of Kronecker factors in a state.
 
     Choose it to see what there is to precondition, and what damping does to it.
 
     Args:
       opt_state: an optimizer state that holds that of ``scale_by_kronecker``, at any depth.
+      params: the parameters, or their shapes. Needed where factors are kept in blocks. Without them
+        the shapes of the factors are judged alone: blocks look like layers in a stack, the padding
+        of the last one like an eigenvalue, and stacked diagonals of both sides like whole factors
+        if there are as many layers as rows and columns and they are symmetric.
+      layout: what ``scale_by_kronecker`` got, read with ``params``.
+      options: what ``scale_by_kronecker`` got, read with ``params``.
 
     Returns:
       For each kernel's key path the eigenvalues of the rows' and the columns' factor, rising, of
-      the bias-corrected moving averages; a factor kept as a diagonal gives its entries. Empty
-      before the first measurement.
+      the bias-corrected moving averages, ``(*stack, size)``; a factor kept as a diagonal gives its
+      entries, one in blocks, with ``params``, those of all blocks. Empty before the first
+      measurement.
+
+    Raises:
+      ValueError: the state was not made for ``params`` with ``layout`` and ``options``.
 
     Cost: an eigenvalue computation a factor, outside ``jit``.
 
@@ -216,6 +258,11 @@ def factor_spectra(opt_state: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
       >>> [float(x) for x in optalr.factor_spectra(state)["['w']"][0].round(4)]
       [1.0, 9.0]
     """
+    plans = None
+    if params is not None:
+        storage = options or KroneckerOptions()
+        bias = "joint" if storage.joint_bias else "shared"
+        plans = {plan.path: plan for plan in plan_leaves(params, layout, storage, bias)}
     found = {}
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, KroneckerState))
     for state in (node for node in nodes if isinstance(node, KroneckerState)):
@@ -225,15 +272,52 @@ def factor_spectra(opt_state: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         rows = jax.tree_util.tree_flatten_with_path(state.row_factors)[0]
         cols = jax.tree.leaves(state.col_factors)
         for (path, row), col in zip(rows, cols, strict=True):
-            found[jax.tree_util.keystr(path)] = (
-                _eigenvalues(row, weight),
-                _eigenvalues(col, weight),
-            )
+            name = jax.tree_util.keystr(path)
+            row, col = (np.asarray(x, np.float64) / weight for x in (row, col))
+            if plans is None:
+                found[name] = _eigenvalues(row, col), _eigenvalues(col, row)
+            else:
+                found[name] = _planned_eigenvalues(name, plans.get(name), row, col)
     return found
 
 
-def _eigenvalues(factor: jax.Array, weight: float) -> np.ndarray:
-    array = np.asarray(factor, np.float64) / weight
-    if array.ndim >= 2 and array.shape[-1] == array.shape[-2]:
-        return np.linalg.eigvalsh(array)
-    return np.sort(array, -1)
+def _eigenvalues(factor: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return eigenvalues of a factor whose form its shape and that of the other side must tell."""
+    return np.sort(factor, -1) if _is_diagonal(factor, other) else np.linalg.eigvalsh(factor)
+
+
+def _is_diagonal(factor: np.ndarray, other: np.ndarray) -> bool:
+    if factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
+        return True
+    # Both sides have the same stack axes, after which a diagonal has 1 axis and a matrix 2.
+    missing = other.ndim - factor.ndim
+    if missing == 1:
+        return factor.shape[:-1] == other.shape[:-2]
+    tolerance = np.finfo(np.float32).eps * factor.shape[-1] * np.abs(factor).max()
+    symmetric = np.allclose(factor, np.swapaxes(factor, -1, -2), rtol=0, atol=tolerance)
+    return missing > 1 or (missing == 0 and not symmetric)
+
+
+def _planned_eigenvalues(
+    name: str, plan: LeafPlan | None, row: np.ndarray, col: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the eigenvalues of both factors of a leaf whose storage is known."""
+    shapes = [(*plan.stack, *side.shape) for side in plan.sides] if plan is not None else []
+    if plan is None or shapes != [row.shape, col.shape]:
+        raise ValueError(
+            f"params, layout and options tell of other factors for {name} than opt_state has: "
+            f"{shapes} against {[row.shape, col.shape]}. Pass what scale_by_kronecker got."
+        )
+    return _side_eigenvalues(plan.rows, row), _side_eigenvalues(plan.cols, col)
+
+
+def _side_eigenvalues(side: Side, factor: np.ndarray) -> np.ndarray:
+    if side.form == "diagonal":
+        return np.sort(factor, -1)
+    if side.form == "full":
+        return np.linalg.eigvalsh(factor)
+    parts = []
+    for i in range(side.num_blocks):
+        filled = min(side.block, side.size - i * side.block)  # the last block may be padded
+        parts.append(np.linalg.eigvalsh(factor[..., i, :filled, :filled]))
+    return np.sort(np.concatenate(parts, -1), -1)

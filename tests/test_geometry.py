@@ -179,6 +179,40 @@ def test_the_three_structures_agree_on_one_layer_and_one_example():
         np.testing.assert_allclose(vec(updates["w"]), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_structures_agree_on_many_examples_after_the_factor_n():
+    """Zero-mean gradients of all pairs of inputs and signals: C = B ⊗ A exactly, and F = C/N."""
+    rng = np.random.default_rng(8)
+    alpha = np.diag([2.0, 1.0, 0.7]) @ np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    beta = np.diag([1.5, 0.8]) @ np.linalg.qr(rng.standard_normal((2, 2)))[0]
+    each = np.einsum("pi,qj->pqij", alpha, beta).reshape(6, 3, 2)
+    n = len(each)
+    signals = {"w": moments(alpha.T @ alpha / 3, beta.T @ beta / 2, n)}
+    # Signs that are orthogonal over 8 batches: in the mean of ggᵀ no two examples meet.
+    signs = np.array([[1.0]])
+    for _ in range(3):
+        signs = np.kron(signs, [[1, 1], [1, -1]])
+    grads = np.einsum("kn,nij->kij", signs[:, :n], each) / n
+    arguments = {"decay": None, "damping": 1e-6}
+    methods = [
+        optalr.scale_by_block_diagonal(**arguments),
+        optalr.scale_by_full_matrix(**arguments),
+        optalr.scale_by_full_matrix(window=8, **arguments),
+    ]
+    last = {"w": jnp.asarray(grads[-1], jnp.float32)}
+    tx = optalr.scale_by_kronecker(damping=1e-6, options=BARE)
+    kronecker = jax.jit(lambda g, s: tx.update(g, s, signals=signals))(last, tx.init(last))[0]
+    rows = np.stack([vec(g) for g in each])
+    expected = power_of(rows.T @ rows / n, -0.5) @ vec(last["w"])
+    np.testing.assert_allclose(vec(kronecker["w"]), expected, rtol=1e-4, atol=1e-4)
+    for dense in methods:
+        update, state = jax.jit(dense.update), dense.init(last)
+        for g in grads:
+            updates, state = update({"w": jnp.asarray(g, jnp.float32)}, state)
+        # AdaGrad's sum is 8 times the mean over the batches, which is C/N.
+        ours = np.sqrt(8) * vec(updates["w"])
+        np.testing.assert_allclose(ours, np.sqrt(n) * expected, rtol=1e-3, atol=1e-3)
+
+
 def normal_metric(point):
     """The Fisher metric of N(μ, σ²) in (μ, σ)."""
     return jnp.diag(jnp.array([1.0, 2.0]) / point[1] ** 2)
@@ -205,6 +239,95 @@ def test_geodesics_of_normal_distributions_are_half_ellipses_and_not_straight():
     np.testing.assert_allclose(short.gaps[-1] / short.gaps[10], 2.0, rtol=0.1)
 
 
+def tanh_net(point, x):
+    return jnp.tanh(x @ point[:4].reshape(2, 2)) @ point[4:]
+
+
+def sure_or_not(point, x):
+    """The Fisher matrix of a label that is 1 with probability sigmoid(net), damped."""
+    p = jax.nn.sigmoid(tanh_net(point, x))
+    rows = jax.jacrev(tanh_net)(point, x)
+    return rows.T @ (rows * (p * (1 - p))[:, None]) / len(x) + 1e-2 * jnp.eye(6)
+
+
+def one_spread(point, x):
+    """That of a linear model's output in noise of one variance, damped: the same everywhere."""
+    rows = jax.jacrev(lambda w: jnp.concatenate([x, x**2, x**3], 1) @ w)(point)
+    return rows.T @ rows / len(x) + 1e-2 * jnp.eye(6)
+
+
+def test_steps_of_a_small_net_leave_the_geodesic_as_their_length_squared():
+    rng = np.random.default_rng(9)
+    x = jnp.asarray(rng.standard_normal((20, 2)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 2, 20), jnp.float32)
+    start = jnp.asarray(rng.standard_normal(6), jnp.float32)
+
+    def loss(point):
+        return optax.sigmoid_binary_cross_entropy(tanh_net(point, x), y).mean()
+
+    direction = -power_of(sure_or_not(start, x), -0.5) @ np.asarray(jax.grad(loss)(start))
+    direction = jnp.asarray(direction / np.linalg.norm(direction), jnp.float32)
+
+    def distance(metric, length):
+        end = geodesic(lambda p: metric(p, x), start, length * direction, num_steps=50).points[-1]
+        return float(jnp.linalg.norm(end - (start + length * direction)))
+
+    long, short = distance(sure_or_not, 0.2), distance(sure_or_not, 0.1)
+    assert short > 1e-4
+    # The next term of the curve is of third order.
+    assert long / short == pytest.approx(4, rel=0.3)
+    # Zero, up to the rounding of coordinates of order 1 over 50 steps.
+    assert distance(one_spread, 0.2) < 50 * np.finfo(np.float32).eps
+
+
+def test_a_geodesic_that_stays_where_it_is_has_no_gap():
+    curve = geodesic(normal_metric, jnp.ones(2), jnp.zeros(2), num_steps=3)
+    np.testing.assert_array_equal(curve.gaps, np.zeros(4))
+    np.testing.assert_array_equal(curve.points, np.ones((4, 2)))
+
+
+def spectra_of(rows, cols, **arguments):
+    """Return what is found in a state that holds these factors of a kernel."""
+    tx = optalr.scale_by_kronecker()
+    state = tx.init({"w": jnp.ones((2, 2))})._replace(
+        weight=jnp.float32(0.5),
+        row_factors={"w": 0.5 * jnp.asarray(rows, jnp.float32)},
+        col_factors={"w": 0.5 * jnp.asarray(cols, jnp.float32)},
+    )
+    return factor_spectra(state, **arguments)["['w']"]
+
+
+def test_factor_spectra_tell_stacked_diagonals_from_matrices():
+    # Three layers of three rows, of which only a diagonal is kept: symmetric, by chance.
+    diagonals = np.outer([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    matrices = np.stack([np.diag([1.0, 4.0])] * 3)
+    rows, cols = spectra_of(diagonals, matrices)
+    np.testing.assert_allclose(rows, np.sort(diagonals))
+    np.testing.assert_allclose(cols, [[1, 4]] * 3)
+    uneven = np.arange(9.0).reshape(3, 3)
+    for found in spectra_of(uneven, uneven[::-1].copy()):
+        assert found.shape == (3, 3)
+    np.testing.assert_allclose(spectra_of(uneven, uneven)[0], uneven)
+    symmetric = np.array([[2.0, 1.0], [1.0, 2.0]])
+    np.testing.assert_allclose(spectra_of(symmetric, symmetric)[0], [1, 3], rtol=1e-6)
+
+
+def test_factor_spectra_leave_the_padding_of_blocks_out():
+    rows, cols = np.diag([1.0, 2, 3, 4, 5]), np.diag([2.0, 1.0])
+    g = {"w": jnp.ones((5, 2)), "b": jnp.ones(2)}
+    options = dataclasses.replace(BARE, block_size=3)
+    tx = optalr.scale_by_kronecker(options=options)
+    signals = {"w": moments(rows, cols, 5), "b": None}
+    _, state = jax.jit(lambda g, s: tx.update(g, s, signals=signals))(g, tx.init(g))
+    left, right = factor_spectra(state, g, options=options)["['w']"]
+    np.testing.assert_allclose(left, [1, 2, 3, 4, 5], rtol=1e-6)
+    np.testing.assert_allclose(right, [1, 2], rtol=1e-6)
+    with pytest.raises(ValueError, match="options tell of other factors"):
+        factor_spectra(state, g)
+    with pytest.raises(ValueError, match=r"params.* \['w'\]"):
+        factor_spectra(state, {"other": g["w"]}, options=options)
+
+
 def test_factor_spectra_are_those_of_the_moving_averages():
     rows, cols = np.diag([4.0, 1.0, 2.0]), np.diag([0.5, 3.0])
     g = {"w": jnp.ones((3, 2))}
@@ -224,3 +347,7 @@ def test_bad_arguments_are_named():
         geodesic(normal_metric, jnp.ones(2), jnp.ones(2), duration=0.0)
     with pytest.raises(ValueError, match="num_steps"):
         geodesic(normal_metric, jnp.ones(2), jnp.ones(2), num_steps=0)
+    with pytest.raises(TypeError, match=r"start must be of floating point, got int32"):
+        geodesic(normal_metric, jnp.array([0, 1]), jnp.ones(2))
+    with pytest.raises(TypeError, match="velocity"):
+        geodesic(normal_metric, jnp.ones(2), jnp.array([0, 1]))
