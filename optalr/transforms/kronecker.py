@@ -18,7 +18,7 @@ import optax
 
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.signals.moments import Coverage, is_moments
-from optalr.states import count_up, update_when
+from optalr.states import count_up, settle, settle_like, update_when
 from optalr.transforms import _kronecker_apply as applying
 from optalr.transforms import _kronecker_memory as store
 from optalr.transforms import _kronecker_refresh as refreshing
@@ -184,7 +184,9 @@ def scale_by_kronecker(
             failures=jnp.zeros([], jnp.int32),
             update_norm=jnp.zeros([], jnp.float32),
             damping=jnp.asarray(damping, jnp.float32),
-            graft=options.graft.init(params) if options.graft else optax.EmptyState(),
+            graft=settle(options.graft.init(_widen(params)))
+            if options.graft
+            else optax.EmptyState(),
             measurements=jnp.zeros([], jnp.int32),
             samples=jnp.zeros([], jnp.float32),
             weight=jnp.zeros([], jnp.float32),
@@ -303,7 +305,8 @@ def _refresh(setup, clock, memory, state):
 def _graft(transformation, new, updates, state, params, extras):
     """Give each leaf the norm of another method's update; before the first roots, that update."""
     graft = optax.with_extra_args_support(transformation)
-    others, after = graft.update(updates, state.graft, params, **extras)
+    others, after = graft.update(_widen(updates), state.graft, _widen(params), **extras)
+    after = settle_like(after, state.graft)
     # Moments of the other method must not be poisoned either.
     finite = store.all_finite(updates)
     after = jax.tree.map(lambda x, old: jnp.where(finite, x, old), after, state.graft)
@@ -332,6 +335,16 @@ def _finish(new, state, clock, from_signals):
 def _working_dtype(leaf: Any) -> Any:
     """Return float32, or float64 where the leaf is."""
     return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _widen(tree: Any) -> Any:
+    """Return floating leaves in their working dtype: in bfloat16 a decay of 0.999 is 1."""
+
+    def widen(leaf: Any) -> Any:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(_working_dtype(leaf)) if floating else leaf
+
+    return jax.tree.map(widen, tree)
 
 
 def _to_trees(memory: store.Memory, structure: Any) -> dict[str, Any]:

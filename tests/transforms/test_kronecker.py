@@ -231,7 +231,8 @@ def test_nothing_that_is_not_finite_reaches_factors_or_updates(layer, bad):
     assert int(after.failures) == 2  # the measurement and the update
     np.testing.assert_array_equal(after.row_factors["kernel"], state.row_factors["kernel"])
     again, _ = run(tx, grads, signals, after)
-    np.testing.assert_allclose(again["kernel"], good["kernel"], rtol=1e-4, atol=1e-5)
+    scale = float(jnp.abs(good["kernel"]).max())
+    np.testing.assert_allclose(again["kernel"], good["kernel"], rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_a_failed_root_keeps_the_last_good_pair(layer):

@@ -152,6 +152,29 @@ def test_grafting_takes_the_other_methods_norm(leaf, graft, norm_of):
     )
 
 
+def test_the_grafted_norm_is_taken_leaf_by_leaf(leaf):
+    g, rows, cols = leaf
+    grads = {"w": g, "b": jnp.array([3.0, 4.0])}
+    graft = optax.scale_by_rms()
+    tx = scale_by_kronecker(options=dataclasses.replace(BARE, graft=graft))
+    updates, _ = run(tx, grads, {"w": moments(rows, cols), "b": None})
+    expected, _ = graft.update(grads, graft.init(grads))
+    for name in grads:
+        wanted = jnp.linalg.norm(expected[name])
+        np.testing.assert_allclose(jnp.linalg.norm(updates[name]), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("graft", [optax.scale_by_adam(), optax.scale_by_rms(0.999)])
+def test_the_grafted_methods_memory_is_float32_and_decays(leaf, graft):
+    g, rows, cols = leaf
+    tx = scale_by_kronecker(options=dataclasses.replace(BARE, graft=graft))
+    _, state = run(tx, g.astype(jnp.bfloat16), moments(rows, cols))
+    floating = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {x.dtype for x in floating} == {jnp.dtype(jnp.float32)}
+    _, after = run(tx, jnp.zeros_like(g, jnp.bfloat16), moments(rows, cols), state)
+    np.testing.assert_allclose(after.graft.nu, 0.999 * state.graft.nu, rtol=1e-6)
+
+
 def test_before_the_first_roots_the_grafted_method_acts(leaf):
     g, rows, cols = leaf
     options = KroneckerOptions(graft=optax.scale_by_adam(), max_update=None)
