@@ -98,6 +98,8 @@ def metrics(opt_state: Any) -> dict[str, Any]:
       one entry for each, with the way to it (``"first/learning_rate"``), and the plain name holds
       the learning rate of the stage in charge (between the stages, both weighted by the phase), the
       sum of failures, the largest root age, residual and step, and otherwise the outermost value.
+      ``"root_age"`` counts the updates since roots were last due, whether they were taken or kept
+      back (which ``"failures"`` tells); ``"root_residual"`` is that of the roots in use.
       A rate that lives in a closure only, as in ``optax.sgd(0.1)``, cannot be read;
       ``optax.inject_hyperparams(optax.sgd)(0.1)`` makes it visible.
 

@@ -32,9 +32,16 @@ class Outcome(NamedTuple):
 
 
 def refresh(
-    setup: store.Setup, memory: store.Memory, weight: jax.Array, first: jax.Array
+    setup: store.Setup,
+    memory: store.Memory,
+    weight: jax.Array,
+    first: jax.Array,
+    last_residual: jax.Array,
 ) -> tuple[store.Memory, jax.Array, jax.Array]:
-    """Take new roots; return also the worst residual in use and the number of roots that failed."""
+    """Take new roots; return also the worst residual in use and the number of roots that failed.
+
+    A leaf that keeps its old roots may have those of ``last_residual``, the worst until now.
+    """
     requests, small = [], {}
     for i in setup.kernels():
         if setup.sources[i].kind == "bias":
@@ -63,8 +70,9 @@ def refresh(
         for outcome in found:
             success &= outcome.success.all()
             failed += jnp.sum(~outcome.success, dtype=jnp.int32)
-            usable = jnp.where(outcome.success, outcome.residual, 0)
-            residual = jnp.maximum(residual, jnp.max(usable).astype(jnp.float32))
+        taken = [jnp.max(outcome.residual).astype(jnp.float32) for outcome in found]
+        for each in taken:
+            residual = jnp.maximum(residual, jnp.where(success, each, last_residual))
         _store(setup, rooted, i, pair, small, success, first)
     return rooted, residual, failed
 

@@ -37,7 +37,7 @@ class KroneckerState(NamedTuple):
     # every update
     count: jax.Array  # () int32, updates seen
     signal_age: jax.Array  # () int32, updates from the last measurement to the next update
-    root_age: jax.Array  # () int32, updates since the roots were taken (or since the start)
+    root_age: jax.Array  # () int32, updates since roots were last due (or since the start)
     wants_signals: jax.Array  # () bool, will the next update read signals?
     failures: jax.Array  # () int32, roots kept back, measurements and updates not finite
     update_norm: jax.Array  # () float32, global norm of the last update
@@ -52,7 +52,7 @@ class KroneckerState(NamedTuple):
     second_moments: Any  # diagonal leaves: their shape; spectrum="measured": (*stack, m, n)
     # every refresh
     num_refreshes: jax.Array  # () int32
-    root_residual: jax.Array  # () float32, the worst among the roots in use
+    root_residual: jax.Array  # () float32, the worst among the roots in use (0: none yet)
     row_roots: Any  # (*stack, m, m) a kernel: the root, or the eigenbasis
     col_roots: Any  # (*stack, n, n) a kernel
     row_eigenvalues: Any  # (*stack, m), where eigenbases are kept
@@ -282,7 +282,7 @@ def _refresh(setup, clock, memory, state):
     def take(carry, inputs):
         rows, cols, weight, first = inputs
         filled = memory._replace(row_factors=rows, col_factors=cols, **carry[0])
-        new, residual, failed = refreshing.refresh(setup, filled, weight, first)
+        new, residual, failed = refreshing.refresh(setup, filled, weight, first, carry[1])
         return {name: getattr(new, name) for name in names}, residual, failed
 
     kept = {name: getattr(memory, name) for name in names}

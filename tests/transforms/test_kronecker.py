@@ -249,6 +249,34 @@ def test_a_failed_root_keeps_the_last_good_pair(layer):
     assert bool(jnp.isfinite(updates["kernel"]).all())
 
 
+def test_the_residual_of_a_kept_pair_still_counts(layer):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker(options=BARE)
+    _, state = run(tx, grads, signals)
+    poisoned = {**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)}
+    state = state._replace(row_factors=poisoned, root_residual=jnp.float32(0.25))
+    _, after = run(tx, grads, signals, state)
+    assert float(after.root_residual) == 0.25
+    assert int(after.root_age) == 0  # the next try waits its turn
+
+
+def test_the_residual_of_a_discarded_partner_does_not_count(layer):
+    grads, signals, *_ = layer
+    options = dataclasses.replace(BARE, spectrum="exact", root_method="eigenbasis")
+    tx = scale_by_kronecker(options=options)
+    _, state = run(tx, grads, signals)
+    # The columns' basis is only near, so that its residual is above the old pair's.
+    turn = np.linalg.qr(np.eye(3) + 0.02 * np.random.default_rng(1).standard_normal((3, 3)))[0]
+    state = state._replace(
+        row_factors={**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)},
+        col_roots={**state.col_roots, "kernel": state.col_roots["kernel"] @ turn},
+        root_residual=jnp.float32(1e-9),
+    )
+    _, after = run(tx, grads, signals, state)
+    assert int(after.failures) >= 1
+    assert float(after.root_residual) == float(state.root_residual)
+
+
 def test_a_dead_layer_is_no_failure(layer):
     grads, signals, *_ = layer
     zero = jax.tree.map(jnp.zeros_like, grads)
