@@ -111,11 +111,12 @@ def bound(
     bounded = []
     for i, (plan, source) in enumerate(zip(setup.plans, setup.sources, strict=True)):
         captured = source.kind == "signals"
-        units = plan.sides[source.output_side].size if captured else plan.num_outputs
+        layer = plan if source.kernel is None else setup.plans[source.kernel]
+        known = captured or source.kernel is not None
+        units = layer.sides[source.output_side].size if known else plan.num_outputs
         limit = jnp.asarray(max_update * units**0.5, updates[i].dtype)
-        if plan.view is None:
-            stack = setup.plans[source.kernel].stack if source.kernel is not None else ()
-            matrix = updates[i].reshape(*stack, 1, -1)
+        if plan.view is None or source.kernel is not None:
+            matrix = updates[i].reshape(*layer.stack, 1, -1)
             bounded.append(_shrink(matrix, limit).reshape(updates[i].shape))
             continue
         if captured:

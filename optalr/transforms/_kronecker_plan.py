@@ -36,6 +36,7 @@ class LeafPlan:
       cols: the columns' side, for ``"kronecker"``.
       partner: index of the kernel of a ``"bias"`` or ``"joint"`` leaf, or of the joint bias of a
         ``"kronecker"`` leaf.
+      layer: index of the kernel of a bias that keeps a diagonal of its own beside it.
     """
 
     path: str
@@ -45,6 +46,7 @@ class LeafPlan:
     rows: Side = _NO_SIDE
     cols: Side = _NO_SIDE
     partner: int | None = None
+    layer: int | None = None
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -89,9 +91,11 @@ def plan_leaves(
     plans = [_plan_by_layout(path, shape, layout, storage) for path, shape in leaves]
     for i, plan in enumerate(plans):
         partner = index.get(plan.view.bias) if plan.view and plan.view.bias else None
-        if partner is None or bias == "own":
+        if partner is None:
             continue
-        if bias == "joint":
+        if bias == "own":
+            plans[partner] = dataclasses.replace(plans[partner], layer=i)
+        elif bias == "joint":
             plans[i] = _with_joint_bias(plan, partner, storage)
             plans[partner] = dataclasses.replace(plans[partner], treatment="joint", partner=i)
         else:
@@ -155,7 +159,7 @@ class Source:
     Attributes:
       kind: ``"signals"``, ``"gradient"``, ``"bias"``, ``"joint"`` or ``"diagonal"``.
       moments: the captured moments, for ``"signals"``.
-      kernel: index of the kernel, for ``"bias"`` and ``"joint"``.
+      kernel: index of the kernel, where the leaf is the bias of one.
       output_side: which side of the kernel is its output's.
     """
 
@@ -184,7 +188,8 @@ def find_sources(plans: Sequence[LeafPlan], signals: Any) -> list[Source]:
             side = 1 if moments[plans[kernel].path].row_mean is not None else 0
             sources.append(Source("bias", kernel=kernel, output_side=side))
         elif plan.treatment == "diagonal":
-            sources.append(Source("diagonal"))
+            side = 1 if plan.layer is None else plans[plan.layer].output_side
+            sources.append(Source("diagonal", kernel=plan.layer, output_side=side))
         elif plan.path in moments:
             check_fit(plan, moments[plan.path])
             side = 1 if moments[plan.path].row_mean is not None else 0

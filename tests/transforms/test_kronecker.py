@@ -299,6 +299,48 @@ def test_updates_are_bounded_by_the_change_they_make_to_outputs(layer):
     np.testing.assert_allclose(state.update_norm, norm, rtol=1e-5)
 
 
+def _stacked_layer(rng, num_layers, statistics):
+    """A stack of layers of 4 inputs and 3 outputs, their signals and the layout."""
+    view = LeafView((0,), (1,), (2,), "rows", "['b']")
+    shapes = {"w": (num_layers, 4, 3), "b": (num_layers, 3)}
+    layout = _layout(
+        ("['w']", shapes["w"], "kronecker", view, 0), ("['b']", shapes["b"], "bias", None, 0)
+    )
+    grads = {
+        name: 1e6 * jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+    rows = np.stack([gram(rng, 4) for _ in range(num_layers)])
+    cols = np.stack([gram(rng, 3) for _ in range(num_layers)])
+    signals = {"w": moments(rows, cols, bias="['b']"), "b": None}
+    return layout, grads, signals if statistics == "signals" else None
+
+
+@pytest.mark.parametrize("statistics", ["signals", "gradient"])
+def test_a_stack_of_biases_is_bounded_layer_by_layer(rng, statistics):
+    layout, grads, signals = _stacked_layer(rng, 8, statistics)
+    options = dataclasses.replace(BARE, max_update=0.5)
+    tx = scale_by_kronecker(-0.01, statistics=statistics, layout=layout, options=options)
+    updates, _ = run(tx, grads, signals)
+    norms = jnp.linalg.norm(updates["b"], axis=-1)
+    np.testing.assert_allclose(norms, np.full(8, 0.5 * np.sqrt(3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("known", ["layout", "signals", "gradient"])
+def test_a_bias_of_two_axes_is_bounded_by_all_outputs_of_its_layer(rng, known):
+    view = LeafView((), (0,), (1, 2), "rows", "['b']")
+    layout = _layout(("['w']", (4, 2, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0))
+    grads = {"w": jnp.ones((4, 2, 3)), "b": 1e6 * jnp.ones((2, 3))}
+    if known == "signals":  # the kernel has two axes: no layout is needed
+        layout, grads["w"] = None, jnp.ones((4, 6))
+    statistics = "gradient" if known == "gradient" else "signals"
+    signals = {"w": moments(gram(rng, 4), gram(rng, 6), bias="['b']"), "b": None}
+    options = dataclasses.replace(BARE, max_update=0.5)
+    tx = scale_by_kronecker(-0.01, statistics=statistics, layout=layout, options=options)
+    updates, _ = run(tx, grads, None if known == "gradient" else signals)
+    np.testing.assert_allclose(jnp.linalg.norm(updates["b"]), 0.5 * np.sqrt(6), rtol=1e-5)
+
+
 def test_other_layers_do_not_matter(layer, rng):
     grads, signals, *_ = layer
     tx = scale_by_kronecker(options=dataclasses.replace(BARE, max_update=0.5))
