@@ -131,15 +131,18 @@ def bound(
 
 def _shrink(matrix: jax.Array, limit: jax.Array) -> jax.Array:
     """Scale each matrix of a stack to a Frobenius norm of at most ``limit``."""
-    norm = jnp.sqrt(jnp.sum(jnp.square(matrix), (-2, -1), keepdims=True))
-    return matrix * jnp.minimum(1, limit / jnp.maximum(norm, jnp.finfo(matrix.dtype).tiny))
+    small, norm, largest = factors.scaled(matrix)
+    return jnp.where(
+        norm * largest <= limit, matrix, small * (limit / jnp.where(norm == 0, 1, norm))
+    )
 
 
 def graft(updates: Sequence[jax.Array], others: Sequence[jax.Array]) -> list[jax.Array]:
     """Give each leaf of ``updates`` the norm it has in ``others``."""
     grafted = []
     for update, other in zip(updates, others, strict=True):
-        norm, wanted = (jnp.sqrt(jnp.sum(jnp.square(x))) for x in (update, other))
-        ratio = wanted / jnp.where(norm > 0, norm, 1)
-        grafted.append(update * jnp.where(norm > 0, ratio, 1).astype(update.dtype))
+        small, norm, _ = factors.scaled(update.reshape(1, -1))
+        wanted = factors.norm(other).astype(update.dtype)
+        turned = small * (wanted / jnp.where(norm == 0, 1, norm))
+        grafted.append(turned.reshape(update.shape))
     return grafted

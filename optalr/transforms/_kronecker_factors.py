@@ -117,6 +117,23 @@ def expand(scalar: jax.Array, ndim: int) -> jax.Array:
     return scalar.reshape(scalar.shape + (1,) * (ndim - scalar.ndim))
 
 
+def scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return matrices over their largest entry, the Frobenius norms of these, and the entries.
+
+    The squares of 1e20 are beyond float32, those of 1e-23 below it. Norms are ``(..., 1, 1)``.
+    """
+    largest = jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True, initial=0)
+    largest = jnp.where(largest == 0, 1, largest)
+    small = matrix / largest
+    return small, jnp.sqrt(jnp.sum(jnp.square(small), (-2, -1), keepdims=True)), largest
+
+
+def norm(array: jax.Array) -> jax.Array:
+    """Return the norm of all numbers of an array."""
+    _, small, largest = scaled(array.reshape(1, -1))
+    return (small * largest)[0, 0]
+
+
 def mean_eigenvalue(plan: LeafPlan, which: int, factor: jax.Array) -> jax.Array:
     """Return the mean eigenvalue of a stored factor, ``(*stack,)``."""
     side = plan.sides[which]

@@ -20,6 +20,7 @@ from optalr.arguments import check_choice, check_count, check_interval, require_
 from optalr.signals.moments import Coverage, is_moments
 from optalr.states import count_up, settle, settle_like, update_when
 from optalr.transforms import _kronecker_apply as applying
+from optalr.transforms import _kronecker_factors as factors
 from optalr.transforms import _kronecker_memory as store
 from optalr.transforms import _kronecker_refresh as refreshing
 from optalr.transforms._kronecker_options import Clock, KroneckerOptions
@@ -319,8 +320,8 @@ def _graft(transformation, new, updates, state, params, extras):
 
 def _finish(new, state, clock, from_signals):
     """Replace an update that is not finite by zero, and say what the next one wants."""
-    squares = [jnp.sum(jnp.square(u.astype(jnp.float32))) for u in new]
-    norm = jnp.sqrt(sum(squares, start=jnp.float32(0)))
+    norms = [factors.norm(u).astype(jnp.float32) for u in new]
+    norm = factors.norm(jnp.stack(norms)) if norms else jnp.float32(0)
     finite = store.all_finite(new)
     new = [jnp.where(finite, u, 0) for u in new]
     count = count_up(state.count)

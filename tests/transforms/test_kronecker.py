@@ -299,6 +299,34 @@ def test_updates_are_bounded_by_the_change_they_make_to_outputs(layer):
     np.testing.assert_allclose(state.update_norm, norm, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e35])
+def test_bounds_hold_far_from_one(layer, size):
+    grads, signals, *_ = layer
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    grads = jax.tree.map(lambda g: g / largest, grads)
+    far = jax.tree.map(lambda g: size * g, grads)
+    # The factors are those of size one: the update is that large too before it is bounded.
+    options = dataclasses.replace(BARE, max_update=0.5 * min(1, size))
+    updates, state = run(scale_by_kronecker(-0.01, options=options), far, signals)
+    expected = dataclasses.replace(BARE, max_update=0.5)
+    wanted, _ = run(
+        scale_by_kronecker(-0.01, options=expected),
+        jax.tree.map(lambda g: 1e6 * g, grads) if size > 1 else grads,
+        signals,
+    )
+    assert int(state.failures) == 0
+    for name in grads:
+        np.testing.assert_allclose(updates[name], min(1, size) * wanted[name], rtol=1e-4)
+    np.testing.assert_allclose(state.update_norm, min(1, size) * optax.tree.norm(wanted), rtol=1e-4)
+
+
+def test_the_norm_reported_of_a_huge_update_is_finite(layer):
+    grads, signals, *_ = layer
+    tx = scale_by_kronecker(0.0, options=BARE)
+    _, state = run(tx, jax.tree.map(lambda g: 1e25 * g, grads), signals)
+    np.testing.assert_allclose(state.update_norm, 1e25 * optax.tree.norm(grads), rtol=1e-5)
+
+
 def _stacked_layer(rng, num_layers, statistics):
     """A stack of layers of 4 inputs and 3 outputs, their signals and the layout."""
     view = LeafView((0,), (1,), (2,), "rows", "['b']")

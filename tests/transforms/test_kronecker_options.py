@@ -164,6 +164,16 @@ def test_the_grafted_norm_is_taken_leaf_by_leaf(leaf):
         np.testing.assert_allclose(jnp.linalg.norm(updates[name]), wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e20])
+def test_grafted_norms_are_right_far_from_one(leaf, size):
+    g, rows, cols = leaf
+    tx = scale_by_kronecker(options=dataclasses.replace(BARE, graft=optax.identity()))
+    updates, state = run(tx, size * g, moments(rows, cols))
+    expected, _ = run(tx, g, moments(rows, cols))
+    assert int(state.failures) == 0
+    np.testing.assert_allclose(updates / size, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("graft", [optax.scale_by_adam(), optax.scale_by_rms(0.999)])
 def test_the_grafted_methods_memory_is_float32_and_decays(leaf, graft):
     g, rows, cols = leaf
