@@ -47,16 +47,30 @@ def _apply_kernel(
     assert cols is not None
     if setup.spectrum == "factored":
         return factors.apply_both(plan, rows, cols, matrix)
-    values = store.outer(setup, memory.row_eigenvalues[i], memory.col_eigenvalues[i])
-    if setup.spectrum == "measured":
-        values = memory.second_moments[i]
+    turned = store.rotate(plan, memory, i, matrix)
+    for gains in _gains(setup, memory, i):
+        turned = turned * jnp.where(ready, gains, 1)
+    return factors.apply_both(plan, rows, cols, turned)
+
+
+def _gains(setup: store.Setup, memory: store.Memory, i: int) -> list[jax.Array]:
+    """Return three arrays whose product, which may leave float32's range, is ``(v + λ)^p``."""
+    row_unit, col_unit = store.units(setup, memory, i)
+    values = memory.second_moments[i]
+    if setup.spectrum == "exact":
+        values = store.outer(setup, memory, i)
     if setup.damping_form == "relative":
         added = setup.damping * jnp.mean(values, (-2, -1), keepdims=True)
     else:
-        added = setup.damping
-    gains = factors.damped_power(values, added, setup.power)
-    turned = store.rotate(plan, memory, i, matrix) * jnp.where(ready, gains, 1)
-    return factors.apply_both(plan, rows, cols, turned)
+        # An absolute damping far above all eigenvalues is the unit itself.
+        added = setup.damping / row_unit
+        larger = jnp.maximum(col_unit, added)
+        values, added = values * (col_unit / larger), added / larger
+        col_unit = larger
+    powers = [
+        jnp.power(unit, jnp.asarray(setup.power, unit.dtype)) for unit in (row_unit, col_unit)
+    ]
+    return [factors.damped_power(values, added, setup.power), *powers]
 
 
 def _apply_bias(

@@ -95,9 +95,16 @@ def to_matrix(setup: Setup, grads: Sequence[jax.Array], i: int) -> jax.Array:
 
 
 def measure(
-    setup: Setup, memory: Memory, grads: Sequence[jax.Array], num_examples: jax.Array
+    setup: Setup,
+    memory: Memory,
+    grads: Sequence[jax.Array],
+    num_examples: jax.Array,
+    started: jax.Array,
 ) -> tuple[Memory, jax.Array]:
-    """Fold one batch into the statistics; tell whether it was finite (if not, nothing changes)."""
+    """Fold one batch into the statistics; tell whether it was finite (if not, nothing changes).
+
+    Second moments in the eigenbases are only measured once there are any (``started``).
+    """
     fresh = Memory(*([None] * len(setup.plans) for _ in Memory._fields))
     seen: list[jax.Array] = [jnp.bool_(True)] * len(setup.plans)
     for i, (plan, source) in enumerate(zip(setup.plans, setup.sources, strict=True)):
@@ -116,8 +123,11 @@ def measure(
             pair = factors.gradient_statistics(plan, matrix, num_examples, normalize)
         fresh.row_factors[i], fresh.col_factors[i] = pair
         if setup.spectrum == "measured":
+            row_unit, col_unit = units(setup, memory, i)
             rotated = rotate(plan, memory, i, to_matrix(setup, grads, i))
-            fresh.second_moments[i] = num_examples * jnp.square(rotated)
+            rotated = rotated / jnp.sqrt(row_unit) / jnp.sqrt(col_unit)
+            squares = num_examples * jnp.square(rotated)
+            fresh.second_moments[i] = jnp.where(started, squares, 0)
     good = all_finite(fresh)
 
     def blend(i: int, old: Any, new: Any) -> Any:
@@ -149,10 +159,28 @@ def corrected(memory: Memory, i: int, weight: jax.Array) -> factors.Pair:
     return rows * scale.astype(rows.dtype), cols * scale.astype(cols.dtype)
 
 
-def outer(setup: Setup, rows: jax.Array, cols: jax.Array) -> jax.Array:
-    """Return the eigenvalues of the Kronecker product, ``(*stack, m, n)``."""
-    product = rows[..., :, None] * cols[..., None, :]
-    return jnp.sqrt(product) if setup.statistics == "gradient" else product
+def units(setup: Setup, memory: Memory, i: int) -> factors.Pair:
+    """Return the largest eigenvalues of both sides of leaf ``i``, ``(*stack, 1, 1)``.
+
+    Eigenvalues of the Kronecker product, and second moments, are kept relative to their product,
+    which itself leaves float32's range for tiny or huge factors.
+    """
+    return _unit(setup, memory.row_eigenvalues[i]), _unit(setup, memory.col_eigenvalues[i])
+
+
+def _unit(setup: Setup, values: jax.Array) -> jax.Array:
+    largest = jnp.max(values, -1)[..., None, None]
+    largest = jnp.where(largest > 0, largest, 1)
+    return jnp.sqrt(largest) if setup.statistics == "gradient" else largest
+
+
+def outer(setup: Setup, memory: Memory, i: int) -> jax.Array:
+    """Return the eigenvalues of the Kronecker product in its units, ``(*stack, m, n)``."""
+    rows, cols = memory.row_eigenvalues[i][..., :, None], memory.col_eigenvalues[i][..., None, :]
+    if setup.statistics == "gradient":
+        rows, cols = jnp.sqrt(rows), jnp.sqrt(cols)
+    row_unit, col_unit = units(setup, memory, i)
+    return (rows / row_unit) * (cols / col_unit)
 
 
 def rotate(plan: LeafPlan, memory: Memory, i: int, matrix: jax.Array) -> jax.Array:

@@ -186,12 +186,16 @@ def _store(
         if setup.spectrum != "factored":
             shaped = factors.flat_values(plan, fresh)
             values[which] = jnp.where(success, shaped, values[which])
+    before = store.units(setup, rooted, i) if setup.spectrum == "measured" else None
     rooted.row_roots[i], rooted.col_roots[i] = new
     rooted.row_eigenvalues[i], rooted.col_eigenvalues[i] = values
-    if setup.spectrum == "measured":
-        start = store.outer(setup, values[0], values[1])
-        moved = _move_moment(plan, old, new, rooted.second_moments[i])
-        moment = jnp.where(first, start, moved)
+    if before is not None:
+        moment = _move_moment(plan, old, new, rooted.second_moments[i])
+        for unit, other in zip(before, store.units(setup, rooted, i), strict=True):
+            moment = moment * (unit / other)
+        # Moments that do not fit the new units are taken from the factors as at the start.
+        start = first | ~jnp.isfinite(moment).all()
+        moment = jnp.where(start, store.outer(setup, rooted, i), moment)
         rooted.second_moments[i] = jnp.where(success, moment, rooted.second_moments[i])
 
 

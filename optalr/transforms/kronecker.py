@@ -50,7 +50,9 @@ class KroneckerState(NamedTuple):
     weight: jax.Array  # () float32, sum of the moving average's weights (bias correction)
     row_factors: Any  # (*stack, m, m) float32 a kernel
     col_factors: Any  # (*stack, n, n) float32 a kernel
-    second_moments: Any  # diagonal leaves: their shape; spectrum="measured": (*stack, m, n)
+    # diagonal leaves: their shape; spectrum="measured": (*stack, m, n), relative to the product of
+    # the largest row and column eigenvalue
+    second_moments: Any
     # every refresh
     num_refreshes: jax.Array  # () int32
     root_residual: jax.Array  # () float32, the worst among the roots in use (0: none yet)
@@ -251,16 +253,16 @@ def _measure(setup, clock, memory, state, grads, captured):
     names = ("row_factors", "col_factors", "second_moments")
 
     def fold_in(carry, inputs):
-        grads, (signals, measure), num_examples = inputs
+        grads, (signals, measure), num_examples, started = inputs
         filled = memory._replace(**carry[0])
         sources = find_sources(setup.plans, signals if measure is None else measure())
         current = dataclasses.replace(setup, sources=sources)
-        new, good = store.measure(current, filled, grads, num_examples)
+        new, good = store.measure(current, filled, grads, num_examples, started)
         return {name: getattr(new, name) for name in names}, good
 
     kept = {name: getattr(memory, name) for name in names}
-    carry, inputs = (kept, jnp.bool_(True)), (grads, captured, num_examples)
-    kept, good = update_when(due, fold_in, carry, inputs)
+    inputs = grads, captured, num_examples, state.num_refreshes > 0
+    kept, good = update_when(due, fold_in, (kept, jnp.bool_(True)), inputs)
     memory = memory._replace(**kept)
     measured = due & good
     decay = jnp.asarray(setup.decay, jnp.float32)

@@ -120,18 +120,47 @@ def test_measured_moments_survive_a_change_of_basis():
     options = dataclasses.replace(BARE, spectrum="measured")
     tx = scale_by_kronecker(decay=0.5, options=options)
     _, state = run(tx, g, moments(rows, cols))
-    sum_before = float(state.second_moments.sum())
+    sum_before = float(_moments_of(state).sum())
     # The order of the eigenvalues turns round; each direction must keep its own moment.
     flipped = 0 * g, moments(10 * rows[::-1, ::-1], 10 * cols[::-1, ::-1], count=N)
     _, after = run(tx, flipped[0], flipped[1], state)
-    np.testing.assert_allclose(after.second_moments.sum(), 0.5 * sum_before, rtol=1e-4)
+    np.testing.assert_allclose(_moments_of(after).sum(), 0.5 * sum_before, rtol=1e-4)
     old = _diagonal_of(state)
     np.testing.assert_allclose(_diagonal_of(after), 0.5 * old, rtol=1e-4, atol=1e-5)
 
 
 def _diagonal_of(state):
     """The second moments of the gradient's own entries that a state stands for."""
-    return jnp.square(state.row_roots) @ state.second_moments @ jnp.square(state.col_roots).T
+    return jnp.square(state.row_roots) @ _moments_of(state) @ jnp.square(state.col_roots).T
+
+
+def _moments_of(state):
+    return state.second_moments * state.row_eigenvalues.max() * state.col_eigenvalues.max()
+
+
+@pytest.mark.parametrize("spectrum", ["exact", "measured"])
+@pytest.mark.parametrize("size", [1e-20, 1e19])
+def test_eigenvalues_whose_products_leave_float32(leaf, spectrum, size):
+    """Factors of one size, of which a gradient has about that size too."""
+    g, rows, cols = leaf
+    options = dataclasses.replace(BARE, spectrum=spectrum)
+    tx = scale_by_kronecker(decay=0.9, damping=1e-2, options=options)
+    wanted_state = state = None
+    for grad in (g, jnp.flip(g, 0)):  # the second is measured in the first's basis
+        wanted, wanted_state = run(tx, grad, moments(rows, cols), wanted_state)
+        updates, state = run(tx, size * grad, moments(size * rows, size * cols), state)
+    assert int(state.failures) == 0
+    scale = float(jnp.abs(wanted).max())
+    np.testing.assert_allclose(updates, wanted, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("spectrum", ["exact", "measured"])
+def test_an_absolute_damping_far_above_all_eigenvalues_is_all_that_counts(leaf, spectrum):
+    g, rows, cols = leaf
+    options = dataclasses.replace(BARE, spectrum=spectrum, damping_form="absolute")
+    tx = scale_by_kronecker(damping=1e-4, options=options)
+    updates, _ = run(tx, g, moments(1e-20 * rows, 1e-20 * cols))
+    np.testing.assert_allclose(updates, 100 * g, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
