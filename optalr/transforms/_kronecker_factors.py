@@ -17,6 +17,11 @@ from optalr.transforms._kronecker_plan import LeafPlan, Source
 Pair = tuple[jax.Array, jax.Array]
 
 
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply (stacks of) matrices in full precision, which accelerators must be asked for."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 def zeros(side: Side, stack: tuple[int, ...], dtype: Any) -> jax.Array:
     """Return an empty factor."""
     return jnp.zeros((*stack, *side.shape), dtype)
@@ -67,7 +72,7 @@ def gram_of_rows(side: Side, matrix: jax.Array) -> jax.Array:
     """Return what the side stores of ``M Mᵀ`` for ``(*stack, m, n)``."""
     if side.form == "diagonal":
         return jnp.sum(jnp.square(matrix), -1)
-    return from_gram(side, matrix @ jnp.swapaxes(matrix, -1, -2))
+    return from_gram(side, matmul(matrix, jnp.swapaxes(matrix, -1, -2)))
 
 
 def signal_statistics(plan: LeafPlan, moments: LayerMoments, joint: bool) -> Pair:
@@ -165,16 +170,16 @@ def apply_to_rows(side: Side, factor: jax.Array, matrix: jax.Array) -> jax.Array
     if side.form == "diagonal":
         return factor[..., :, None] * matrix
     if side.form == "full":
-        return factor @ matrix
+        return matmul(factor, matrix)
     blocks = matrix.reshape(*matrix.shape[:-2], side.num_blocks, side.block, matrix.shape[-1])
-    return (factor @ blocks).reshape(matrix.shape)
+    return matmul(factor, blocks).reshape(matrix.shape)
 
 
 def apply_both(plan: LeafPlan, rows: jax.Array, cols: jax.Array, matrix: jax.Array) -> jax.Array:
     """Return ``rows @ matrix @ colsᵀ``."""
     matrix = apply_to_rows(plan.rows, rows, matrix)
     if plan.cols.form == "full":
-        return matrix @ jnp.swapaxes(cols, -1, -2)
+        return matmul(matrix, jnp.swapaxes(cols, -1, -2))
     return jnp.swapaxes(apply_to_rows(plan.cols, cols, jnp.swapaxes(matrix, -1, -2)), -1, -2)
 
 

@@ -206,5 +206,5 @@ def _move_moment(plan: LeafPlan, old: list[Any], new: list[Any], moment: Any) ->
         if side.form == "diagonal":
             turns.append(before)
         else:
-            turns.append(jnp.square(jnp.swapaxes(after, -1, -2) @ before))
+            turns.append(jnp.square(factors.matmul(jnp.swapaxes(after, -1, -2), before)))
     return factors.apply_both(plan, turns[0], turns[1], moment)

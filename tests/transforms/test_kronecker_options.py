@@ -250,6 +250,31 @@ def test_a_diagonal_side_is_right_in_every_spectrum(spectrum):
     np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block_size": 2},
+        {"spectrum": "exact"},
+        {"spectrum": "measured", "block_size": 2},
+        {"spectrum": "measured", "max_factor_size": 4},
+        {"root_method": "eigenbasis"},
+        {"root_method": "coupled_newton"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("statistics", ["signals", "gradient"])
+def test_every_product_is_asked_for_in_full_precision(leaf, options, statistics):
+    g, rows, cols = leaf
+    tx = scale_by_kronecker(statistics=statistics, options=KroneckerOptions(**options))
+    grads, signals = {"w": g, "table": g}, {"w": moments(rows, cols), "table": None}
+    step = jax.jit(lambda g, state, signals: tx.update(g, state, signals=signals))
+    text = step.lower(grads, tx.init(grads), signals).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 @pytest.mark.parametrize("lanes", [None, 3])
 def test_roots_are_taken_in_a_branch_only(leaf, lanes):
     """In a loop of no turn or one, that is, which stays one when several states are vmapped."""
