@@ -36,6 +36,7 @@ class LeafPlan:
       cols: the columns' side, for ``"kronecker"``.
       partner: index of the kernel of a ``"bias"`` or ``"joint"`` leaf, or of the joint bias of a
         ``"kronecker"`` leaf.
+      captured: whether a layout says that signals of the leaf are captured.
       layer: index of the kernel of a bias that keeps a diagonal of its own beside it.
     """
 
@@ -46,6 +47,7 @@ class LeafPlan:
     rows: Side = _NO_SIDE
     cols: Side = _NO_SIDE
     partner: int | None = None
+    captured: bool = False
     layer: int | None = None
 
     @property
@@ -140,7 +142,8 @@ def _plan_by_layout(
     if leaf.treatment != "kronecker" or leaf.view is None:
         return LeafPlan(path, shape, "bias" if leaf.treatment == "bias" else "diagonal")
     _, m, n = leaf.view.matrix_shape(shape)
-    return LeafPlan(path, shape, "kronecker", leaf.view, storage.side(m), storage.side(n))
+    sides = storage.side(m), storage.side(n)
+    return LeafPlan(path, shape, "kronecker", leaf.view, *sides, captured=True)
 
 
 def _with_joint_bias(plan: LeafPlan, bias: int, storage: FactorStorage) -> LeafPlan:
@@ -194,9 +197,22 @@ def find_sources(plans: Sequence[LeafPlan], signals: Any) -> list[Source]:
             check_fit(plan, moments[plan.path])
             side = 1 if moments[plan.path].row_mean is not None else 0
             sources.append(Source("signals", moments[plan.path], output_side=side))
+        elif plan.captured and signals is not None:
+            raise ValueError(_missing(plan, moments))
         else:
             sources.append(Source("gradient", output_side=plan.output_side))
     return sources
+
+
+def _missing(plan: LeafPlan, moments: dict[str, LayerMoments]) -> str:
+    """Say that the layout promises signals which did not come."""
+    others = ", ".join([*list(moments)[:3], *(["..."] if len(moments) > 3 else [])])
+    return (
+        f"layout says that leaf {plan.path} is captured, but signals has no moments for it "
+        f"(only for: {others or 'none'}). Pass the whole signals of evaluate = "
+        "optalr.value_grad_and_extras(loss_fn), with the same loss_fn and parameters as those of "
+        "layout=optalr.coverage(loss_fn, params, *args)."
+    )
 
 
 def _is_bias_of(

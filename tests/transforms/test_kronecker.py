@@ -453,6 +453,25 @@ def test_a_layout_says_how_a_leaf_is_a_matrix(rng):
         )
 
 
+def test_signals_under_other_key_paths_are_refused(rng):
+    view = LeafView((), (0,), (1,), "rows", "['b']")
+    layout = _layout(("['w']", (4, 3), "kronecker", view, 0), ("['b']", (3,), "bias", None, 0))
+    grads = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    signals = {"w": moments(gram(rng, 4), gram(rng, 3), bias="['b']"), "b": None}
+    tx = scale_by_kronecker(layout=layout)
+    elsewhere = r"(?s)\['w'\] is captured.*signals.*\['net'\]\['w'\].*value_grad_and_extras"
+    with pytest.raises(ValueError, match=elsewhere):
+        run(tx, grads, {"net": signals})
+    with pytest.raises(ValueError, match=r"\['w'\] is captured.*only for: none"):
+        run(tx, grads, {"w": None, "b": None})
+    run(tx, grads, jax.tree.map(jnp.zeros_like, signals))  # not captured in this batch
+    for name in grads:  # whole signals, some of the updates
+        part = optax.masked(tx, {key: key == name for key in grads})
+        run(part, grads, signals)
+    shampoo = scale_by_kronecker(layout=layout, statistics="gradient")
+    run(shampoo, grads, None)
+
+
 def test_a_stack_of_layers_equals_layers_one_by_one(rng):
     view = LeafView((0,), (1,), (2,), "rows", "['b']")
     layout = _layout(("['w']", (2, 4, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0))
