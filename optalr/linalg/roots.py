@@ -124,13 +124,15 @@ def inverse_root(
         check_interval("damping", damping, 0)
     if basis is not None and method != "eigenbasis":
         raise ValueError(f"basis is read by method='eigenbasis' only, got method={method!r}.")
+    if basis is not None:
+        basis = _check_basis(basis, matrix)
     whole = _check_power(p, method)
     batch = matrix.shape[:-2]
     arguments = Arguments(
         matrix=matrix,
         damping=_spd.broadcast_damping("damping", damping, matrix),
         power=None if is_concrete(p) else jnp.broadcast_to(jnp.asarray(p, matrix.dtype), batch),
-        basis=None if basis is None else jnp.broadcast_to(basis, matrix.shape),
+        basis=basis,
         tolerance=None
         if tolerance is None
         else jnp.broadcast_to(jnp.asarray(tolerance, matrix.dtype), batch),
@@ -145,6 +147,17 @@ def inverse_root(
         fell_back=fell_back,
         basis=result.basis,
     )
+
+
+def _check_basis(basis: Any, matrix: jax.Array) -> jax.Array:
+    """Return a basis for each matrix, or raise if it is not one of as many rows and columns."""
+    basis = jnp.asarray(basis)
+    fits = basis.ndim >= 2 and basis.shape[-2:] == matrix.shape[-2:]
+    if not fits or basis.shape[:-2] not in ((), matrix.shape[:-2]):
+        raise ValueError(
+            f"basis must have the shape of the matrices, {matrix.shape}, got {basis.shape}."
+        )
+    return jnp.broadcast_to(basis, matrix.shape)
 
 
 def _check_power(p: Any, method: str) -> int | None:

@@ -272,6 +272,20 @@ def test_a_tolerance_decides_success():
     assert strict.residual < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (5,), (4, 4), (2, 5, 5)])
+def test_a_basis_of_another_shape_is_refused(shape):
+    matrices = jnp.stack([jnp.eye(5)] * 3)
+    with pytest.raises(ValueError, match=r"basis.*\(3, 5, 5\)"):
+        inverse_root(matrices, method="eigenbasis", basis=jnp.ones(shape))
+
+
+def test_one_basis_serves_a_stack():
+    matrices = jnp.stack([jnp.diag(jnp.arange(1.0, 6.0))] * 3)
+    result = inverse_root(matrices, method="eigenbasis", basis=jnp.eye(5))
+    assert result.basis.shape == (3, 5, 5)
+    assert bool(result.success.all())
+
+
 def test_eigenbasis_is_refreshed_and_judged():
     first = random_spd(0, 16, 1e2)
     start = inverse_root(first, method="eigenbasis")
