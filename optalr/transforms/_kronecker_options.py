@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_choice, check_count, check_interval
+from optalr.arguments import check_choice, check_count, check_interval, is_concrete
 from optalr.linalg.roots import METHODS
 from optalr.signals.storage import FactorStorage
 
@@ -54,6 +54,12 @@ class KroneckerOptions(FactorStorage):
         check_count("min_batches", self.min_batches)
         if self.max_update is not None:
             check_interval("max_update", self.max_update, 0, open_low=True)
+        methods = hasattr(self.graft, "init") and hasattr(self.graft, "update")
+        if self.graft is not None and not methods:
+            raise TypeError(
+                "graft must be an optax.GradientTransformation such as optax.scale_by_adam(), or "
+                f"None, got {self.graft!r}."
+            )
         check_choice("damping_form", self.damping_form, ("relative", "absolute", "balanced"))
         check_choice("spectrum", self.spectrum, ("factored", "exact", "measured"))
         check_choice("root_method", self.root_method, METHODS)
@@ -65,6 +71,26 @@ class KroneckerOptions(FactorStorage):
         if self.block_size is not None:
             check_count("block_size", self.block_size, 2)
         check_count("max_factor_size", self.max_factor_size)
+
+
+def check_root_method(options: KroneckerOptions, power: Any, statistics: str) -> None:
+    """Raise unless the root method can take the roots that ``power`` asks for."""
+    method = options.root_method
+    if options.spectrum != "factored" or method not in ("coupled_newton", "cholesky_polar"):
+        return
+    remedy = "Pass another power, or options=KroneckerOptions(root_method='auto')."
+    if not is_concrete(power):
+        raise ValueError(
+            f"power must be a known number, not a traced one, with root_method={method!r}. {remedy}"
+        )
+    halves = 2 if statistics == "gradient" else 1
+    root = halves / -float(power) if float(power) else 1.0
+    wanted = "1, 2, 4, 8, ..." if method == "cholesky_polar" else "whole"
+    if not root.is_integer() or (method == "cholesky_polar" and int(root) & (int(root) - 1)):
+        raise ValueError(
+            f"power={power!r} with root_method={method!r} and statistics={statistics!r} asks for "
+            f"roots of order -{halves}/power = {root:.4g}, which must be {wanted}. {remedy}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

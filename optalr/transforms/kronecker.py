@@ -23,7 +23,7 @@ from optalr.transforms import _kronecker_apply as applying
 from optalr.transforms import _kronecker_factors as factors
 from optalr.transforms import _kronecker_memory as store
 from optalr.transforms import _kronecker_refresh as refreshing
-from optalr.transforms._kronecker_options import Clock, KroneckerOptions
+from optalr.transforms._kronecker_options import Clock, KroneckerOptions, check_root_method
 from optalr.transforms._kronecker_plan import find_sources, leaves_with_path, plan_leaves
 
 
@@ -127,8 +127,9 @@ def scale_by_kronecker(
       An ``optax.GradientTransformationExtraArgs`` that reads the extra ``signals``.
 
     Raises:
-      ValueError: an argument is out of range; at ``init``, the layout is of other parameters; at
-        ``update``, signals do not fit the state.
+      ValueError: an argument is out of range, or ``options.root_method`` cannot take roots of this
+        power; at ``init``, the layout is of other parameters; at
+        ``update``, signals do not fit the state, or lack a leaf that ``layout`` says is captured.
       TypeError: ``update`` got no ``signals``.
 
     Cost: an update two products, ``2mn(m + n)`` flops a kernel; a measurement ``m² + n²``
@@ -164,6 +165,7 @@ def scale_by_kronecker(
     if signals_every is not None:
         check_count("signals_every", signals_every)
     check_choice("statistics", statistics, ("signals", "gradient"))
+    check_root_method(options, power, statistics)
     if options.joint_bias and layout is None:
         raise ValueError(
             "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which tells "

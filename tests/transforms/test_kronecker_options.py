@@ -77,6 +77,44 @@ def test_balanced_damping_is_shared_by_the_mean_eigenvalues(leaf):
     )
 
 
+@pytest.mark.parametrize(
+    ("power", "method", "statistics"),
+    [
+        (-0.3, "cholesky_polar", "signals"),
+        (-1 / 3, "cholesky_polar", "signals"),
+        (-0.3, "coupled_newton", "signals"),
+        (-0.3, "cholesky_polar", "gradient"),
+    ],
+)
+def test_a_power_that_the_root_method_cannot_do_is_refused(power, method, statistics):
+    options = KroneckerOptions(root_method=method)
+    with pytest.raises(ValueError, match=rf"power=-0.3.*root_method='{method}'.*'auto'"):
+        scale_by_kronecker(power, statistics=statistics, options=options)
+
+
+@pytest.mark.parametrize("power", [-1.0, -0.5, -0.25, 0.0])
+@pytest.mark.parametrize("statistics", ["signals", "gradient"])
+def test_powers_that_every_root_method_can_do(leaf, power, statistics):
+    g, rows, cols = leaf
+    for method in ("cholesky_polar", "coupled_newton"):
+        options = dataclasses.replace(BARE, root_method=method)
+        tx = scale_by_kronecker(power, statistics=statistics, options=options)
+        jax.eval_shape(lambda *args, tx=tx: run(tx, *args), g, moments(rows, cols))
+
+
+def test_a_traced_power_needs_a_root_method_that_takes_one():
+    options = KroneckerOptions(root_method="cholesky_polar")
+    with pytest.raises(ValueError, match="power must be a known number"):
+        jax.eval_shape(lambda p: scale_by_kronecker(p, options=options).init(jnp.ones(2)), -0.5)
+    exact = dataclasses.replace(options, spectrum="exact")  # which takes no roots
+    scale_by_kronecker(-0.3, options=exact)
+
+
+def test_a_graft_by_name_is_refused():
+    with pytest.raises(TypeError, match="graft must be an optax"):
+        KroneckerOptions(graft="adam")
+
+
 @pytest.mark.parametrize("form", ["absolute", "relative"])
 @pytest.mark.parametrize("power", [-0.5, -1.0])
 def test_exact_damping_is_that_of_the_dense_matrix(leaf, form, power):
