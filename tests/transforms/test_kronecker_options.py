@@ -1,8 +1,8 @@
 """The options of the Kronecker form: damping, eigenbases, grafting, blocks; its cost."""
 
+import collections
 import dataclasses
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import pytest
 
 import optalr
 from optalr.signals.moments import LayerMoments
+from optalr.transforms import kronecker
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
 
 BARE = KroneckerOptions(warmup=0, min_batches=1, max_update=None)
@@ -334,27 +335,34 @@ def test_roots_are_taken_in_a_branch_only(leaf, lanes):
     assert "cholesky" not in outside
 
 
-def test_a_step_without_refresh_pays_nothing_for_roots():
-    """Time of a step between refreshes, against one that has no refresh in it at all."""
-    rng = np.random.default_rng(5)
-    g = jnp.asarray(rng.standard_normal((400, 400)), jnp.float32)
-    signals = moments(gram(rng, 400), gram(rng, 400))
-    often = scale_by_kronecker(update_every=1, signals_every=1000, options=BARE)
-    seldom = scale_by_kronecker(update_every=10**6, signals_every=1000, options=BARE)
-    update = {name: jitted(tx.update) for name, tx in (("often", often), ("seldom", seldom))}
-    extras = {"signals": signals}
-    _, state = update["seldom"](g, seldom.init(g), extras)
-    late = state._replace(count=jnp.int32(10**5), signal_age=jnp.int32(1))
+@pytest.mark.parametrize("root_method", ["auto", "eigenbasis"])
+@pytest.mark.parametrize("spectrum", ["factored", "exact", "measured"])
+def test_a_step_without_refresh_pays_nothing_for_roots(leaf, monkeypatch, spectrum, root_method):
+    """Outside its loops a step adds scalars only to one that has no refresh in it at all."""
+    g, rows, cols = leaf
+    options = KroneckerOptions(spectrum=spectrum, root_method=root_method)
+    tx = scale_by_kronecker(options=options)
+    state, signals = tx.init(g), moments(rows, cols)
 
-    def seconds(name):
-        start = time.perf_counter()
-        jax.block_until_ready(update[name](g, late, extras))
-        return time.perf_counter() - start
+    def equations():
+        # A new function each time, or the trace of the last would be found again.
+        jaxpr = jax.make_jaxpr(lambda *args: tx.update(args[0], args[1], signals=args[2]))
+        return jaxpr(g, state, signals).eqns
 
-    seconds("often")  # compiles
-    pairs = [(seconds("often"), seconds("seldom")) for _ in range(9)]
-    # A refresh of two factors of 400 costs some 20 times the two products of an update.
-    assert np.median([often / seldom for often, seldom in pairs]) > 3
+    with_refresh = equations()
+    monkeypatch.setattr(kronecker, "_refresh", lambda setup, clock, memory, state: (memory, state))
+    without = equations()
+
+    def arrays(eqns):
+        shapes = [(e.primitive.name, tuple(v.aval.shape for v in e.outvars)) for e in eqns]
+        return collections.Counter(
+            (name, sizes) for name, sizes in shapes if name != "while" and any(sizes)
+        )
+
+    assert arrays(with_refresh) == arrays(without)
+    assert sum(arrays(without).values()) > 0
+    loops = [sum(e.primitive.name == "while" for e in eqns) for eqns in (with_refresh, without)]
+    assert loops == [2, 1]  # a refresh and a measurement; a measurement
 
 
 def test_captured_moments_train_a_small_net_at_the_papers_rate():
