@@ -26,9 +26,10 @@ class KroneckerOptions(FactorStorage):
       min_batches: batches that must have been measured before the first roots, >= 1.
       max_update: the RMS change that one update times a learning rate of 1 may make to the outputs
         of a layer, > 0; None for no bound.
-      damping_form: ``"relative"`` to the mean eigenvalue of each factor, ``"absolute"`` (the
-        paper's ``(Λ + εI)``), or ``"balanced"``: √λ split between the factors by
-        π = √(mean eigenvalue of A / mean eigenvalue of B) (Martens & Grosse 2015, section 6.3).
+      damping_form: ``"relative"`` to the mean eigenvalue of each factor (of their product, with
+        another spectrum than ``"factored"``), ``"absolute"`` (the paper's ``(Λ + εI)``), or
+        ``"balanced"``: √λ split between the factors by π = √(mean eigenvalue of A / mean eigenvalue
+        of B) (Martens & Grosse 2015, section 6.3).
       spectrum: ``"factored"`` damps and roots each factor alone; ``"exact"`` keeps eigenbases and
         applies ``(λ_A λ_B + λ)^p``; ``"measured"`` replaces ``λ_A λ_B`` by a moving average of the
         squared gradient in the eigenbasis (George et al. 2018, EKFAC; Vyas et al. 2024, SOAP).
@@ -37,7 +38,8 @@ class KroneckerOptions(FactorStorage):
       block_size: sides longer than this get block-diagonal factors of at most this size.
       max_factor_size: sides longer than this, and not blocked, keep only their factor's diagonal.
       joint_bias: treat a bias as one more row of its kernel; needs a layout.
-      root_method: ``method`` of ``optalr.linalg.inverse_root``. With ``"eigenbasis"`` every
+      root_method: ``method`` of ``optalr.linalg.inverse_root``; the spectra ``"exact"`` and
+        ``"measured"`` take no roots but eigenbases, and heed only ``"eigenbasis"``. With that every
         spectrum refreshes the last basis by one QR step, and decomposes anew (all sides of that
         size) only at the start and where the basis has fallen too far behind; a factored spectrum
         then keeps its bases beside the roots, ``m² + n²`` numbers more a kernel.

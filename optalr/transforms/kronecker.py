@@ -85,20 +85,24 @@ def scale_by_kronecker(
         A ← decay·A + (1 − decay) E[ααᵀ],   B ← decay·B + (1 − decay) E[ββᵀ]   (bias-corrected),
         U = (A + λ_A)^p G (B + λ_B)^p,       λ_A = damping · tr(A)/m,  λ_B = damping · tr(B)/n.
 
-    *What each leaf gets.* A captured kernel: the above. Its bias: ``(B + λ_B)^p b``, with no memory
-    of its own. Another leaf of two or more axes (an embedding): the same with ``A = GGᵀ/‖G‖²`` and
-    ``B = N GᵀG`` in place of the moments, in the memory it has anyway; with a ``layout``, which
-    tells beforehand, the diagonal rule. Any other leaf: ``(v + λ)^p g`` with
+    *What each leaf gets.* A captured kernel: the above. Its bias: ``(B + λ_B)^p b``, without use of
+    a memory of its own (with no ``layout``, which tells beforehand, it has a diagonal all the same,
+    should it stand alone). Another leaf of two or more axes (an embedding): the same with
+    ``A = GGᵀ/‖G‖²`` and ``B = N GᵀG`` in place of the moments, in the memory it has anyway; with a
+    ``layout`` the diagonal rule. Any other leaf: ``(v + λ)^p g`` with
     ``v ← decay·v + (1 − decay) N g²``. The factor N (examples a batch) is there because g is the
     gradient of a batch's mean: moments estimate the Fisher matrix of *one example*, and squares of
     batch gradients one N times smaller. A side longer than ``options.max_factor_size`` keeps only
-    its factor's diagonal. A layer whose ``count`` is 0 in a batch keeps its factors as they are.
+    its factor's diagonal. A layer whose ``count`` is 0 in a batch keeps its factors as they are;
+    but the bias correction has one weight for all, so that in a batch the counts must be zero for
+    all layers or for none.
 
     *When.* Until every factor has seen ``options.warmup`` samples a dimension, in at least
-    ``options.min_batches`` batches, gradients pass unchanged: a root of a factor of too low a rank
-    amplifies what was not seen yet by ``λ^p``. (A moving average never holds more than some
-    1/(1 − decay) batches, so twice that many are always enough.) Then roots are taken when they are
-    as old as half the updates so far, and from there every ``update_every``.
+    ``options.min_batches`` batches, gradients pass as they are (or ``options.graft`` acts), bounded
+    as below: a root of a factor of too low a rank amplifies what was not seen yet by ``λ^p``. (A
+    moving average never holds more than some 1/(1 − decay) batches, so twice that many are always
+    enough.) Then roots are taken when they are as old as half the updates so far, and from there
+    every ``update_every``.
 
     *How far.* The update of a leaf is shrunk until, times a learning rate of 1, it changes the
     outputs of its layer by at most ``options.max_update`` RMS, inputs taken as isotropic:
@@ -112,8 +116,8 @@ def scale_by_kronecker(
       power: p, in [−1, 0]. May be a schedule under ``inject_hyperparams``; roots in use keep the
         power they were taken with.
       decay: of the moving averages, a measurement, in [0, 1).
-      damping: λ, >= 0, relative to the mean eigenvalue unless ``options.damping_form`` says
-        otherwise.
+      damping: λ, >= 0, relative to the mean eigenvalue (of each factor; of their product where
+        ``options.spectrum`` is not ``"factored"``) unless ``options.damping_form`` says otherwise.
       update_every: updates between two roots, >= 1.
       signals_every: updates between two measurements, >= 1; None for a tenth of ``update_every``.
         Shortly after the start, when roots are taken more often, measurements are too.
