@@ -139,6 +139,30 @@ METHODS = (
         rtol=1e-3,
     ),
     Method(
+        "kronecker_measured",
+        lambda: optalr.scale_by_kronecker(
+            damping=1e-2,
+            update_every=3,
+            signals_every=1,
+            options=optalr.KroneckerOptions(
+                min_batches=2, spectrum="measured", block_size=3, root_method="eigenbasis"
+            ),
+        ),
+        needs=("signals",),
+        reports=("damping", "root_age", "root_residual", "failures", "update_norm"),
+        rtol=1e-3,
+    ),
+    Method(
+        "kronecker_grafted",
+        lambda: optalr.scale_by_kronecker(
+            damping=1e-2,
+            options=optalr.KroneckerOptions(min_batches=2, graft=optax.scale_by_adam()),
+        ),
+        needs=("signals",),
+        reports=("root_residual", "failures"),
+        rtol=1e-3,
+    ),
+    Method(
         "tso_alra",
         lambda: optalr.tso_alra(1e-2, switch_at=3, options=optalr.KroneckerOptions(min_batches=2)),
         needs=("signals",),
