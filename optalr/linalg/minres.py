@@ -71,8 +71,9 @@ def minres(
       num_steps: steps, a Python int of at least 1.
       damping: λ, added to the diagonal; any finite number, may be traced.
       tol: stop where ``‖r‖ ≤ tol ‖b‖``; in [0, 1), may be traced. Whatever it is, steps within
-        rounding of the end are not taken, nor steps past a least-squares solution, where
-        ``‖(A + λI) r‖ ≤ √ε ‖A + λI‖ ‖r‖``.
+        rounding of the end are not taken, nor steps past a least-squares solution: where
+        ``‖(A + λI) r‖ ≤ √ε ‖A + λI‖ ‖r‖`` and the next step would lower ‖r‖ by less than 0.05 %,
+        or where the former is below a hundred roundings.
       preconditioner: ``r ↦ M r`` with ``M ≈ (A + λI)⁻¹`` linear, symmetric and positive definite,
         on trees in the dtype of the internal computation.
 

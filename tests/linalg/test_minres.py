@@ -197,6 +197,52 @@ def test_scale_of_the_right_hand_side_does_not_matter(scale):
     )
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scale_of_the_matrix_does_not_matter(scale):
+    A, b = INDEFINITE.astype(np.float32), RHS.astype(np.float32)
+    for take, k in ((minres, 4), (minres_step, None)):
+        options = {} if k is None else {"num_steps": k}
+        plain, scaled = (
+            take(lambda v, A=matrix: jnp.asarray(A) @ v, jnp.asarray(b), **options)
+            for matrix in (A, A * np.float32(scale))
+        )
+        assert not scaled.failed
+        np.testing.assert_allclose(scaled.solution * scale, plain.solution, rtol=1e-3)
+        np.testing.assert_allclose(scaled.residual_norms, plain.residual_norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("low", [[], np.linspace(-2, -1, 9)], ids=["definite", "indefinite"])
+def test_one_large_eigenvalue_does_not_end_the_run_in_float32(low):
+    # √ε ‖A‖ is larger than all other eigenvalues; half the digits are lost to the large one.
+    values = np.r_[low, np.linspace(1, 2, 10), 1e4]
+    A = symmetric(values)
+    b = np.random.default_rng(3).standard_normal(len(values))
+    result = solve(A.astype(np.float32), b.astype(np.float32), 10)
+    norm = np.linalg.norm(b)
+    exact = np.linalg.norm(b - A @ scipy_iterates(A, b, 10)[-1]) / norm
+    found = np.linalg.norm(b - A @ np.asarray(result.solution, np.float64)) / norm
+    assert found < max(4 * exact, 1e-2)
+
+
+def test_an_inconsistent_system_with_one_large_eigenvalue_ends_in_float32():
+    A = symmetric(np.r_[np.zeros(10), np.linspace(1, 2, 9), 1e4])
+    b = np.random.default_rng(0).standard_normal(20)
+    best = np.linalg.norm(b - A @ np.linalg.lstsq(A, b, rcond=1e-10)[0])
+    result = solve(A.astype(np.float32), b.astype(np.float32), 20)
+    assert np.linalg.norm(b - A @ np.asarray(result.solution, np.float64)) < 1.05 * best
+    assert float(jnp.linalg.norm(result.solution)) < 1e2
+
+
+def test_a_preconditioner_made_for_the_call_leaks_nothing():
+    def step(diagonal, b):
+        options = {"num_steps": 2, "preconditioner": lambda r: r / diagonal}
+        return minres(lambda v: diagonal * v, b, **options).solution
+
+    with jax.checking_leaks():
+        solution = jax.jit(step)(jnp.array([1.0, 4.0, 9.0]), jnp.ones(3))
+    np.testing.assert_allclose(solution, [1, 1 / 4, 1 / 9], rtol=1e-5)
+
+
 @pytest.mark.parametrize("condition", [1e4, 1e8])
 def test_float32_stays_stable_on_ill_conditioned_systems(condition):
     A = symmetric(np.geomspace(1 / condition, 1.0, 40))
