@@ -382,7 +382,8 @@ def test_memory_does_not_grow_with_the_krylov_steps():
         compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
         return compiled.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(8) <= temporary_bytes(4) + size
+    # Up to some eight steps the compiler still finds more to overlap.
+    assert temporary_bytes(12) <= temporary_bytes(8) + size // 4
 
 
 def test_update_dtype_follows_the_gradient():
