@@ -74,7 +74,9 @@ def full_batch(
 
     Returns:
       ``evaluate(params, *args) -> (value, grads, extras)``, with ``value``, ``grad``,
-      ``value_fn``, ``point``, ``hessian`` and, for a ``composite_loss``, ``gauss_newton``.
+      ``value_fn``, ``point``, ``hessian`` and, for a ``composite_loss``, ``gauss_newton``. Sums are
+      taken in float32 or wider; gradients and products are then cast to the parameters' dtypes, the
+      value is not.
 
     Raises:
       ValueError: an argument is out of range, or the first axes of the data differ.
@@ -101,6 +103,7 @@ def full_batch(
 
     def evaluate(params: Any, *args: Any) -> tuple[Any, Any, dict[str, Any]]:
         value, grads = chunks.mean(_value_and_grad, loss_fn, args, params)
+        grads = _cast_like(grads, params)
         names = ("hessian", "gauss_newton")[: 1 + isinstance(loss_fn, CompositeLoss)]
         extras = {
             "value": value,
@@ -109,7 +112,7 @@ def full_batch(
             "point": params,
         }
         for name in names:
-            extras[name] = Partial(_Sum(chunks, _PRODUCTS[name], loss_fn), args, params)
+            extras[name] = Partial(_Product(chunks, _PRODUCTS[name], loss_fn), args, params)
         return value, grads, extras
 
     return evaluate
@@ -127,6 +130,13 @@ class _Sum:
         return self.chunks.mean(self.term, self.loss_fn, args, *operands)
 
 
+class _Product(_Sum):
+    """A mean over chunks of products, in the dtypes of the parameters."""
+
+    def __call__(self, args: Any, *operands: Any) -> Any:
+        return _cast_like(super().__call__(args, *operands), operands[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
     """How a data set is cut, and sums over the pieces."""
@@ -138,7 +148,7 @@ class _Chunks:
     def mean(
         self, term: Callable[..., Any], loss_fn: Any, args: tuple[Any, ...], *operands: Any
     ) -> Any:
-        """Return ``Σ_c (n_c/N) term(loss_fn, args_c, *operands)``."""
+        """Return ``Σ_c (n_c/N) term(loss_fn, args_c, *operands)``, in float32 or wider."""
         total = self._num_examples(args)
         if self.loop != "scan":
             return self._looped(term, loss_fn, args, total, *operands)
@@ -149,14 +159,14 @@ class _Chunks:
             def body(carry: Any, i: jax.Array) -> tuple[Any, None]:
                 chunk = self._chunk(args, i * self.size, self.size)
                 new = term(loss_fn, chunk, *operands)
-                return jax.tree.map(lambda c, x: c + x * (self.size / total), carry, new), None
+                return jax.tree.map(jnp.add, carry, _weighted(new, self.size / total)), None
 
             like = jax.eval_shape(lambda: term(loss_fn, self._chunk(args, 0, self.size), *operands))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), like)
             parts.append(jax.lax.scan(body, zeros, jnp.arange(whole))[0])
         if rest := total - whole * self.size:
             last = term(loss_fn, self._chunk(args, whole * self.size, rest), *operands)
-            parts.append(jax.tree.map(lambda x: x * (rest / total), last))
+            parts.append(_weighted(last, rest / total))
         return _sum(iter(parts))
 
     def _looped(self, term: Any, loss_fn: Any, args: Any, total: int, *operands: Any) -> Any:
@@ -170,7 +180,7 @@ class _Chunks:
                     part = run(loss_fn, chunk, *operands)
                 else:
                     part = run(term, loss_fn, chunk, *operands)
-                yield jax.tree.map(lambda x, w=count / total: x * w, part)
+                yield _weighted(part, count / total)
 
         return _sum(parts())
 
@@ -203,6 +213,19 @@ def _sum(parts: Iterator[Any]) -> Any:
     for part in parts:
         total = jax.tree.map(jnp.add, total, part)
     return total
+
+
+def _weighted(tree: Any, weight: float) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x, _wide(x.dtype)) * weight, tree)
+
+
+def _wide(dtype: Any) -> Any:
+    # In bfloat16 a sum stops growing once it is 256 times a term.
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _cast_like(tree: Any, params: Any) -> Any:
+    return jax.tree.map(lambda x, p: x.astype(jnp.result_type(p)), tree, params)
 
 
 def _value(loss_fn: Any, args: Any, params: Any) -> Any:

@@ -88,6 +88,28 @@ def test_memory_is_that_of_a_chunk():
     assert temporary_bytes(128) < temporary_bytes(4096) / 4
 
 
+@pytest.mark.parametrize("loop", ["scan", "unroll", "python"])
+def test_sums_of_half_precision_terms_are_taken_in_float32(loop):
+    num_chunks = 2048 if loop == "scan" else 320
+    params = jnp.ones(2, jnp.bfloat16)
+    # Every term is exactly one in bfloat16.
+    x = jnp.ones((num_chunks, 2), jnp.bfloat16)
+    loss = optalr.composite_loss(lambda w, x: x @ w, lambda z, x: jnp.mean(z**2) / 4)
+    evaluate = optalr.full_batch(loss, chunk_size=1, loop=loop)
+
+    def probe(params, x):
+        value, grads, extras = evaluate(params, x)
+        products = [extras[name](params) for name in ("hessian", "gauss_newton")]
+        return value, extras["value_fn"](params), grads, *products
+
+    value, again, *gradients = (probe if loop == "python" else jax.jit(probe))(params, x)
+    assert value.dtype == again.dtype == jnp.float32
+    np.testing.assert_allclose([value, again], 1.0, rtol=1e-5)
+    for gradient in gradients:
+        assert gradient.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(gradient.astype(np.float32), [1.0, 1.0])
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="chunk_size"):
         optalr.full_batch(LOSS, chunk_size=0)
