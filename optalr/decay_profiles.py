@@ -4,16 +4,24 @@ A flow may be asked to carry the loss's derivative ``F`` along any decreasing pr
 ``F(t) = ρ(t) F(0)``, instead of ``e^{−t}``. Its steps then point the same way and only their sizes
 change: ``η_i = Δt · |χ(t_i)|`` with ``χ = (ln ρ)'``
 ("Exponentially decaying flows for optimization in deep learning", eq. 7-12).
+
+For the profiles of this file ``χ`` is known in closed form and right at all times; for others it is
+``ρ'/ρ``, as long as ``ρ`` is a number that float32 can tell from zero.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval
+
+# Where ρ is smaller its slope may be flushed to zero, as float32 ends at 1e-38.
+_SMALLEST = 1e-30
 
 
 def flow_schedule(
@@ -30,10 +38,16 @@ def flow_schedule(
     ``power_profile`` it falls as ``1/t``. The schedule is ``η_i = Δt |ρ'(t_i)/ρ(t_i)|`` at
     ``t_i = start + i Δt``, cut at ``largest``.
 
+    Where the ``ρ`` of a profile of one's own falls below 1e-30 or ceases to be positive, the rate
+    stays what it was just before: finite where ``ρ`` underflows, ``largest`` where it arrives at
+    zero.
+
     Args:
-      profile: ρ, a positive, decreasing, differentiable function of the time (a JAX scalar).
+      profile: ρ, a positive, decreasing, differentiable function of the time (a JAX scalar). That
+        it decreases is checked over the first step only; where it rises later, the rate is the size
+        of χ all the same.
       time_step: Δt, greater than 0: the flow's time that one step covers.
-      start: time of the first step.
+      start: time of the first step, where ρ must be positive.
       largest: bound on the rate, greater than 0, in force as well where ``ρ`` has reached zero; 1
         is a full step to the solution of the linearized problem.
 
@@ -41,7 +55,8 @@ def flow_schedule(
       A schedule, ``count ↦ η`` in float32.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range, or the profile is not positive at ``start`` or rises
+        from there.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -58,21 +73,21 @@ def flow_schedule(
     check_interval("time_step", time_step, 0.0, open_low=True, open_high=True)
     check_interval("start", start)
     check_interval("largest", largest, 0.0, open_low=True)
+    decay = _closed_form(profile)
+    if decay is None:
+        _check_profile(profile, start, time_step)
+        decay = _differentiated(profile, start)
 
     def schedule(count: Any) -> jax.Array:
-        time = start + jnp.asarray(count, jnp.float32) * time_step
-        value, slope = jax.value_and_grad(profile)(time)
-        rate = time_step * jnp.abs(slope) / jnp.where(value > 0, value, 1.0)
-        usable = (value > 0) & jnp.isfinite(rate)
+        rate = time_step * decay(start + jnp.asarray(count, jnp.float32) * time_step)
+        usable = jnp.isfinite(rate)
         return jnp.where(usable, jnp.minimum(rate, largest), largest).astype(jnp.float32)
 
     return schedule
 
 
 def exponential_profile(time: jax.Array) -> jax.Array:
-    """Return ``ρ = e^{−t}``, whose schedule is the constant ``Δt``; safe up to ``t = 80``.
-
-    For an endless run pass the constant itself as the learning rate.
+    """Return ``ρ = e^{−t}``, whose schedule is the constant ``Δt``.
 
     Args:
       time: t, ≥ 0.
@@ -117,4 +132,72 @@ def power_profile(power: float) -> Callable[[jax.Array], jax.Array]:
       0.25
     """
     check_interval("power", power, 0.0, open_low=True, open_high=True)
-    return lambda time: (1.0 + time) ** -power
+    return _Power(power)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Power:
+    """The profile ``(1 + t)^{−p}``."""
+
+    power: float
+
+    def __call__(self, time: Any) -> Any:
+        return (1.0 + time) ** -self.power
+
+
+def _closed_form(profile: Any) -> Callable[[jax.Array], jax.Array] | None:
+    """Return ``t ↦ |χ(t)|`` for the profiles of this file, None for others."""
+    if profile is exponential_profile:
+        return jnp.ones_like
+    if profile is linear_profile:
+        return lambda time: 1.0 / jnp.maximum(1.0 - time, 0.0)
+    if isinstance(profile, _Power):
+        return lambda time: profile.power / (1.0 + time)
+    return None
+
+
+def _differentiated(profile: Any, start: Any) -> Callable[[jax.Array], jax.Array]:
+    """Return ``t ↦ |ρ'/ρ|`` by differentiation, at the last time when ρ was large enough."""
+
+    def decay(time: jax.Array) -> jax.Array:
+        value, slope = jax.value_and_grad(profile)(_last_usable(profile, start, time))
+        return jnp.abs(slope / value)
+
+    return decay
+
+
+def _last_usable(profile: Any, start: Any, time: jax.Array) -> jax.Array:
+    """Return the last time up to ``time`` when a decreasing ρ exceeded ``_SMALLEST``."""
+
+    def halve(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        usable = profile(middle) > _SMALLEST
+        return jnp.where(usable, middle, low), jnp.where(usable, high, middle)
+
+    def bisect(time: jax.Array) -> jax.Array:
+        # 48 halvings separate neighbouring numbers of float32 over 2^24 units of time.
+        return jax.lax.fori_loop(0, 48, halve, (jnp.full_like(time, start), time))[0]
+
+    return jax.lax.cond(profile(time) > _SMALLEST, lambda t: t, bisect, time)
+
+
+def _check_profile(profile: Any, start: Any, time_step: Any) -> None:
+    """Refuse a profile that is seen not to be positive, or to rise, unless it is traced."""
+    with jax.ensure_compile_time_eval():
+        value, slope = jax.value_and_grad(profile)(jnp.asarray(start, jnp.float32))
+        later = profile(jnp.asarray(start + time_step, jnp.float32))
+        seen = (value, slope, later)
+        if any(isinstance(number, jax.core.Tracer) for number in seen):
+            return
+        value, slope, later = (float(number) for number in seen)
+    if not 0.0 < value < float("inf"):
+        raise ValueError(
+            f"profile must be positive, but at start={start!r} it is {value:g}. Start earlier, or "
+            "pass a profile that has not arrived there."
+        )
+    if slope > 0.0 or later > value:
+        raise ValueError(
+            f"profile must decrease, but it rises from {value:g} at start={start!r}. Pass the "
+            "decay ρ(t) of the loss's derivative, not its logarithm or a learning rate."
+        )

@@ -51,6 +51,57 @@ def test_schedule_by_hand(profile, rates):
 
 
 @pytest.mark.parametrize(
+    ("profile", "rate"),
+    [
+        (optalr.exponential_profile, lambda t: 0.1),
+        (optalr.power_profile(30.0), lambda t: 3.0 / (1.0 + t)),
+    ],
+    ids=["exponential", "power"],
+)
+@pytest.mark.parametrize("count", [860, 1000, 10**6])
+def test_the_rate_outlives_the_profile_in_float32(profile, rate, count):
+    schedule = optalr.flow_schedule(profile, 0.1)
+    np.testing.assert_allclose(schedule(count), rate(0.1 * count), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("profile", "late"),
+    [
+        (lambda t: jnp.exp(-t), 0.1),
+        # |χ| = 2t where t² = 30 ln 10.
+        (lambda t: jnp.exp(-(t**2)), 0.2 * np.sqrt(30 * np.log(10))),
+        (lambda t: 1.0 - t, 5.0),
+        (lambda t: (1.0 - jnp.minimum(t, 1.0)) ** 2, 5.0),
+        (lambda t: jnp.sqrt(1.0 - t), 5.0),
+    ],
+    ids=["exponential", "gaussian", "linear", "quadratic", "root"],
+)
+@pytest.mark.parametrize("count", [860, 1000, 10**6])
+def test_a_profile_of_ones_own_holds_its_last_rate(profile, late, count):
+    schedule = jax.jit(optalr.flow_schedule(profile, 0.1, largest=5.0))
+    np.testing.assert_allclose(schedule(count), late, rtol=1e-4)
+    np.testing.assert_allclose(schedule(0), 0.1 * abs(jax.grad(profile)(0.0)), rtol=1e-6)
+
+
+def test_a_schedule_may_be_made_inside_jit():
+    @jax.jit
+    def rate(scale, time_step):
+        return optalr.flow_schedule(lambda t: jnp.exp(-scale * t), time_step)(3)
+
+    np.testing.assert_allclose(rate(2.0, 0.1), 0.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "profile", [lambda t: 1.0 + t, lambda t: 1.0 + t**2, lambda t: -t, lambda t: jnp.nan * t]
+)
+def test_what_is_not_a_decay_is_refused(profile):
+    with pytest.raises(ValueError, match="profile"):
+        optalr.flow_schedule(profile, 0.1)
+    with pytest.raises(ValueError, match="start"):
+        optalr.flow_schedule(lambda t: 1.0 - t, 0.1, start=2.0)
+
+
+@pytest.mark.parametrize(
     ("profile", "end"),
     [
         (optalr.exponential_profile, 2.0),
