@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from optalr.arguments import check_choice, check_count
-from optalr.signals.problem import CompositeLoss, Problem
+from optalr.signals.problem import Bound, CompositeLoss, Problem, bind
 
 
 def curvature_products(loss_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, Any]:
@@ -59,7 +59,8 @@ def full_batch(
     """Return ``evaluate`` for a data set that is one batch but does not fit in memory as one.
 
     Choose it in place of ``optalr.value_grad_and_extras`` for full-batch fits with ``edf``; it has
-    the same call and the same extras, but no signals. Memory is that of one chunk.
+    the same call and the same extras, but no signals: a method that reads ``extras["signals"]``
+    says that it lacks them. Memory is that of one chunk.
 
     Args:
       loss_fn: the *mean* loss over examples, ``loss_fn(params, *args) -> scalar``, best a
@@ -70,16 +71,19 @@ def full_batch(
         ``"python"``, outside ``jit``, for data that only fits in the host's memory: the arguments
         may be NumPy arrays, each chunk is sent to the device when its turn comes, and ``update`` is
         called without ``jit``.
-      batch_argnums: which of ``args`` have the examples along their first axis; None for all.
+      batch_argnums: which of ``args``, counted from 0, have the examples along their first axis;
+        None for all.
 
     Returns:
-      ``evaluate(params, *args) -> (value, grads, extras)``, with ``value``, ``grad``,
-      ``value_fn``, ``point``, ``hessian`` and, for a ``composite_loss``, ``gauss_newton``. Sums are
-      taken in float32 or wider; gradients and products are then cast to the parameters' dtypes, the
-      value is not.
+      ``evaluate(params, *args, signals=False) -> (value, grads, extras)``, with ``value``,
+      ``grad``, ``value_fn``, ``point``, ``hessian`` and, for a ``composite_loss``,
+      ``gauss_newton``. ``signals`` is accepted, so that a loop written for
+      ``value_grad_and_extras`` runs unchanged, and ignored. Sums are taken in float32 or wider;
+      gradients and products are then cast to the parameters' dtypes, the value is not.
 
     Raises:
-      ValueError: an argument is out of range, or the first axes of the data differ.
+      ValueError: an argument is out of range, the first axes of the data differ, or there are no
+        examples.
 
     Cost: one forward pass more for each product than with ``value_grad_and_extras``, because what
       a chunk computed is not kept.
@@ -99,20 +103,22 @@ def full_batch(
             "loss_fn must not return aux for full_batch: there is no one aux of all chunks. Pass "
             "a loss without it, with batch statistics fixed."
         )
-    chunks = _Chunks(chunk_size, loop, batch_argnums)
+    chunks = _Chunks(chunk_size, loop, None if batch_argnums is None else tuple(batch_argnums))
 
-    def evaluate(params: Any, *args: Any) -> tuple[Any, Any, dict[str, Any]]:
+    def evaluate(params: Any, *args: Any, signals: Any = False) -> tuple[Any, Any, dict[str, Any]]:
+        del signals  # moments of layers are not summed over chunks
+        bound, arrays = bind(loss_fn, args)
         value, grads = chunks.mean(_value_and_grad, loss_fn, args, params)
         grads = _cast_like(grads, params)
         names = ("hessian", "gauss_newton")[: 1 + isinstance(loss_fn, CompositeLoss)]
         extras = {
             "value": value,
             "grad": grads,
-            "value_fn": Partial(_Sum(chunks, _value, loss_fn), args),
+            "value_fn": Partial(_Sum(chunks, _value, bound), arrays),
             "point": params,
         }
         for name in names:
-            extras[name] = Partial(_Product(chunks, _PRODUCTS[name], loss_fn), args, params)
+            extras[name] = Partial(_Product(chunks, _PRODUCTS[name], bound), arrays, params)
         return value, grads, extras
 
     return evaluate
@@ -120,21 +126,22 @@ def full_batch(
 
 @dataclasses.dataclass(frozen=True)
 class _Sum:
-    """A mean over chunks as a function of ``(args, *operands)``; equal ones compare equal."""
+    """A mean over chunks as a function of ``(arrays, *operands)``; equal ones compare equal."""
 
     chunks: "_Chunks"
     term: Callable[..., Any]
-    loss_fn: Callable[..., Any]
+    bound: Bound
 
-    def __call__(self, args: Any, *operands: Any) -> Any:
-        return self.chunks.mean(self.term, self.loss_fn, args, *operands)
+    def __call__(self, arrays: Any, *operands: Any) -> Any:
+        args = self.bound.args(arrays)
+        return self.chunks.mean(self.term, self.bound.function, args, *operands)
 
 
 class _Product(_Sum):
     """A mean over chunks of products, in the dtypes of the parameters."""
 
-    def __call__(self, args: Any, *operands: Any) -> Any:
-        return _cast_like(super().__call__(args, *operands), operands[0])
+    def __call__(self, arrays: Any, *operands: Any) -> Any:
+        return _cast_like(super().__call__(arrays, *operands), operands[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,16 +177,14 @@ class _Chunks:
         return _sum(iter(parts))
 
     def _looped(self, term: Any, loss_fn: Any, args: Any, total: int, *operands: Any) -> Any:
-        run = term if self.loop == "unroll" else _compiled
-
         def parts() -> Iterator[Any]:
             for start in range(0, total, self.size):
                 count = min(self.size, total - start)
                 chunk = self._chunk(args, start, count)
                 if self.loop == "unroll":
-                    part = run(loss_fn, chunk, *operands)
+                    part = term(loss_fn, chunk, *operands)
                 else:
-                    part = run(term, loss_fn, chunk, *operands)
+                    part = _compiled(term, *bind(loss_fn, chunk), *operands)
                 yield _weighted(part, count / total)
 
         return _sum(parts())
@@ -188,12 +193,22 @@ class _Chunks:
         return self.batch_argnums is None or i in self.batch_argnums
 
     def _num_examples(self, args: tuple[Any, ...]) -> int:
+        if wrong := [i for i in self.batch_argnums or () if not 0 <= i < len(args)]:
+            raise ValueError(
+                f"batch_argnums={self.batch_argnums} names {wrong}, but evaluate got {len(args)} "
+                "arguments after params. Count them from 0, params not included."
+            )
         batch = [arg for i, arg in enumerate(args) if self._is_batch(i)]
         sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
         if len(sizes) != 1 or sizes == {()}:
             raise ValueError(
                 "the data of full_batch must share their first axis, the examples; found first "
                 f"axes {sorted(sizes)}. Name the arguments that hold examples in batch_argnums."
+            )
+        if sizes == {(0,)}:
+            raise ValueError(
+                "the data of full_batch hold no examples: the first axis of the arguments in "
+                f"batch_argnums={self.batch_argnums} has length 0. Pass at least one example."
             )
         return sizes.pop()[0]
 
@@ -247,8 +262,8 @@ def _gauss_newton(loss_fn: Any, args: Any, params: Any, v: Any) -> Any:
 _PRODUCTS = {"hessian": _hessian, "gauss_newton": _gauss_newton}
 
 
-def _run(term: Any, loss_fn: Any, args: Any, *operands: Any) -> Any:
-    return term(loss_fn, args, *operands)
+def _run(term: Any, bound: Bound, arrays: Any, *operands: Any) -> Any:
+    return term(bound.function, bound.args(arrays), *operands)
 
 
 _compiled = jax.jit(_run, static_argnums=(0, 1))

@@ -57,7 +57,7 @@ def composite_loss(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Bound:
+class Bound:
     """A function with its arguments split into arrays, given later, and the rest, kept here.
 
     Equal bindings compare equal, so a ``Partial`` of one crosses ``jit`` without a retrace.
@@ -74,7 +74,15 @@ class _Bound:
         return jax.tree.unflatten(self.treedef, leaves)
 
     def __call__(self, arrays: Sequence[Any], *first: Any) -> Any:
+        """Return the function's value on ``first`` and its bound arguments."""
         return self.function(*first, *self.args(arrays))
+
+
+def bind(function: Callable[..., Any], args: Any) -> tuple[Bound, tuple[Any, ...]]:
+    """Return a function with its arguments bound, and the arrays that it is then called on."""
+    leaves, treedef = jax.tree.flatten(args)
+    kept = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
+    return Bound(function, treedef, kept), tuple(leaf for leaf in leaves if _is_array(leaf))
 
 
 class _Array:
@@ -114,7 +122,7 @@ class Problem:
 
     loss_fn: Callable[..., Any]
     has_aux: bool | None  # None: whatever the loss returns
-    bound: _Bound
+    bound: Bound
     arrays: tuple[Any, ...]
 
     @classmethod
@@ -131,13 +139,7 @@ class Problem:
                     "is not trained (counters, keys, functions) out of params and pass it as a "
                     "further argument of loss_fn."
                 )
-        leaves, treedef = jax.tree.flatten(args)
-        is_array = [_is_array(leaf) for leaf in leaves]
-        kept = tuple(
-            _ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
-        )
-        arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
-        return cls(loss_fn, has_aux, _Bound(loss_fn, treedef, kept), arrays)
+        return cls(loss_fn, has_aux, *bind(loss_fn, args))
 
     def value_fn(self, axis_name: str | None) -> Partial:
         """Return ``params -> loss`` on this call's arguments."""

@@ -72,6 +72,37 @@ def test_what_is_not_a_batch_goes_whole_to_every_chunk():
     assert "gauss_newton" not in extras
 
 
+@pytest.mark.parametrize("loop", ["scan", "python"])
+def test_a_loop_written_for_value_grad_and_extras_runs(loop):
+    tx = optalr.edf(1.0, num_steps=2)
+    evaluate = optalr.full_batch(LOSS, chunk_size=4, loop=loop)
+
+    def step(params, state, x, y):
+        value, grads, extras = evaluate(params, x, y, signals=optalr.wants_signals(state))
+        return value, tx.update(grads, state, params, **extras)[0]
+
+    run = step if loop == "python" else jax.jit(step)
+    assert_close(run(PARAMS, tx.init(PARAMS), X, Y)[0], LOSS(PARAMS, X, Y))
+    grads, extras = evaluate(PARAMS, X, Y, signals=True)[1:]
+    kronecker = optalr.scale_by_kronecker()
+    with pytest.raises(TypeError, match="signals"):
+        kronecker.update(grads, kronecker.init(PARAMS), PARAMS, **extras)
+
+
+@pytest.mark.parametrize("loop", ["scan", "unroll", "python"])
+def test_what_is_not_an_array_reaches_every_chunk_unchanged(loop):
+    def flagged(params, x, y, squared):
+        return predict(params, x, y) ** (2 if squared else 1)
+
+    loss = optalr.composite_loss(flagged, lambda z, x, y, squared: output_loss(z, x, y))
+    evaluate = optalr.full_batch(loss, chunk_size=4, loop=loop, batch_argnums=(0, 1))
+    _, _, extras = evaluate(PARAMS, X, Y, True)
+    expected = optalr.value_grad_and_extras(loss)(PARAMS, X, Y, True)[2]
+    use = (lambda f, v: f(v)) if loop == "python" else jax.jit(lambda f, v: f(v))
+    for name in ("value_fn", "hessian", "gauss_newton"):
+        assert_close(use(extras[name], PARAMS), expected[name](PARAMS))
+
+
 def test_memory_is_that_of_a_chunk():
     x, y = np.ones((4096, 4), np.float32), np.ones((4096, 3), np.float32) / 3
 
@@ -117,6 +148,12 @@ def test_bad_input_is_named():
         optalr.full_batch(LOSS, chunk_size=4, loop="while")
     with pytest.raises(ValueError, match="batch_argnums"):
         optalr.full_batch(LOSS, chunk_size=4)(PARAMS, X, Y[:5])
+    for wrong in ((0, 2), (-1,)):
+        with pytest.raises(ValueError, match=r"batch_argnums.*after params"):
+            optalr.full_batch(LOSS, chunk_size=4, batch_argnums=wrong)(PARAMS, X, Y)
+    for loop in ("scan", "unroll", "python"):
+        with pytest.raises(ValueError, match="no examples"):
+            optalr.full_batch(LOSS, chunk_size=4, loop=loop)(PARAMS, X[:0], Y[:0])
     aux = optalr.composite_loss(lambda p, x, y: (predict(p, x, y), 0), output_loss, has_aux=True)
     with pytest.raises(ValueError, match="aux"):
         optalr.full_batch(aux, chunk_size=4)
