@@ -1,5 +1,6 @@
 """What a loss reveals on the way to its gradient: layer signals and curvature products."""
 
+from optalr.signals.curvature import sigmoid_product, softmax_product, squared_error_product
 from optalr.signals.extras import value_grad_and_extras
 from optalr.signals.full_batch import curvature_products, full_batch
 from optalr.signals.hand import tap_layer
@@ -17,6 +18,9 @@ __all__ = [
     "curvature_products",
     "full_batch",
     "kronecker_preconditioner",
+    "sigmoid_product",
+    "softmax_product",
+    "squared_error_product",
     "tap_layer",
     "value_grad_and_extras",
 ]

@@ -14,6 +14,7 @@ takes no memory of its own for every product (``pooling``).
 
 ``H_L`` is found by differentiation for any output loss. The closed forms at the end are for output
 losses that can't be differentiated twice, and where positive semidefiniteness must be certain.
+They go into ``composite_loss`` as its ``output_product``.
 """
 
 from collections.abc import Callable
@@ -124,6 +125,14 @@ def squared_error_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0)
       u: a direction of the same shape.
       scale: the factor of the loss, ``1/N`` for a mean over N examples; an array of weights must
         have the rank of ``outputs``.
+
+    Returns:
+      ``H_L u``, with the shape and the dtype of ``outputs``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> squared_error_product(jnp.zeros(2), jnp.array([1.0, 2.0]), scale=0.5).tolist()
+      [0.5, 1.0]
     """
     return (scale * u).astype(outputs.dtype)
 
@@ -139,6 +148,14 @@ def softmax_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
       u: a direction of the same shape.
       scale: the factor of the loss, ``1/N`` for a mean over N rows; an array of weights (a mask of
         padded positions, say) must have the rank of ``outputs``.
+
+    Returns:
+      ``H_L u``, with the shape and the dtype of ``outputs``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> softmax_product(jnp.zeros(2), jnp.array([1.0, 0.0])).tolist()
+      [0.25, -0.25]
     """
     theta = jax.nn.softmax(outputs.astype(_at_least_float32(outputs)), axis=-1)
     weighted = theta * u
@@ -156,6 +173,14 @@ def sigmoid_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
       u: a direction of the same shape.
       scale: the factor of the loss, ``1/N`` for a mean over N scores; an array of weights must have
         the rank of ``outputs``.
+
+    Returns:
+      ``H_L u``, with the shape and the dtype of ``outputs``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> sigmoid_product(jnp.zeros(2), jnp.array([1.0, 2.0])).tolist()
+      [0.25, 0.5]
     """
     scores = outputs.astype(_at_least_float32(outputs))
     # σ(−x) is 1 − σ(x) without the cancellation that large scores would suffer.

@@ -20,6 +20,7 @@ class CompositeLoss:
     predict_fn: Callable[..., Any]
     output_loss: Callable[..., jax.Array]
     has_aux: bool = False
+    output_product: Callable[..., Any] | None = None
 
     def __call__(self, params: Any, *args: Any) -> Any:
         """Return the loss, or ``(loss, aux)``."""
@@ -30,7 +31,11 @@ class CompositeLoss:
 
 
 def composite_loss(
-    predict_fn: Callable[..., Any], output_loss: Callable[..., jax.Array], *, has_aux: bool = False
+    predict_fn: Callable[..., Any],
+    output_loss: Callable[..., jax.Array],
+    *,
+    has_aux: bool = False,
+    output_product: Callable[..., Any] | None = None,
 ) -> CompositeLoss:
     """Join a model and a loss of its outputs, so that Gauss-Newton products are defined.
 
@@ -43,6 +48,11 @@ def composite_loss(
       output_loss: ``output_loss(outputs, *args) -> scalar``, the mean over the batch.
       has_aux: whether ``predict_fn`` returns aux. Pass ``has_aux=True`` to
         ``value_grad_and_extras`` too.
+      output_product: ``output_product(outputs, u, *args) -> H_L u``, the product with the Hessian
+        of ``output_loss`` in the outputs, used in ``gauss_newton`` instead of differentiating
+        ``output_loss`` twice: for an output loss whose second derivative does not exist or is not
+        certain to be positive semidefinite. ``softmax_product``, ``sigmoid_product`` and
+        ``squared_error_product`` are closed forms; give them the ``scale`` of the mean.
 
     Returns:
       A callable loss, ``loss(params, *args)``.
@@ -52,8 +62,19 @@ def composite_loss(
       >>> loss = composite_loss(lambda w, x, y: x @ w, lambda z, x, y: jnp.mean((z - y) ** 2))
       >>> float(loss(jnp.zeros((2, 1)), jnp.ones((3, 2)), jnp.ones((3, 1))))
       1.0
+
+      With a closed form of the output loss's Hessian:
+
+      >>> from optalr import squared_error_product
+      >>> def closed_form(z, u, x, y):
+      ...     return squared_error_product(z, u, scale=2 / z.size)
+      >>> loss = composite_loss(
+      ...     lambda w, x, y: x @ w,
+      ...     lambda z, x, y: jnp.mean((z - y) ** 2),
+      ...     output_product=closed_form,
+      ... )
     """
-    return CompositeLoss(predict_fn, output_loss, has_aux)
+    return CompositeLoss(predict_fn, output_loss, has_aux, output_product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +177,12 @@ class Problem:
         predict = self.predict_fn(self.arrays)
         output_loss = dataclasses.replace(self.bound, function=self.loss_fn.output_loss)
         found["outputs"] = predict(params)
+        closed_form = self.loss_fn.output_product
+        if closed_form is not None:
+            bound = dataclasses.replace(self.bound, function=closed_form)
+            closed_form = Partial(bound, self.arrays)
         found["gauss_newton"] = curvature.gauss_newton_product(
-            predict, Partial(output_loss, self.arrays), params
+            predict, Partial(output_loss, self.arrays), params, output_product=closed_form
         )
         return found
 

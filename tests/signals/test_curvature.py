@@ -9,6 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
+import optalr
 from optalr.signals.curvature import (
     gauss_newton_product,
     hessian_product,
@@ -103,6 +104,49 @@ def test_closed_forms_equal_differentiation(loss, product, scale):
     differentiated = gauss_newton_product(lambda p: predict(p, x), lambda z: loss(z, y), params)
     v = jax.tree.map(jnp.cos, params)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), by_hand(v), differentiated(v))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "closed_form", "scale"),
+    [
+        (softmax_loss, optalr.softmax_product, lambda z: 1 / z.shape[0]),
+        (squared_loss, optalr.squared_error_product, lambda z: 1 / z.shape[0]),
+        (sigmoid_loss, optalr.sigmoid_product, lambda z: 1 / z.size),
+    ],
+    ids=["softmax", "squared", "sigmoid"],
+)
+def test_a_composite_loss_takes_a_closed_form(loss, closed_form, scale, has_aux):
+    params, x, y = problem()
+    calls = []
+
+    def model(p, x, y):
+        return (predict(p, x), x) if has_aux else predict(p, x)
+
+    def output_product(z, u, x, y):
+        calls.append(y)
+        return closed_form(z, u, scale=scale(z))
+
+    def make(**options):
+        return optalr.composite_loss(model, lambda z, x, y: loss(z, y), has_aux=has_aux, **options)
+
+    v = jax.tree.map(jnp.cos, params)
+    whole = optalr.value_grad_and_extras(make(), has_aux=has_aux)(params, x, y)[2]
+    expected = whole["gauss_newton"](v)
+    by_hand = make(output_product=output_product)
+    found = [
+        optalr.value_grad_and_extras(by_hand, has_aux=has_aux)(params, x, y)[2]["gauss_newton"],
+        optalr.curvature_products(by_hand, params, x, y)["gauss_newton"],
+    ]
+    if not has_aux:
+        chunked = optalr.full_batch(by_hand, chunk_size=4)
+        found.append(chunked(params, x, y)[2]["gauss_newton"])
+    for product in found:
+        calls.clear()
+        got = jax.jit(lambda product, v: product(v))(product, v)
+        assert calls
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), got, expected)
 
 
 def test_closed_forms_survive_extreme_scores():
