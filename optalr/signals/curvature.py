@@ -204,6 +204,13 @@ def _drop_aux(predict_fn: Any, params: Any) -> Any:
 
 
 def _differentiated_product(output_loss: Any, outputs: Any, u: Any) -> Any:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                "the Gauss-Newton product needs floating outputs, but predict_fn's outputs"
+                f"{jax.tree_util.keystr(path)} are {jnp.result_type(leaf)}. Return what is not "
+                "differentiated as aux, with has_aux=True."
+            )
     return output_hessian_product(output_loss, outputs, u)
 
 

@@ -19,7 +19,9 @@ from optalr.arguments import check_choice, check_count
 from optalr.signals.problem import Bound, CompositeLoss, Problem, bind
 
 
-def curvature_products(loss_fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, Any]:
+def curvature_products(
+    loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False
+) -> dict[str, Any]:
     """Return the products with the Hessian and, for a ``composite_loss``, with Gauss-Newton.
 
     Choose it to take the curvature from other data than the gradient, a subsample of the batch
@@ -27,11 +29,12 @@ def curvature_products(loss_fn: Callable[..., Any], params: Any, *args: Any) -> 
     ``extras |= curvature_products(loss, params, x[:32], y[:32])``.
 
     Args:
-      loss_fn: ``loss_fn(params, *args) -> scalar``, possibly ``(scalar, aux)`` for a
-        ``composite_loss`` with ``has_aux``; the mean over the examples, so that a subsample's
-        curvature estimates the batch's without a factor.
+      loss_fn: ``loss_fn(params, *args) -> scalar``, with ``has_aux`` ``(scalar, aux)``; the mean
+        over the examples, so that a subsample's curvature estimates the batch's without a factor.
       params: the point, a pytree of floating arrays.
       *args: the data.
+      has_aux: whether ``loss_fn`` returns aux, which is dropped; a ``composite_loss`` with
+        ``has_aux`` says so itself.
 
     Returns:
       A dict of ``jax.tree_util.Partial``s ``v -> A v`` under ``"hessian"`` and
@@ -44,7 +47,8 @@ def curvature_products(loss_fn: Callable[..., Any], params: Any, *args: Any) -> 
       >>> curvature_products(loss, jnp.ones(2), x[:1])["hessian"](jnp.ones(2)).tolist()
       [2.0, 0.0]
     """
-    problem = Problem.of(loss_fn, getattr(loss_fn, "has_aux", False), params, args)
+    has_aux = has_aux or getattr(loss_fn, "has_aux", False)
+    problem = Problem.of(loss_fn, has_aux, params, args)
     products = problem.products(params, problem.value_fn(None))
     return {name: products[name] for name in ("hessian", "gauss_newton") if name in products}
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
@@ -192,6 +193,76 @@ def test_outputs_may_be_a_pytree_and_aux_is_dropped():
     H_L = jax.jit(jax.hessian(lambda z: loss(unravel_z(z))))(z)
     got = ravel_pytree(jax.jit(product)(v))[0]
     np.testing.assert_allclose(got, J.T @ H_L @ J @ np.ones(flat.size), rtol=2e-4, atol=1e-5)
+
+
+class Normed(nn.Module):
+    """Batch statistics between two layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.BatchNorm(use_running_average=False)(nn.Dense(5)(x))
+        return nn.Dense(3)(jnp.tanh(h))
+
+
+class Dropped(nn.Module):
+    """Dropout between two layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Dropout(0.4, deterministic=False)(jnp.tanh(nn.Dense(5)(x))))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("model", [Normed(), Dropped()], ids=["batch norm", "dropout"])
+def test_batch_statistics_and_dropout_have_the_dense_products(model):
+    _, x, y = problem()
+    variables = model.init({"params": jax.random.key(4), "dropout": jax.random.key(5)}, x)
+    variables = jax.tree.map(lambda leaf: leaf.astype(x.dtype), variables)
+    params = variables["params"]
+    stats = {name: value for name, value in variables.items() if name != "params"}
+
+    def apply_model(p, x, y, key):
+        variables = {"params": p, **stats}
+        return model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
+
+    loss = optalr.composite_loss(apply_model, lambda z, x, y, key: softmax_loss(z, y), has_aux=True)
+    args = (x, y, jax.random.key(6))
+    extras = optalr.value_grad_and_extras(loss, has_aux=True)(params, *args)[2]
+    flat, unravel = ravel_pytree(params)
+    outputs = apply_model(params, *args)[0]
+    J = jax.jit(jax.jacobian(lambda w: apply_model(unravel(w), *args)[0].ravel()))(flat)
+    H_L = jax.jit(jax.hessian(lambda z: softmax_loss(z.reshape(outputs.shape), y)))(outputs.ravel())
+    H = jax.jit(jax.hessian(lambda w: loss(unravel(w), *args)[0]))(flat)
+    np.testing.assert_allclose(dense(extras["gauss_newton"], params), J.T @ H_L @ J, atol=1e-12)
+    np.testing.assert_allclose(dense(extras["hessian"], params), H, atol=1e-12)
+    if isinstance(model, Dropped):
+        other = apply_model(params, x, y, jax.random.key(7))[0]
+        assert not np.allclose(other, outputs), "dropout is off"
+
+
+def test_outputs_that_are_not_floating_are_named():
+    params, x, y = problem()
+
+    def model(p, x, y):
+        z = predict(p, x)
+        return {"scores": z, "label": jnp.argmax(z, axis=-1)}
+
+    loss = optalr.composite_loss(model, lambda z, x, y: softmax_loss(z["scores"], y))
+    extras = optalr.value_grad_and_extras(loss)(params, x, y)[2]
+    with pytest.raises(TypeError, match=r"predict_fn's outputs\['label'\].*aux"):
+        extras["gauss_newton"](params)
+
+
+def test_a_plain_loss_with_aux_has_products():
+    params, x, y = problem()
+
+    def loss(p, x, y):
+        z = predict(p, x)
+        return softmax_loss(z, y), z
+
+    found = optalr.curvature_products(loss, params, x, y, has_aux=True)["hessian"](params)
+    expected = hessian_product(lambda p: loss(p, x, y)[0], params)(params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
 
 
 def test_products_cross_jit_without_retracing():
