@@ -8,6 +8,7 @@ the curvature along the gradient, a large ``k`` is a Gauss-Newton or Newton step
 "Exponentially decaying flows for optimization in deep learning", eq. 20-24 and appendix A.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_choice, check_count, check_interval, is_concrete, require_extra
+from optalr.arguments import check_choice, check_count, check_interval, require_extra
+from optalr.linalg._vectors import divide, dot, largest, where
 from optalr.linalg.minres import MinresResult, minres, minres_step
 from optalr.states import count_up
+from optalr.transforms._subtrees import embed, restrict
 
 _SUPPLY = (
     "Give the loss as optalr.composite_loss(predict_fn, output_loss), replace jax.value_and_grad "
@@ -70,7 +73,8 @@ class KrylovFlowState(NamedTuple):
       krylov_residual: float32 scalar, ``‖∇ − (A + λI) v‖/‖∇‖`` of the last solve.
       reduction_ratio: float32 scalar, actual over predicted decrease; 1 without the rule.
       negative_curvature: int32 scalar, updates that met a direction of nonpositive curvature.
-      failures: int32 scalar, updates in which the gradient or a product was not finite.
+      failures: int32 scalar, updates in which the gradient, a product or λ was not finite; λ then
+        keeps its last value.
     """
 
     count: jax.Array
@@ -103,7 +107,7 @@ def scale_by_krylov_flow(
     Args:
       curvature: ``"gauss_newton"`` (type G; the loss must be an ``optalr.composite_loss``) or
         ``"hessian"`` (type H).
-      num_steps: k, MINRES steps, a Python int of at least 1; 1 is solved in closed form.
+      num_steps: k, MINRES steps, an integer of at least 1; 1 is solved in closed form.
       damping: ``(a, b)`` for ``λ = a ‖∇‖^b``, both at least 0: ``(1, 1)`` for mini-batches,
         ``(0, b)`` for none, ``(λ, 0)`` for a constant; ``a`` may be a schedule. Or a
         ``LevenbergMarquardt`` rule, which costs one more evaluation of the loss.
@@ -120,7 +124,8 @@ def scale_by_krylov_flow(
 
     Raises:
       ValueError: an argument is out of range.
-      TypeError: at ``update``, if an extra is missing.
+      TypeError: ``num_steps`` is no integer, or an argument other than ``a`` a schedule; at
+        ``update``, an extra is missing.
 
     Cost:
       A product is one pass of the linearized model and one of its transpose (type G; four matrix
@@ -149,13 +154,8 @@ def scale_by_krylov_flow(
     """
     check_choice("curvature", curvature, ("gauss_newton", "hessian"))
     check_choice("negative_curvature", negative_curvature, ("descend", "keep"))
-    check_count("num_steps", num_steps)
-    if not is_concrete(num_steps):
-        raise TypeError(
-            "num_steps must be a Python int, got a traced value: the steps are unrolled. Pass "
-            "static_args=('num_steps',) to optax.inject_hyperparams."
-        )
-    num_steps = int(num_steps)
+    num_steps = _checked_steps(num_steps)
+    _refuse_schedule("tol", tol)
     check_interval("tol", tol, 0.0, 1.0, open_high=True)
     rule = _damping_rule(damping)
 
@@ -181,12 +181,16 @@ def scale_by_krylov_flow(
         if isinstance(damping, LevenbergMarquardt):
             for name in ("value", "value_fn", "point"):
                 require_extra(extras, name, "scale_by_krylov_flow with LevenbergMarquardt")
+        # Parameters may be Python numbers, which have no dtype.
+        updates, point = jax.tree.map(jnp.asarray, (updates, extras.get("point")))
+        extras["point"] = point
+        if not jax.tree.leaves(updates):
+            return updates, _idle(state, rule)
 
         gradient = jax.tree.map(lambda u: u.astype(_at_least_float32(u)), updates)
-        norm = optax.tree.norm(gradient).astype(jnp.float32)
-        shift = rule(state.count, norm, state.next_damping)
-        shift = jnp.where(jnp.isfinite(shift), shift, state.damping)
-        matvec = _restricted(product, updates, extras.get("point"))
+        wanted = rule(state.count, _norm(gradient), state.next_damping)
+        shift = jnp.where(jnp.isfinite(wanted), wanted, state.damping)
+        matvec = restrict(product, updates, point)
         if num_steps == 1 and preconditioner is None:
             solved = minres_step(matvec, gradient, damping=shift)
         else:
@@ -202,14 +206,36 @@ def scale_by_krylov_flow(
 
         direction, descends = solved.solution, jnp.asarray(True)
         if negative_curvature == "descend":
-            descends = _dot(gradient, direction) > 0
-            direction = _where(descends, direction, solved.trusted)
-        state = _measured(state, solved, shift)
+            descends = dot(gradient, direction) > 0
+            direction = where(descends, direction, solved.trusted)
+        state = _measured(state, solved, shift, jnp.isfinite(wanted))
         if isinstance(damping, LevenbergMarquardt):
-            state = _judged(state, damping, solved, gradient, direction, descends, extras)
+            state = _judged(
+                state, damping, solved, gradient, direction, descends, {**extras, "point": point}
+            )
         return jax.tree.map(lambda v, u: v.astype(u.dtype), direction, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _checked_steps(num_steps: Any) -> int:
+    """Return ``num_steps`` as a Python int."""
+    try:
+        whole = None if isinstance(num_steps, bool) else operator.index(num_steps)
+    except TypeError:  # a tracer's error is one, too
+        whole = None
+    if whole is None:
+        raise TypeError(
+            f"num_steps must be an integer, got {num_steps!r}: the steps are unrolled. Under "
+            "optax.inject_hyperparams pass static_args=('num_steps',)."
+        )
+    check_count("num_steps", whole)
+    return whole
+
+
+def _refuse_schedule(name: str, value: Any, remedy: str = "") -> None:
+    if callable(value):
+        raise TypeError(f"{name} must be a number, got {value!r}.{remedy}")
 
 
 def _damping_rule(damping: Any) -> Callable[[Any, Any, Any], jax.Array]:
@@ -230,6 +256,7 @@ def _damping_rule(damping: Any) -> Callable[[Any, Any, Any], jax.Array]:
             f"rule, got {damping!r}. Pass (value, 0) for a constant."
         )
     factor, power = damping
+    _refuse_schedule("damping[1]", power, " Only damping[0] may be a schedule.")
     check_interval("damping[0]", factor, 0.0, open_high=True)
     check_interval("damping[1]", power, 0.0, open_high=True)
 
@@ -241,46 +268,18 @@ def _damping_rule(damping: Any) -> Callable[[Any, Any, Any], jax.Array]:
     return rule
 
 
-def _restricted(product: Any, updates: Any, point: Any) -> Callable[[Any], Any]:
-    """Return the product as a map of trees like ``updates``, which may lack masked leaves."""
-    if point is None or jax.tree.structure(point) == jax.tree.structure(updates):
-        like = updates if point is None else point
-        return lambda v: product(jax.tree.map(lambda x, p: x.astype(p.dtype), v, like))
-    places = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(updates)}
-    known = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(point)}
-    if not places <= known:
-        raise ValueError(
-            f"updates hold leaves that extras['point'] lacks: {sorted(places - known)}. Pass the "
-            "extras of the parameters that are being updated."
-        )
-
-    def restricted(v: Any) -> Any:
-        full = product(embed(v, point))
-        found = dict(_by_path(full))
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: found[jax.tree_util.keystr(path)], v
-        )
-
-    return restricted
+def _idle(state: KrylovFlowState, rule: Callable[[Any, Any, Any], jax.Array]) -> KrylovFlowState:
+    """Return the state after an update without leaves: that after a zero gradient."""
+    return state._replace(
+        count=count_up(state.count),
+        damping=rule(state.count, jnp.zeros((), jnp.float32), state.next_damping),
+        krylov_residual=jnp.zeros((), jnp.float32),
+    )
 
 
-def embed(v: Any, point: Any) -> Any:
-    """Return ``v`` in the structure and dtypes of ``point``, zero where ``v`` has no leaf."""
-    found = dict(_by_path(v))
-
-    def leaf(path: Any, p: Any) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        return found[name].astype(p.dtype) if name in found else jnp.zeros_like(p)
-
-    return jax.tree_util.tree_map_with_path(leaf, point)
-
-
-def _by_path(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
-
-
-def _measured(state: KrylovFlowState, solved: MinresResult, shift: Any) -> KrylovFlowState:
+def _measured(
+    state: KrylovFlowState, solved: MinresResult, shift: Any, has_damping: Any
+) -> KrylovFlowState:
     start, end = solved.residual_norms[0], solved.residual_norms[-1]
     relative = (end / jnp.where(start > 0, start, 1.0)).astype(jnp.float32)
     return state._replace(
@@ -289,7 +288,7 @@ def _measured(state: KrylovFlowState, solved: MinresResult, shift: Any) -> Krylo
         krylov_residual=jnp.where(jnp.isfinite(relative), relative, state.krylov_residual),
         negative_curvature=state.negative_curvature
         + solved.nonpositive_curvature.astype(jnp.int32),
-        failures=state.failures + solved.failed.astype(jnp.int32),
+        failures=state.failures + (solved.failed | ~has_damping).astype(jnp.int32),
     )
 
 
@@ -310,9 +309,9 @@ def _judged(
         embed(direction, extras["point"]),
     )
     actual = extras["value"] - extras["value_fn"](moved)
-    slope = _dot(gradient, direction)
+    slope = dot(gradient, direction)
     # vᵀ(A + λI)v = vᵀ(∇ − r), at no further product.
-    curved = slope - _dot(direction, solved.residual) - state.damping * _dot(direction, direction)
+    curved = slope - dot(direction, solved.residual) - state.damping * dot(direction, direction)
     predicted = step * slope - 0.5 * step**2 * curved
     ratio = actual / jnp.where(predicted == 0, 1.0, predicted)
     trusted = jnp.isfinite(ratio) & descends & (predicted > 0)
@@ -326,14 +325,12 @@ def _judged(
     )
 
 
-def _dot(x: Any, y: Any) -> jax.Array:
-    products = jax.tree.map(lambda a, b: jnp.sum(a * b, dtype=jnp.float32), x, y)
-    return sum(jax.tree.leaves(products), jnp.zeros((), jnp.float32))
-
-
-def _where(condition: Any, x: Any, y: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
-
-
 def _at_least_float32(leaf: Any) -> Any:
     return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _norm(gradient: Any) -> jax.Array:
+    """Return the 2-norm, in range wherever the result is."""
+    top = largest(gradient)
+    unit = divide(gradient, top)
+    return (top * jnp.sqrt(dot(unit, unit))).astype(jnp.float32)

@@ -73,9 +73,10 @@ def accelerate_by_nesterov_flow(
         return (k - 1) / (k + jnp.asarray(friction, jnp.float32) - 1)
 
     def init_fn(params: Any) -> NesterovFlowState:
-        velocity = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
-        )
+        def zeros(p: Any) -> jax.Array:
+            return jnp.zeros(jnp.shape(p), jnp.promote_types(jnp.result_type(p), jnp.float32))
+
+        velocity = jax.tree.map(zeros, params)
         zero = jnp.zeros((), jnp.int32)
         return NesterovFlowState(zero, zero, velocity)
 

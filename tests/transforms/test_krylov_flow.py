@@ -219,6 +219,74 @@ def test_masked_leaves_are_held_fixed_in_the_solve(wrapped):
     np.testing.assert_allclose(direction["w1"].ravel(), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("damping", [(1.0, 1.0), LevenbergMarquardt()])
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+def test_a_flow_without_leaves_leaves_the_rest_alone(wrap, damping):
+    flow = scale_by_krylov_flow(num_steps=2, damping=damping)
+    if wrap == "masked":
+        tx = optax.masked(flow, dict.fromkeys(("b", "w1", "w2"), False))
+    else:
+        rest = {"flow": flow, "sgd": optax.sgd(0.1)}
+        tx = optax.partition(rest, dict.fromkeys(("b", "w1", "w2"), "sgd"))
+    direction, state = direction_of(tx)
+    _, grads, _ = evaluate_jitted(make_params(), *make_batch())
+    factor = 1.0 if wrap == "masked" else -0.1
+    for found, grad in zip(jax.tree.leaves(direction), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(found, factor * grad, rtol=1e-5, atol=1e-7)
+    metrics = optalr.metrics(state)
+    assert int(metrics["failures"]) == 0
+    assert float(metrics["krylov_residual"]) == 0.0
+    assert float(metrics["damping"]) == (1.0 if isinstance(damping, LevenbergMarquardt) else 0.0)
+
+
+@pytest.mark.parametrize("damping", [(1.0, 1.0), LevenbergMarquardt()])
+def test_python_numbers_are_parameters_like_any_other(damping):
+    loss = optalr.composite_loss(lambda w: jnp.stack([w["a"], 2 * w["b"]]), squared)
+    found = []
+    for params in ({"a": 3.0, "b": 1.0}, {"a": jnp.float32(3.0), "b": jnp.float32(1.0)}):
+        _, grads, extras = optalr.value_grad_and_extras(loss)(params)
+        tx = optalr.edf(0.5, num_steps=2, damping=damping, acceleration="W2")
+        updates, _ = tx.update(grads, tx.init(params), params, **extras)
+        found.append([float(updates["a"]), float(updates["b"])])
+    np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+def test_damping_of_a_huge_gradient_is_its_norm_or_a_counted_failure():
+    grads = 1e20 * jnp.array([3.0, -4.0])
+    for power, damping, failures in ((1.0, 5e20, 0), (2.0, 0.0, 1)):
+        tx = scale_by_krylov_flow(curvature="hessian", damping=(1.0, power))
+        state = tx.init(grads)._replace(damping=jnp.float32(0.0))
+        _, state = tx.update(grads, state, hessian=lambda v: v)
+        np.testing.assert_allclose(state.damping, damping, rtol=1e-6)
+        assert int(state.failures) == failures
+
+
+def test_rule_has_the_range_of_float64_parameters():
+    # Slopes of 1e-60 vanish in float32, and a slope of zero leaves λ as it is.
+    with jax.enable_x64(True):
+        loss = optalr.composite_loss(lambda w: 2 * w, squared)
+        w = 1e-30 * jnp.array([0.7, -0.3], jnp.float64)
+        _, grads, extras = optalr.value_grad_and_extras(loss)(w)
+        tx = scale_by_krylov_flow(num_steps=2, damping=LevenbergMarquardt())
+        _, state = tx.update(grads, tx.init(w), w, **extras)
+        np.testing.assert_allclose(state.next_damping, LevenbergMarquardt().shrink, rtol=1e-6)
+
+
+def test_only_the_factor_of_the_damping_may_be_a_schedule():
+    _, grads, extras = evaluate_jitted(make_params(), *make_batch())
+    tx = scale_by_krylov_flow(damping=(lambda count: 0.5 / (1 + count), 0.0))
+    state = tx.init(grads)
+    for expected in (0.5, 0.25):
+        _, state = tx.update(grads, state, **extras)
+        np.testing.assert_allclose(state.damping, expected, rtol=1e-6)
+
+
+def test_num_steps_may_be_a_numpy_integer():
+    found, _ = direction_of(scale_by_krylov_flow(num_steps=np.int64(2)))
+    expected, _ = direction_of(scale_by_krylov_flow(num_steps=2))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_kronecker_preconditioner_is_exact_where_fisher_is_kronecker():
     # One linear layer, squared loss with inputs and unit output curvature: G = I ⊗ A.
     x = jax.random.normal(jax.random.key(0), (64, 6)) * jnp.array([[100.0, 10, 1, 1, 0.1, 0.01]])
@@ -401,6 +469,10 @@ def test_update_dtype_follows_the_gradient():
     [
         ({"curvature": "fisher"}, ValueError, "curvature"),
         ({"num_steps": 0}, ValueError, "num_steps"),
+        ({"num_steps": 2.0}, TypeError, "num_steps"),
+        ({"num_steps": True}, TypeError, "num_steps"),
+        ({"damping": (1.0, lambda count: 1.0)}, TypeError, r"damping\[1\]"),
+        ({"tol": lambda count: 0.1}, TypeError, "tol"),
         ({"damping": (-1.0, 1.0)}, ValueError, r"damping\[0\]"),
         ({"damping": (1.0, float("nan"))}, ValueError, r"damping\[1\]"),
         ({"damping": 0.1}, TypeError, "damping.*pair"),
