@@ -18,8 +18,8 @@ class NesterovFlowState(NamedTuple):
     """State of ``accelerate_by_nesterov_flow``.
 
     Attributes:
-      count: int32 scalar, updates so far.
-      failures: int32 scalar, updates that were not finite and left the velocity as it was.
+      count: int32 scalar, updates taken so far, which leaves out those that were dropped.
+      failures: int32 scalar, updates that were not finite and left velocity and count as they were.
       velocity: like the parameters, float32 or wider: ``w_k − w_{k−1}``.
     """
 
@@ -40,6 +40,8 @@ def accelerate_by_nesterov_flow(
         w_k = y_{k−1} + u_k        y_k = w_k + (k−1)/(k+α−1) (w_k − w_{k−1})
 
     where ``u_k = −η v(y_{k−1})`` is the update that arrives; the first one passes unchanged.
+    One that is not finite is dropped, and the scheme goes on as if it had not arrived. A velocity
+    that rests goes on as it is: under ``two_stage``, a phase set back to 0 resumes the old one.
 
     Args:
       friction: α, greater than 0; the theory wants at least 3.
@@ -97,6 +99,7 @@ def accelerate_by_nesterov_flow(
             velocity,
         )
         failures = state.failures + (~finite).astype(jnp.int32)
-        return moved, NesterovFlowState(count_up(state.count), failures, velocity)
+        count = jnp.where(finite, count_up(state.count), state.count)
+        return moved, NesterovFlowState(count, failures, velocity)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -37,6 +37,22 @@ def test_non_finite_updates_are_dropped_and_counted():
     np.testing.assert_array_equal(after.velocity, state.velocity)
 
 
+def test_the_scheme_goes_on_as_if_a_dropped_update_had_not_arrived():
+    tx = accelerate_by_nesterov_flow()
+
+    def end(updates):
+        w = jnp.zeros(1)
+        state = tx.init(w)
+        for update in updates:
+            moved, state = tx.update(jnp.full(1, update), state, w)
+            w = optax.apply_updates(w, moved)
+        return w, state
+
+    (w, state), (expected, clean) = end([1.0, 1.0, jnp.nan, 1.0]), end([1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(w, expected)
+    assert int(state.count) == int(clean.count) == 3
+
+
 def test_bad_friction_is_named():
     with pytest.raises(ValueError, match="friction"):
         accelerate_by_nesterov_flow(0.0)
