@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_interval
+from optalr.arguments import check_interval, is_concrete
 
 # Where ρ is smaller its slope may be flushed to zero, as float32 ends at 1e-38.
 _SMALLEST = 1e-30
@@ -188,7 +187,7 @@ def _check_profile(profile: Any, start: Any, time_step: Any) -> None:
         value, slope = jax.value_and_grad(profile)(jnp.asarray(start, jnp.float32))
         later = profile(jnp.asarray(start + time_step, jnp.float32))
         seen = (value, slope, later)
-        if any(isinstance(number, jax.core.Tracer) for number in seen):
+        if not all(is_concrete(number) for number in seen):
             return
         value, slope, later = (float(number) for number in seen)
     if not 0.0 < value < float("inf"):
