@@ -60,8 +60,8 @@ def inverse_root(
     * ``"cholesky_polar"``, p = 1, 2, 4, 8, ...: in float32 the most accurate by a factor of about
       ten at condition 1e4 and up, since it works on a factor with the root of the condition.
     * ``"coupled_newton"``, whole p: matrix products alone, in iterations of ``order`` 2 or 3. Its
-      residual is eigh's or better, and for p = 2 so is its backward error ``‖X⁻² − A‖/‖A‖`` in
-      float32: 0.2 to 1.0 of eigh's from 16 rows up, at conditions 1e2 to 1e6, with spectra spread,
+      residual is at most 1.15 times eigh's. For p = 2 its backward error ``‖X⁻² − A‖/‖A‖`` is, in
+      float32, 0.2 to 1.0 of eigh's from 16 rows up, at conditions 1e2 to 1e6, with spectra spread,
       in two clusters or of few large eigenvalues (below that both are a few ε√condition, and either
       can be the larger). ``"cholesky_polar"`` has 0.2 to 0.7 of eigh's.
     * ``"eigenbasis"``, any p: one QR step from ``basis``, the eigenvectors of a slightly different
