@@ -59,11 +59,11 @@ def inverse_root(
       that, so a singular matrix has a (huge) finite root too.
     * ``"cholesky_polar"``, p = 1, 2, 4, 8, ...: in float32 the most accurate by a factor of about
       ten at condition 1e4 and up, since it works on a factor with the root of the condition.
-    * ``"coupled_newton"``, whole p: matrix products alone, in iterations of ``order`` 2 or 3. Its
-      residual is at most 1.15 times eigh's. For p = 2 its backward error ``‖X⁻² − A‖/‖A‖`` is, in
-      float32, 0.2 to 1.0 of eigh's from 16 rows up, at conditions 1e2 to 1e6, with spectra spread,
-      in two clusters or of few large eigenvalues (below that both are a few ε√condition, and either
-      can be the larger). ``"cholesky_polar"`` has 0.2 to 0.7 of eigh's.
+    * ``"coupled_newton"``, whole p: matrix products alone, in iterations of ``order`` 2 or 3. For
+      p = 2 in float32, from 16 rows up, at conditions 1e2 to 1e6, with spectra spread, in two
+      clusters or of few large eigenvalues, its residual is at most 1.15 times eigh's and its
+      backward error ``‖X⁻² − A‖/‖A‖`` 0.2 to 1.0 times (below 16 rows both are a few ε√condition,
+      and either can be the larger). ``"cholesky_polar"`` has 0.2 to 0.7 of eigh's.
     * ``"eigenbasis"``, any p: one QR step from ``basis``, the eigenvectors of a slightly different
       matrix, then as ``"eigh"``. An approximation whose residual says how good it is: pass the
       ``tolerance`` that you can live with, or it falls back to eigh nearly always.
