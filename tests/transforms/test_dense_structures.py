@@ -12,6 +12,7 @@ import pytest
 import optalr
 from optalr.transforms.block_diagonal import scale_by_block_diagonal
 from optalr.transforms.full_matrix import scale_by_full_matrix
+from tests.transforms.branches import assert_roots_stay_in_branches
 
 ALL = pytest.mark.parametrize(
     "tx",
@@ -239,16 +240,7 @@ def test_roots_are_taken_in_a_branch_only(method, lanes):
     """In a loop of no turn or one, that is, which stays one when several states are vmapped."""
     tx = method()
     args = jnp.ones((2, 3)), tx.init(jnp.ones((2, 3)))
-    update = tx.update
-    if lanes is not None:
-        args = jax.tree.map(lambda x: jnp.stack([x] * lanes), args)
-        update = jax.vmap(update)
-    jaxpr = jax.make_jaxpr(update)(*args)
-    outside = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "while"])
-    branches = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name == "while"])
-    assert "eigh" in branches or "cholesky" in branches
-    assert "eigh" not in outside
-    assert "cholesky" not in outside
+    assert_roots_stay_in_branches(tx.update, args, lanes)
 
 
 @ALL

@@ -14,6 +14,7 @@ import optalr
 from optalr.signals.moments import LayerMoments
 from optalr.transforms import kronecker
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
+from tests.transforms.branches import assert_roots_stay_in_branches
 
 BARE = KroneckerOptions(warmup=0, min_batches=1, max_update=None)
 N = 16
@@ -324,15 +325,7 @@ def test_roots_are_taken_in_a_branch_only(leaf, lanes):
         return tx.update(g, state, signals=signals)
 
     args = g, tx.init(g), moments(rows, cols)
-    if lanes is not None:
-        args = jax.tree.map(lambda x: jnp.stack([x] * lanes), args)
-        update = jax.vmap(update)
-    jaxpr = jax.make_jaxpr(update)(*args)
-    outside = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "while"])
-    branches = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name == "while"])
-    assert "eigh" in branches or "cholesky" in branches
-    assert "eigh" not in outside
-    assert "cholesky" not in outside
+    assert_roots_stay_in_branches(update, args, lanes)
 
 
 @pytest.mark.parametrize("root_method", ["auto", "eigenbasis"])
