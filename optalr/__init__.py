@@ -49,11 +49,12 @@ from optalr.signals import (
 )
 from optalr.signals.lipschitz import LipschitzRate, lipschitz_constant, lipschitz_rate
 from optalr.signals.ray import ExactDerivatives, FiniteDifferences
+from optalr.transforms._flow_damping import LevenbergMarquardt
 from optalr.transforms.block_diagonal import scale_by_block_diagonal
 from optalr.transforms.full_matrix import scale_by_full_matrix
 from optalr.transforms.guard import guard
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
-from optalr.transforms.krylov_flow import LevenbergMarquardt, scale_by_krylov_flow
+from optalr.transforms.krylov_flow import scale_by_krylov_flow
 from optalr.transforms.learned_rate import (
     RateSafeguards,
     SuccessiveGradients,

@@ -1,5 +1,6 @@
 """Pictures of a comparison: everything over steps and seconds, losses and rates over epochs."""
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -58,17 +59,15 @@ def draw_losses(comparison: Comparison, title: str) -> bytes:
     _label(axes[1], "epoch", "test loss")
     highest = 0.0
     for name, style, curves in _read(comparison, epochs=True):
-        length = curves.steps_per_epoch
-        at = curves.evaluation_steps[1:] / length
-        tested = curves.evaluated["test_loss"][:, 1:]
-        trained = curves.measured["loss"][:, length - 1 :: length]
-        _band(axes[0], np.arange(1, trained.shape[1] + 1), trained, style, name)
-        _band(axes[1], at, tested, style, name, marker=".")
+        ends = _at_epochs(curves)
+        tested = ends.evaluated["test_loss"][:, 1:]
+        _band(axes[0], ends.steps, ends.measured["loss"], style, name)
+        _band(axes[1], ends.evaluation_steps[1:], tested, style, name, marker=".")
         highest = max(highest, _highest(tested))
         if "phase" in curves.measured:
             second = np.flatnonzero(curves.measured["phase"].mean(axis=0) > 0)
             for axis in axes if len(second) else ():
-                axis.axvline(second[0] / length, color=style[0], lw=0.9, ls="--")
+                axis.axvline(second[0] / curves.steps_per_epoch, color=style[0], lw=0.9, ls="--")
     _log_scale(axes[0])
     _log_scale(axes[1], highest)
     return _finish(figure, axes[0], title)
@@ -104,8 +103,17 @@ def _smooth_rates(rates: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_selection(comparison: Comparison) -> bytes:
-    """Return a PNG of the losses over steps and seconds; of the test loss if it has a curve."""
+    """Return a PNG of the losses over steps and seconds; of the test loss if it has a curve.
+
+    Where the configs' epochs have different numbers of steps, as with full batches beside
+    mini-batches, it is over epochs instead of steps, and training losses are means of an epoch.
+    """
     found = list(_read(comparison))
+    over = "step"
+    if len({curves.steps_per_epoch for _, _, curves in found}) > 1:
+        over = "epoch"
+        averaged = _read(comparison, epochs=True)
+        found = [(name, style, _at_epochs(curves)) for name, style, curves in averaged]
     tested = any(len(curves.evaluation_steps) > 2 for _, _, curves in found)
     labels = ("training loss", "test loss") if tested else ("training loss",)
     figure = Figure(figsize=(7.8, 3.3 if len(labels) == 1 else 6.2), layout="constrained")
@@ -124,7 +132,7 @@ def draw_selection(comparison: Comparison) -> bytes:
         # Above is a breakdown, below a fit to the last bit; both would flatten the rest.
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, 1e-6 * start), min(high, 30 * start))
-    axes[-1, 0].set_xlabel("step")
+    axes[-1, 0].set_xlabel(over)
     axes[-1, 1].set_xlabel("seconds of training")
     return _finish(figure, axes[0, 0], "")
 
@@ -134,6 +142,20 @@ def _read(comparison: Comparison, epochs: bool = False) -> Iterator[tuple[str, _
         curves = compare.read_curves(comparison, name, epochs=epochs)
         if curves is not None:
             yield name, (_COLORS[i % len(_COLORS)], _DASHES[i // len(_COLORS) % 3]), curves
+
+
+def _at_epochs(curves: Curves) -> Curves:
+    """Return the curves at the ends of epochs only, with epochs in place of steps."""
+    length = curves.steps_per_epoch
+    ends = slice(length - 1, None, length)
+    return dataclasses.replace(
+        curves,
+        steps=curves.steps[ends] / length,
+        seconds=curves.seconds[ends],
+        measured={name: values[:, ends] for name, values in curves.measured.items()},
+        steps_per_epoch=1,
+        evaluation_steps=curves.evaluation_steps / length,
+    )
 
 
 def _draw_config(axes: Any, curves: Curves, score: str, name: str, style: _Style) -> None:

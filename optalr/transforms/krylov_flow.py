@@ -20,7 +20,13 @@ from optalr.arguments import check_choice, check_count, check_interval, require_
 from optalr.linalg._vectors import divide, dot, largest, where
 from optalr.linalg.minres import MinresResult, minres, minres_step
 from optalr.states import count_up
-from optalr.transforms._subtrees import embed, restrict
+from optalr.transforms._flow_damping import (
+    LevenbergMarquardt,
+    damping_rule,
+    judge,
+    refuse_schedule,
+)
+from optalr.transforms._subtrees import restrict
 
 _SUPPLY = (
     "Give the loss as optalr.composite_loss(predict_fn, output_loss), replace jax.value_and_grad "
@@ -28,47 +34,6 @@ _SUPPLY = (
     "evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); or choose "
     "curvature='hessian', which works with any loss."
 )
-
-
-class LevenbergMarquardt(NamedTuple):
-    """A damping that follows how well the quadratic model predicts the loss.
-
-    After each step the actual decrease ``L(w) − L(w − s v)`` is divided by the predicted one,
-    ``s ∇ᵀv − s²/2 vᵀAv``. Below ``low`` (or where the loss is not finite, or curvature was not
-    positive) the next λ is ``grow`` times larger, above ``high`` ``shrink`` times.
-
-    The rule sets the next λ only: a step that raises the loss is taken all the same, unless
-    ``reject`` is set. What is judged is ``−s v``; a schedule, momentum or a learned rate after the
-    flow moves the parameters by something else, and ``reject`` then guards a step not taken. Under
-    ``optax.MultiSteps`` the gradient is the mean of the micro-batches, while ``value`` and
-    ``value_fn`` are those of the last one: the ratio compares two different losses.
-
-    Attributes:
-      initial: λ of the first step, > 0.
-      grow: factor, > 1.
-      shrink: factor, in (0, 1).
-      low: ratio below which λ grows, in (0, high].
-      high: ratio above which λ shrinks.
-      step_size: s, the step that is judged; the learning rate that follows in the chain, > 0.
-      smallest: λ never falls below it, > 0.
-      largest: λ never rises above it.
-      reject: whether a step whose actual decrease is not positive (or not finite) becomes a zero
-        update while λ grows. Near a minimum, where decreases drown in rounding, nothing moves then.
-
-    Reference:
-      Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", 1963; factors
-      as in Martens, "Deep learning via Hessian-free optimization", 2010.
-    """
-
-    initial: float = 1.0
-    grow: float = 1.5
-    shrink: float = 2 / 3
-    low: float = 0.25
-    high: float = 0.75
-    step_size: float = 1.0
-    smallest: float = 1e-8
-    largest: float = 1e8
-    reject: bool = False
 
 
 class KrylovFlowState(NamedTuple):
@@ -176,9 +141,9 @@ def scale_by_krylov_flow(
     check_choice("curvature", curvature, ("gauss_newton", "hessian"))
     check_choice("negative_curvature", negative_curvature, ("descend", "keep"))
     num_steps = _checked_steps(num_steps)
-    _refuse_schedule("tol", tol)
+    refuse_schedule("tol", tol)
     check_interval("tol", tol, 0.0, 1.0, open_high=True)
-    rule = _damping_rule(damping)
+    rule = damping_rule(damping)
 
     def init_fn(params: Any) -> KrylovFlowState:
         del params
@@ -232,8 +197,21 @@ def scale_by_krylov_flow(
             direction = where(descends, direction, solved.trusted)
         state = _measured(state, solved, shift, jnp.isfinite(wanted))
         if isinstance(damping, LevenbergMarquardt):
-            direction, state = _judged(
-                state, damping, solved, gradient, direction, descends, extras
+            verdict = judge(
+                damping,
+                solved,
+                gradient,
+                direction,
+                descends=descends,
+                damping=shift,
+                last_ratio=state.reduction_ratio,
+                extras=extras,
+            )
+            direction = verdict.direction
+            state = state._replace(
+                next_damping=verdict.damping,
+                reduction_ratio=verdict.reduction_ratio,
+                rejections=state.rejections + verdict.rejected.astype(jnp.int32),
             )
         return jax.tree.map(lambda v, u: v.astype(u.dtype), direction, updates), state
 
@@ -253,41 +231,6 @@ def _checked_steps(num_steps: Any) -> int:
         )
     check_count("num_steps", whole)
     return whole
-
-
-def _refuse_schedule(name: str, value: Any, remedy: str = "") -> None:
-    if callable(value):
-        raise TypeError(f"{name} must be a number, got {value!r}.{remedy}")
-
-
-def _damping_rule(damping: Any) -> Callable[[Any, Any, Any], jax.Array]:
-    """Check ``damping`` and return ``(count, gradient norm, λ of the rule) ↦ λ``."""
-    if isinstance(damping, LevenbergMarquardt):
-        check_interval("damping.initial", damping.initial, 0.0, open_low=True)
-        check_interval("damping.grow", damping.grow, 1.0, open_low=True)
-        check_interval("damping.shrink", damping.shrink, 0.0, 1.0, open_low=True, open_high=True)
-        check_interval("damping.high", damping.high, 0.0, open_low=True)
-        check_interval("damping.low", damping.low, 0.0, damping.high, open_low=True)
-        check_interval("damping.step_size", damping.step_size, 0.0, open_low=True)
-        check_interval("damping.smallest", damping.smallest, 0.0, open_low=True)
-        check_interval("damping.largest", damping.largest, damping.smallest)
-        return lambda count, norm, following: following
-    if not isinstance(damping, tuple | list) or len(damping) != 2:
-        raise TypeError(
-            f"damping must be a pair (a, b) for a * norm(gradient)**b, or a LevenbergMarquardt "
-            f"rule, got {damping!r}. Pass (value, 0) for a constant."
-        )
-    factor, power = damping
-    _refuse_schedule("damping[1]", power, " Only damping[0] may be a schedule.")
-    check_interval("damping[0]", factor, 0.0, open_high=True)
-    check_interval("damping[1]", power, 0.0, open_high=True)
-
-    def rule(count: Any, norm: Any, following: Any) -> jax.Array:
-        del following
-        scale = factor(count) if callable(factor) else factor
-        return (jnp.asarray(scale) * norm ** jnp.asarray(power, norm.dtype)).astype(jnp.float32)
-
-    return rule
 
 
 def _idle(state: KrylovFlowState, rule: Callable[[Any, Any, Any], jax.Array]) -> KrylovFlowState:
@@ -311,42 +254,6 @@ def _measured(
         negative_curvature=state.negative_curvature
         + solved.nonpositive_curvature.astype(jnp.int32),
         failures=state.failures + (solved.failed | ~has_damping).astype(jnp.int32),
-    )
-
-
-def _judged(
-    state: KrylovFlowState,
-    rule: LevenbergMarquardt,
-    solved: MinresResult,
-    gradient: Any,
-    direction: Any,
-    descends: Any,
-    extras: dict[str, Any],
-) -> tuple[Any, KrylovFlowState]:
-    """Compare the loss after the step with the quadratic model; set the next λ, refuse the step."""
-    step = rule.step_size
-    moved = jax.tree.map(
-        lambda p, v: (p - step * v.astype(_at_least_float32(p))).astype(p.dtype),
-        extras["point"],
-        embed(direction, extras["point"]),
-    )
-    actual = extras["value"] - extras["value_fn"](moved)
-    slope = dot(gradient, direction)
-    # vᵀ(A + λI)v = vᵀ(∇ − r), at no further product.
-    curved = slope - dot(direction, solved.residual) - state.damping * dot(direction, direction)
-    predicted = step * slope - 0.5 * step**2 * curved
-    ratio = actual / jnp.where(predicted == 0, 1.0, predicted)
-    trusted = jnp.isfinite(ratio) & descends & (predicted > 0)
-    ratio = jnp.where(trusted, ratio, 0.0).astype(jnp.float32)
-    factor = jnp.where(ratio < rule.low, rule.grow, jnp.where(ratio > rule.high, rule.shrink, 1.0))
-    following = jnp.clip(state.damping * factor, rule.smallest, rule.largest)
-    still = slope == 0  # a zero gradient says nothing about the model
-    rejected = ~(actual > 0) if rule.reject else jnp.asarray(False)  # also where it is not finite
-    direction = where(rejected, jax.tree.map(jnp.zeros_like, direction), direction)
-    return direction, state._replace(
-        next_damping=jnp.where(still, state.damping, following).astype(jnp.float32),
-        reduction_ratio=jnp.where(still, state.reduction_ratio, ratio),
-        rejections=state.rejections + (rejected & ~still).astype(jnp.int32),
     )
 
 
