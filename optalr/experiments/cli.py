@@ -191,7 +191,8 @@ def plot(
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
-      configs: draw the losses of these configs of a comparison, over steps and over seconds.
+      configs: draw the losses of these configs of a comparison, over steps (epochs, where full
+        batches stand beside mini-batches) and over seconds.
       out: the picture of them; by default FOLDER/selection.png.
     """
     from optalr.experiments import commands

@@ -107,6 +107,8 @@ def draw_selection(comparison: Comparison) -> bytes:
 
     Where the configs' epochs have different numbers of steps, as with full batches beside
     mini-batches, it is over epochs instead of steps, and training losses are means of an epoch.
+    Where some configs take many more steps than others, as a cheap method given equal time does,
+    the steps' axis is logarithmic.
     """
     found = list(_read(comparison))
     over = "step"
@@ -127,11 +129,17 @@ def draw_selection(comparison: Comparison) -> bytes:
             if tested:
                 _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
     start = max((float(c.measured["loss"][:, 0].mean()) for _, _, c in found), default=1.0)
-    for axis, label in zip(axes[:, 0], labels, strict=True):
+    # An untrained net's test loss is far above all others where its running statistics are none.
+    tested_from = max((_highest(c.evaluated["test_loss"][:, 1:]) for _, _, c in found), default=0.0)
+    for axis, label, top in zip(axes[:, 0], labels, (np.inf, 1.15 * tested_from), strict=False):
         axis.set_ylabel(label)
         # Above is a breakdown, below a fit to the last bit; both would flatten the rest.
         low, high = axis.get_ylim()
-        axis.set_ylim(max(low, 1e-6 * start), min(high, 30 * start))
+        axis.set_ylim(max(low, 1e-6 * start), min(high, 30 * start, top))
+        _plain_ticks(axis)
+    lengths = [curves.steps[-1] for _, _, curves in found]
+    if lengths and max(lengths) > 3 * min(lengths):
+        axes[0, 0].set_xscale("log", nonpositive="mask")
     axes[-1, 0].set_xlabel(over)
     axes[-1, 1].set_xlabel("seconds of training")
     return _finish(figure, axes[0, 0], "")
@@ -203,6 +211,11 @@ def _log_scale(axis: Any, highest: float = 0.0) -> None:
     axis.set_yscale("log")
     if highest > 0:
         axis.set_ylim(top=1.15 * highest)
+    _plain_ticks(axis)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Write the losses as plain numbers where the axis spans little."""
     low, high = axis.get_ylim()
     if high < 300 * low:
         steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 8 * low else (1, 2, 5)

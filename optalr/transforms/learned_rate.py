@@ -141,7 +141,8 @@ def scale_by_learned_rate(
         (``{"name": "finite_differences", "step": 1e-2}``).
       rate_momentum: β in [0, 1) of the rate's own momentum, v ← βv + Δη, η ← η + v (eq. 20-21).
       every: update the rate at every so many steps (≥ 1); the others cost what plain SGD does.
-      lag: whether a new rate is applied from the next step on, as published, or at once.
+      lag: whether a new rate is applied from the next step on, as published, or at once; then it
+        has not been probed: where f is almost straight, bound it by the safeguards' ``ceiling``.
       probe: the name of the extra argument that holds f's loss, ``value_fn(params) -> scalar``: the
         training batch by default; pass a ``jax.tree_util.Partial`` over a validation batch
         (eq. 22-23) or over part of the batch under a name of your own.

@@ -46,15 +46,21 @@ def test_full_batches_and_mini_batches_are_drawn_over_epochs(tmp_path, monkeypat
     folders = {
         "full": _finished_run(tmp_path / "full", np.linspace(2.0, 1.0, 4), 1),
         "mini": _finished_run(tmp_path / "mini", np.linspace(2.0, 0.1, 20), 5),
+        "long": _finished_run(tmp_path / "long", np.linspace(2.0, 0.1, 75), 5),
     }
     monkeypatch.setattr(compare.Comparison, "runs", lambda self, name: [folders[name]])
     drawn = []
     monkeypatch.setattr(pictures, "_finish", lambda figure, *_: drawn.append(figure) or b"")
-    for names, label, ends in ((["full", "mini"], "epoch", [4, 4]), (["mini"], "step", [20])):
+    for names, label, ends, scale in (
+        (["full", "mini"], "epoch", [4, 4], "linear"),
+        (["mini"], "step", [20], "linear"),
+        (["long", "mini"], "step", [75, 20], "log"),
+    ):
         chosen = compare.Comparison(tmp_path, {name: Config() for name in names}, (0,), math.nan)
         pictures.draw_selection(chosen)
         over_steps, over_seconds = drawn.pop().axes
-        assert over_steps.get_xlabel() == label
+        assert (over_steps.get_xlabel(), over_steps.get_xscale()) == (label, scale)
         assert [line.get_xdata()[-1] for line in over_steps.lines] == ends
         assert over_seconds.get_xlabel() == "seconds of training"
+        assert over_seconds.get_xscale() == "linear"
         assert over_seconds.lines[-1].get_xdata()[-1] == 10.0
