@@ -27,9 +27,10 @@ def edf(
 
     Choose it with ``num_steps`` 1 or 2 and the default damping for mini-batches (the paper's rates
     lie between 0.1 and 2), with more steps, ``acceleration="W2"`` and a rate of 1 to fit a full
-    batch. The paper fits full batches without damping, ``(0.0, 1.0)``; such fits of
+    batch. The paper fits full batches without damping, ``(0.0, 1.0)``, at a rate of 1; such fits of
     a small convolution net by type G broke down with two of three seeds at k = 5 (losses of 1e5 to
-    1e6; the third ended at 2e-7), with all three at k = 10 and 30. It is
+    1e6; the third ended at 2e-7), with all three at k = 10 and 30. A rate of 0.5, at k = 30 0.2,
+    kept them; damped type H needed 0.5 at k = 5 and 0.2 at 10, damped type G was steady at 1. It is
     ``optax.chain(scale_by_krylov_flow(...), scale_by_recorded_rate(learning_rate))``, with
     ``optax.trace(0.9)`` between the two for W1 and ``accelerate_by_nesterov_flow(3)`` after them
     for W2.
