@@ -5,6 +5,8 @@ step), and a tracer has no value to look at. Every check here therefore judges c
 and lets tracers through.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -76,6 +78,32 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
+
+
+def from_fields(name: str, given: Any, kind: type) -> Any:
+    """Return a ``kind`` where ``given`` is a mapping of its fields, else ``given`` as it is.
+
+    A config cannot hold None: False stands for it in a field that is not a bool.
+
+    Args:
+      name: the argument, as the user wrote it.
+      given: what was passed.
+      kind: a dataclass or a named tuple, every field of which has a default.
+
+    Raises:
+      TypeError: the mapping names a field that ``kind`` does not have.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    defaults: dict[str, Any] = getattr(kind, "_field_defaults", {})
+    if dataclasses.is_dataclass(kind):
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for key in given:
+        if key not in defaults:
+            raise TypeError(f"{name} has no field {key!r}; its fields are {', '.join(defaults)}.")
+    off = {key for key, value in given.items() if value is False}
+    switches = {key for key, default in defaults.items() if isinstance(default, bool)}
+    return kind(**{k: None if k in off - switches else v for k, v in given.items()})
 
 
 def require_extra(extras: dict[str, Any], name: str, method: str, remedy: str = "") -> Any:

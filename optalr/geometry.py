@@ -6,7 +6,7 @@ it is from that). Theorem 2: F^{-1/2} makes the noise of gradients isotropic, so
 where it is; plain SGD keeps the noise's own shape (``noise_spectrum`` measures both).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from optalr.arguments import check_count, check_interval
 from optalr.signals.moments import Coverage
 from optalr.signals.storage import Side
-from optalr.transforms._kronecker_options import KroneckerOptions
+from optalr.transforms._kronecker_options import KroneckerOptions, resolve_options
 from optalr.transforms._kronecker_plan import LeafPlan, plan_leaves
 from optalr.transforms.kronecker import KroneckerState
 
@@ -225,7 +225,7 @@ def factor_spectra(
     params: Any = None,
     *,
     layout: Coverage | None = None,
-    options: KroneckerOptions | None = None,
+    options: KroneckerOptions | Mapping[str, Any] | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return the eigenvalues of every pair of Kronecker factors in a state.
 
@@ -260,7 +260,7 @@ def factor_spectra(
     """
     plans = None
     if params is not None:
-        storage = options or KroneckerOptions()
+        storage = resolve_options(options)
         bias = "joint" if storage.joint_bias else "shared"
         plans = {plan.path: plan for plan in plan_leaves(params, layout, storage, bias)}
     found = {}

@@ -1,3 +1,6 @@
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -42,3 +45,34 @@ def test_a_missing_extra_names_itself_and_the_call_that_supplies_it():
         TypeError, match=r"edf needs the extra argument 'hessian'.*value_grad_and_extras"
     ):
         arguments.require_extra({}, "hessian", "edf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guards:
+    ceiling: float | None = 1.0
+    strict: bool = True
+
+
+class Law(NamedTuple):
+    grow: float = 2.0
+    strict: bool = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        (Guards, {"ceiling": 3.0}, Guards(3.0)),
+        (Guards, {"ceiling": False, "strict": False}, Guards(None, False)),
+        (Law, {"grow": 3.0, "strict": False}, Law(3.0, False)),
+        (Law, {}, Law()),
+        (Law, Law(5.0), Law(5.0)),
+        (Law, None, None),
+    ],
+)
+def test_a_mapping_stands_for_an_object_with_these_fields(kind, given, expected):
+    assert arguments.from_fields("law", given, kind) == expected
+
+
+def test_an_unknown_field_is_named():
+    with pytest.raises(TypeError, match="law has no field 'grew'; its fields are grow, strict"):
+        arguments.from_fields("law", {"grew": 3.0}, Law)

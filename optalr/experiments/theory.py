@@ -109,6 +109,7 @@ def write(theory: Theory, path: Path) -> list[Path]:
 
 def _train(trainer: Trainer, seed: int) -> tuple[TrainState, list[tuple[int, Spectra]]]:
     epochs = trainer.config.train.epochs
+    options = trainer.config.method.options.get("options")
     wanted = {round(epoch) for epoch in np.geomspace(1, epochs, min(SNAPSHOTS, epochs))}
     spectra: list[tuple[int, Spectra]] = []
     state = trainer.init(seed)
@@ -119,7 +120,7 @@ def _train(trainer: Trainer, seed: int) -> tuple[TrainState, list[tuple[int, Spe
                 raise ExperimentError(
                     f"training diverged in epoch {epoch}: set a smaller method.learning_rate."
                 )
-        found = optalr.factor_spectra(state.opt_state)
+        found = optalr.factor_spectra(state.opt_state, state.params, options=options)
         if epoch in wanted and found:
             spectra.append((epoch, found))
     if not spectra:

@@ -1,11 +1,11 @@
 """Exponentially decaying flows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
 
-from optalr.arguments import check_choice, check_interval, is_concrete
+from optalr.arguments import check_choice, check_interval, from_fields, is_concrete
 from optalr.transforms._flow_damping import LevenbergMarquardt
 from optalr.transforms.krylov_flow import scale_by_krylov_flow
 from optalr.transforms.learning_rate import scale_by_recorded_rate
@@ -17,7 +17,7 @@ def edf(
     *,
     curvature: str = "gauss_newton",
     num_steps: int = 1,
-    damping: tuple[Any, Any] | LevenbergMarquardt = (1.0, 1.0),
+    damping: tuple[Any, Any] | LevenbergMarquardt | Mapping[str, Any] = (1.0, 1.0),
     acceleration: str | None = None,
     tol: Any = 0.0,
     preconditioner: Callable[..., Callable[[Any], Any]] | None = None,
@@ -41,9 +41,10 @@ def edf(
       curvature: ``"gauss_newton"`` (type G; the loss must be an ``optalr.composite_loss``) or
         ``"hessian"`` (type H).
       num_steps: k, MINRES steps, an integer of at least 1.
-      damping: ``(a, b)`` for ``λ = a ‖∇‖^b``, or an ``optalr.LevenbergMarquardt`` rule. A
-        ``step_size`` of 1, its default, becomes the learning rate if that is a positive constant.
-        With W1, W2 or a schedule the step that the rule judges is not the one taken.
+      damping: ``(a, b)`` for ``λ = a ‖∇‖^b``, or an ``optalr.LevenbergMarquardt`` rule or a
+        mapping of its fields. A ``step_size`` of 1, its default, becomes the learning rate if that
+        is a positive constant. With W1, W2 or a schedule the step that the rule judges is not the
+        one taken.
       acceleration: None; ``"W1"``, constant friction: momentum 0.9 on the solved direction; or
         ``"W2"``, vanishing friction ``3/t``: Nesterov's scheme. Under
         ``two_stage``, a phase set back to 0 goes on with the velocity that W2 had at the switch.
@@ -98,6 +99,7 @@ def edf(
 def _judging(damping: Any, learning_rate: Any) -> Any:
     """Return ``damping``; a rule of default step judges that of a constant learning rate."""
     check_interval("learning_rate", learning_rate, 0.0, remedy="The sign is flipped for you.")
+    damping = from_fields("damping", damping, LevenbergMarquardt)
     if not isinstance(damping, LevenbergMarquardt) or callable(learning_rate):
         return damping
     default = LevenbergMarquardt().step_size

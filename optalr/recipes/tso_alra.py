@@ -1,5 +1,6 @@
 """TSO-ALRA: along the inverse root of the Fisher matrix first, then plain SGD."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ def tso_alra(
     momentum: float | None = 0.9,
     second_momentum: float | None = None,
     layout: Coverage | None = None,
-    options: KroneckerOptions | None = None,
+    options: KroneckerOptions | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train along F^{-1/2} g, then by plain SGD: the two-stage optimizer of Ida & Fujiwara.
 
@@ -59,7 +60,7 @@ def tso_alra(
       second_momentum: in [0, 1), of phase 1, starting from zero at the switch; None for none. With
         one of m, a rate acts as if divided by 1 − m.
       layout: what ``optalr.coverage(loss_fn, params, *args)`` returned, where it is needed.
-      options: more of ``scale_by_kronecker``, a ``KroneckerOptions``.
+      options: more of ``scale_by_kronecker``, a ``KroneckerOptions`` or a mapping of its fields.
 
     Returns:
       A transformation that reads the extra ``signals``.

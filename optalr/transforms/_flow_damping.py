@@ -95,7 +95,7 @@ def damping_rule(damping: Any) -> Callable[[Any, Any, Any], jax.Array]:
     if not isinstance(damping, tuple | list) or len(damping) != 2:
         raise TypeError(
             f"damping must be a pair (a, b) for a * norm(gradient)**b, or a LevenbergMarquardt "
-            f"rule, got {damping!r}. Pass (value, 0) for a constant."
+            f"rule or a mapping of its fields, got {damping!r}. Pass (value, 0) for a constant."
         )
     factor, power = damping
     refuse_schedule("damping[1]", power, " Only damping[0] may be a schedule.")

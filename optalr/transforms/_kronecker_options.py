@@ -1,13 +1,20 @@
 """Options of the Kronecker form, and the clock that says when it measures and takes roots."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_choice, check_count, check_interval, is_concrete
+from optalr.arguments import (
+    check_choice,
+    check_count,
+    check_interval,
+    from_fields,
+    is_concrete,
+)
 from optalr.linalg.roots import METHODS
 from optalr.signals.storage import FactorStorage
 
@@ -73,6 +80,18 @@ class KroneckerOptions(FactorStorage):
         if self.block_size is not None:
             check_count("block_size", self.block_size, 2)
         check_count("max_factor_size", self.max_factor_size)
+
+
+def resolve_options(given: KroneckerOptions | Mapping[str, Any] | None) -> KroneckerOptions:
+    """Return the options that ``given`` stands for."""
+    given = from_fields("options", given, KroneckerOptions)
+    if given is None:
+        return KroneckerOptions()
+    if not isinstance(given, KroneckerOptions):
+        raise TypeError(
+            f"options must be a KroneckerOptions or a mapping of its fields, got {given!r}."
+        )
+    return given
 
 
 def check_root_method(options: KroneckerOptions, power: Any, statistics: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.arguments import check_interval, is_concrete
+from optalr.arguments import check_interval, from_fields, is_concrete
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +80,7 @@ def resolve_safeguards(given: "RateSafeguards | Mapping[str, Any] | str | None")
         return RateSafeguards.off()
     if given == "on":
         return RateSafeguards()
-    if isinstance(given, Mapping):
-        # A config cannot hold None: False switches one off as well.
-        fields: dict[str, Any] = {k: None if v is False else v for k, v in given.items()}
-        given = RateSafeguards(**fields)
+    given = from_fields("safeguards", given, RateSafeguards)
     if not isinstance(given, RateSafeguards):
         raise TypeError(
             f"safeguards must be 'on', 'off', a RateSafeguards or a mapping of its fields, got "

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from optalr.arguments import check_count, check_interval
+from optalr.arguments import check_count, check_interval, from_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,7 @@ def resolve_guards(given: "LipschitzGuards | Mapping[str, Any] | str | None") ->
         return LipschitzGuards()
     if given == "off":
         return LipschitzGuards.off()
-    if isinstance(given, Mapping):
-        # A config cannot hold None: False switches one off as well.
-        fields: dict[str, Any] = {k: None if v is False else v for k, v in given.items()}
-        given = LipschitzGuards(**fields)
+    given = from_fields("guards", given, LipschitzGuards)
     if not isinstance(given, LipschitzGuards):
         raise TypeError(
             f"guards must be 'on', 'off', a LipschitzGuards or a mapping of its fields, got "

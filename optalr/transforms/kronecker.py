@@ -10,6 +10,7 @@ p = −1 the natural gradient, p = 0 the gradient.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,12 @@ from optalr.transforms import _kronecker_apply as applying
 from optalr.transforms import _kronecker_factors as factors
 from optalr.transforms import _kronecker_memory as store
 from optalr.transforms import _kronecker_refresh as refreshing
-from optalr.transforms._kronecker_options import Clock, KroneckerOptions, check_root_method
+from optalr.transforms._kronecker_options import (
+    Clock,
+    KroneckerOptions,
+    check_root_method,
+    resolve_options,
+)
 from optalr.transforms._kronecker_plan import find_sources, leaves_with_path, plan_leaves
 
 
@@ -73,7 +79,7 @@ def scale_by_kronecker(
     signals_every: Any = None,
     statistics: str = "signals",
     layout: Coverage | None = None,
-    options: KroneckerOptions | None = None,
+    options: KroneckerOptions | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale gradients by a power of the Kronecker-factored Fisher matrix.
 
@@ -125,7 +131,7 @@ def scale_by_kronecker(
         power p/2, which needs no capture.
       layout: what ``optalr.coverage(loss_fn, params, *args)`` returned; needed where a leaf's
         matrix view is not "all axes but the last by the last".
-      options: a ``KroneckerOptions``.
+      options: a ``KroneckerOptions``, or a mapping of its fields.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` that reads the extra ``signals``.
@@ -161,7 +167,7 @@ def scale_by_kronecker(
     relative damping and the bound. ``statistics="gradient"``: Vineet Gupta, Tomer Koren and Yoram
     Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", 2018.
     """
-    options = options or KroneckerOptions()
+    options = resolve_options(options)
     check_interval("power", power, -1, 0)
     check_interval("decay", decay, 0, 1, open_high=True)
     check_interval("damping", damping, 0)

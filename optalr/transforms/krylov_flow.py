@@ -9,14 +9,20 @@ the curvature along the gradient, a large ``k`` is a Gauss-Newton or Newton step
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_choice, check_count, check_interval, require_extra
+from optalr.arguments import (
+    check_choice,
+    check_count,
+    check_interval,
+    from_fields,
+    require_extra,
+)
 from optalr.linalg._vectors import divide, dot, largest, where
 from optalr.linalg.minres import MinresResult, minres, minres_step
 from optalr.states import count_up
@@ -70,7 +76,7 @@ def scale_by_krylov_flow(
     *,
     curvature: str = "gauss_newton",
     num_steps: int = 1,
-    damping: tuple[Any, Any] | LevenbergMarquardt = (1.0, 1.0),
+    damping: tuple[Any, Any] | LevenbergMarquardt | Mapping[str, Any] = (1.0, 1.0),
     tol: Any = 0.0,
     preconditioner: Callable[..., Callable[[Any], Any]] | None = None,
     negative_curvature: str = "descend",
@@ -89,7 +95,8 @@ def scale_by_krylov_flow(
       num_steps: k, MINRES steps, an integer of at least 1; 1 is solved in closed form.
       damping: ``(a, b)`` for ``λ = a ‖∇‖^b``, both at least 0: ``(1, 1)`` for mini-batches,
         ``(0, b)`` for none, ``(λ, 0)`` for a constant; ``a`` may be a schedule. Or a
-        ``LevenbergMarquardt`` rule, which costs one more evaluation of the loss.
+        ``LevenbergMarquardt`` rule or a mapping of its fields, which costs one more evaluation of
+        the loss.
       tol: leave the solution alone once its residual is below ``tol ‖∇‖``; in [0, 1).
       preconditioner: ``preconditioner(extras, damping)`` returns the linear map ``r ↦ M r`` that
         approximates ``(A + λI)⁻¹``, for example ``optalr.kronecker_preconditioner()``.
@@ -143,6 +150,7 @@ def scale_by_krylov_flow(
     num_steps = _checked_steps(num_steps)
     refuse_schedule("tol", tol)
     check_interval("tol", tol, 0.0, 1.0, open_high=True)
+    damping = from_fields("damping", damping, LevenbergMarquardt)
     rule = damping_rule(damping)
 
     def init_fn(params: Any) -> KrylovFlowState:

@@ -38,6 +38,16 @@ def test_the_factors_are_noted_over_training(found):
     assert cols.shape == (8,)
 
 
+def test_factors_in_blocks_are_noted_without_their_padding():
+    method = SMALL["method"] | {"options": {"block_size": 24}}
+    config = from_table(SMALL | {"method": method, "train": {"epochs": 1, "batch_size": 64}})
+    rows, cols = theory.examine(Trainer(config), num_batches=10, damping=1e-3).spectra[0][1][
+        "['Dense_0']['kernel']"
+    ]
+    assert rows.shape == (64,)
+    assert cols.shape == (8,)
+
+
 def test_isotropic_noise_has_the_rank_of_its_samples():
     spectrum = theory._isotropic(50, 10_000, seed=0)
     # n samples of P numbers: (Σλ)²/Σλ² is n P/(P + n) for a Wishart matrix.

@@ -151,3 +151,18 @@ def test_only_the_factor_of_the_damping_may_be_a_schedule():
     for expected in (0.5, 0.25):
         _, state = tx.update(grads, state, hessian=lambda v: v)
         np.testing.assert_allclose(state.damping, expected, rtol=1e-6)
+
+
+def test_a_mapping_of_fields_is_a_rule():
+    w = jnp.array([-1.2, 1.0])
+    loss = optalr.composite_loss(rosenbrock, squared)
+    _, grads, extras = optalr.value_grad_and_extras(loss)(w)
+    fields = {"initial": 0.5, "reject": False}
+    for flow in (scale_by_krylov_flow, lambda **options: optalr.edf(0.1, **options)):
+        found, expected = (
+            tx.update(grads, tx.init(w), w, **extras)
+            for tx in (flow(damping=fields), flow(damping=LevenbergMarquardt(**fields)))
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with pytest.raises(TypeError, match="damping has no field 'inital'; its fields are initial,"):
+        scale_by_krylov_flow(damping={"inital": 0.5})

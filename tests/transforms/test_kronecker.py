@@ -582,6 +582,23 @@ def test_joint_bias_needs_a_layout():
         scale_by_kronecker(options=KroneckerOptions(joint_bias=True))
 
 
+def test_options_may_be_a_mapping_of_their_fields():
+    grads = {"w": jnp.array([[3.0, 1.0], [0.0, 2.0]])}
+    fields = {"warmup": 0, "min_batches": 1, "max_update": None, "spectrum": "exact"}
+    found, expected = (
+        tx.update(grads, tx.init(grads))
+        for tx in (
+            scale_by_kronecker(statistics="gradient", options=fields),
+            scale_by_kronecker(statistics="gradient", options=KroneckerOptions(**fields)),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with pytest.raises(TypeError, match="options has no field 'blocks'"):
+        scale_by_kronecker(options={"blocks": 16})
+    with pytest.raises(TypeError, match="options must be a KroneckerOptions or a mapping"):
+        scale_by_kronecker(options="exact")  # type: ignore[arg-type]
+
+
 def test_missing_signals_name_the_call_that_supplies_them(layer):
     grads, *_ = layer
     tx = scale_by_kronecker()
