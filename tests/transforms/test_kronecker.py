@@ -8,63 +8,18 @@ import optax
 import pytest
 
 import optalr
-from optalr.signals.moments import Coverage, LayerMoments, LeafTreatment, LeafView
+from optalr.signals.moments import LeafView
 from optalr.transforms.kronecker import KroneckerOptions, KroneckerState, scale_by_kronecker
-
-# No waiting and no bound: the arithmetic alone.
-BARE = KroneckerOptions(warmup=0, min_batches=1, max_update=None)
-N = 32
-
-
-def gram(rng, size, scale=1.0):
-    factor = rng.standard_normal((2 * size, size))
-    return scale * factor.T @ factor / (2 * size)
-
-
-def moments(rows, cols, count=N, bias=None, positions=1, mean=None):
-    rows, cols = jnp.asarray(rows, jnp.float32), jnp.asarray(cols, jnp.float32)
-    mean = jnp.zeros(rows.shape[:-1], jnp.float32) if mean is None else jnp.asarray(mean)
-    return LayerMoments(
-        rows, cols, mean, None, jnp.float32(count), jnp.float32(positions), bias=bias
-    )
-
-
-def power_of(matrix, power):
-    values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
-    return (vectors * values**power) @ vectors.T
-
-
-def relative(matrix, damping):
-    return matrix + damping * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
-
-
-@functools.cache
-def jitted(update):
-    return jax.jit(lambda grads, state, extras: update(grads, state, **extras))
-
-
-def run(tx, grads, signals, state=None):
-    """One jitted update."""
-    state = tx.init(grads) if state is None else state
-    extras = {} if signals is None else {"signals": signals}
-    return jitted(tx.update)(grads, state, extras)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
-def layer(rng):
-    """A dense layer of 5 inputs and 3 outputs with its bias."""
-    grads = {
-        "kernel": jnp.asarray(rng.standard_normal((5, 3)), jnp.float32),
-        "bias": jnp.asarray(rng.standard_normal(3), jnp.float32),
-    }
-    rows, cols = gram(rng, 5), gram(rng, 3, 1e-2)
-    signals = {"kernel": moments(rows, cols, bias="['bias']"), "bias": None}
-    return grads, signals, rows, cols
+from tests.transforms.kronecker_layers import (
+    BARE,
+    N,
+    gram,
+    layout_of,
+    moments,
+    power_of,
+    relative,
+    run,
+)
 
 
 def test_one_update_by_hand():
@@ -219,156 +174,6 @@ def test_no_signals_in_a_batch_leave_the_factors_alone(layer):
     assert bool(after.wants_signals)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_nothing_that_is_not_finite_reaches_factors_or_updates(layer, bad):
-    grads, signals, *_ = layer
-    tx = scale_by_kronecker(options=BARE)
-    good, state = run(tx, grads, signals)
-    broken = {**grads, "kernel": grads["kernel"].at[1, 1].set(bad)}
-    kernel = dataclasses.replace(signals["kernel"], rows=signals["kernel"].rows.at[0, 0].set(bad))
-    updates, after = run(tx, broken, {**signals, "kernel": kernel}, state)
-    assert all(float(jnp.abs(u).max()) == 0 for u in jax.tree.leaves(updates))
-    assert int(after.failures) == 2  # the measurement and the update
-    np.testing.assert_array_equal(after.row_factors["kernel"], state.row_factors["kernel"])
-    again, _ = run(tx, grads, signals, after)
-    scale = float(jnp.abs(good["kernel"]).max())
-    np.testing.assert_allclose(again["kernel"], good["kernel"], rtol=1e-4, atol=1e-5 * scale)
-
-
-def test_a_failed_root_keeps_the_last_good_pair(layer):
-    grads, signals, *_ = layer
-    tx = scale_by_kronecker(options=BARE)
-    _, state = run(tx, grads, signals)
-    poisoned = {**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)}
-    updates, after = run(tx, grads, signals, state._replace(row_factors=poisoned))
-    assert int(after.failures) == 1
-    for name in ("row_roots", "col_roots"):
-        np.testing.assert_array_equal(
-            getattr(after, name)["kernel"], getattr(state, name)["kernel"]
-        )
-    assert bool(jnp.isfinite(updates["kernel"]).all())
-
-
-def test_the_residual_of_a_kept_pair_still_counts(layer):
-    grads, signals, *_ = layer
-    tx = scale_by_kronecker(options=BARE)
-    _, state = run(tx, grads, signals)
-    poisoned = {**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)}
-    state = state._replace(row_factors=poisoned, root_residual=jnp.float32(0.25))
-    _, after = run(tx, grads, signals, state)
-    assert float(after.root_residual) == 0.25
-    assert int(after.root_age) == 0  # the next try waits its turn
-
-
-def test_the_residual_of_a_discarded_partner_does_not_count(layer):
-    grads, signals, *_ = layer
-    options = dataclasses.replace(BARE, spectrum="exact", root_method="eigenbasis")
-    tx = scale_by_kronecker(options=options)
-    _, state = run(tx, grads, signals)
-    # The columns' basis is only near, so that its residual is above the old pair's.
-    turn = np.linalg.qr(np.eye(3) + 0.02 * np.random.default_rng(1).standard_normal((3, 3)))[0]
-    state = state._replace(
-        row_factors={**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)},
-        col_roots={**state.col_roots, "kernel": state.col_roots["kernel"] @ turn},
-        root_residual=jnp.float32(1e-9),
-    )
-    _, after = run(tx, grads, signals, state)
-    assert int(after.failures) >= 1
-    assert float(after.root_residual) == float(state.root_residual)
-
-
-def test_a_dead_layer_is_no_failure(layer):
-    grads, signals, *_ = layer
-    zero = jax.tree.map(jnp.zeros_like, grads)
-    dead = moments(np.zeros((5, 5)), np.zeros((3, 3)), bias="['bias']")
-    updates, state = run(scale_by_kronecker(), zero, {**signals, "kernel": dead})
-    assert int(state.failures) == 0
-    assert float(jnp.abs(updates["kernel"]).max()) == 0
-
-
-def test_updates_are_bounded_by_the_change_they_make_to_outputs(layer):
-    grads, signals, rows, _ = layer
-    huge = jax.tree.map(lambda g: 1e6 * g, grads)
-    options = dataclasses.replace(BARE, max_update=0.5)
-    updates, state = run(scale_by_kronecker(options=options), huge, signals)
-    # ‖U‖² tr(A)/m = (max_update)² n
-    size = float(jnp.linalg.norm(updates["kernel"])) * np.sqrt(np.trace(rows) / 5)
-    np.testing.assert_allclose(size, 0.5 * np.sqrt(3), rtol=1e-4)
-    np.testing.assert_allclose(jnp.linalg.norm(updates["bias"]), 0.5 * np.sqrt(3), rtol=1e-4)
-    norm = optax.tree.norm(updates)
-    np.testing.assert_allclose(state.update_norm, norm, rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1e-30, 1e20, 1e35])
-def test_bounds_hold_far_from_one(layer, size):
-    grads, signals, *_ = layer
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
-    grads = jax.tree.map(lambda g: g / largest, grads)
-    far = jax.tree.map(lambda g: size * g, grads)
-    # The factors are those of size one: the update is that large too before it is bounded.
-    options = dataclasses.replace(BARE, max_update=0.5 * min(1, size))
-    updates, state = run(scale_by_kronecker(-0.01, options=options), far, signals)
-    expected = dataclasses.replace(BARE, max_update=0.5)
-    wanted, _ = run(
-        scale_by_kronecker(-0.01, options=expected),
-        jax.tree.map(lambda g: 1e6 * g, grads) if size > 1 else grads,
-        signals,
-    )
-    assert int(state.failures) == 0
-    for name in grads:
-        np.testing.assert_allclose(updates[name], min(1, size) * wanted[name], rtol=1e-4)
-    np.testing.assert_allclose(state.update_norm, min(1, size) * optax.tree.norm(wanted), rtol=1e-4)
-
-
-def test_the_norm_reported_of_a_huge_update_is_finite(layer):
-    grads, signals, *_ = layer
-    tx = scale_by_kronecker(0.0, options=BARE)
-    _, state = run(tx, jax.tree.map(lambda g: 1e25 * g, grads), signals)
-    np.testing.assert_allclose(state.update_norm, 1e25 * optax.tree.norm(grads), rtol=1e-5)
-
-
-def _stacked_layer(rng, num_layers, statistics):
-    """A stack of layers of 4 inputs and 3 outputs, their signals and the layout."""
-    view = LeafView((0,), (1,), (2,), "rows", "['b']")
-    shapes = {"w": (num_layers, 4, 3), "b": (num_layers, 3)}
-    layout = _layout(
-        ("['w']", shapes["w"], "kronecker", view, 0), ("['b']", shapes["b"], "bias", None, 0)
-    )
-    grads = {
-        name: 1e6 * jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for name, shape in shapes.items()
-    }
-    rows = np.stack([gram(rng, 4) for _ in range(num_layers)])
-    cols = np.stack([gram(rng, 3) for _ in range(num_layers)])
-    signals = {"w": moments(rows, cols, bias="['b']"), "b": None}
-    return layout, grads, signals if statistics == "signals" else None
-
-
-@pytest.mark.parametrize("statistics", ["signals", "gradient"])
-def test_a_stack_of_biases_is_bounded_layer_by_layer(rng, statistics):
-    layout, grads, signals = _stacked_layer(rng, 8, statistics)
-    options = dataclasses.replace(BARE, max_update=0.5)
-    tx = scale_by_kronecker(-0.01, statistics=statistics, layout=layout, options=options)
-    updates, _ = run(tx, grads, signals)
-    norms = jnp.linalg.norm(updates["b"], axis=-1)
-    np.testing.assert_allclose(norms, np.full(8, 0.5 * np.sqrt(3)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("known", ["layout", "signals", "gradient"])
-def test_a_bias_of_two_axes_is_bounded_by_all_outputs_of_its_layer(rng, known):
-    view = LeafView((), (0,), (1, 2), "rows", "['b']")
-    layout = _layout(("['w']", (4, 2, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0))
-    grads = {"w": jnp.ones((4, 2, 3)), "b": 1e6 * jnp.ones((2, 3))}
-    if known == "signals":  # the kernel has two axes: no layout is needed
-        layout, grads["w"] = None, jnp.ones((4, 6))
-    statistics = "gradient" if known == "gradient" else "signals"
-    signals = {"w": moments(gram(rng, 4), gram(rng, 6), bias="['b']"), "b": None}
-    options = dataclasses.replace(BARE, max_update=0.5)
-    tx = scale_by_kronecker(-0.01, statistics=statistics, layout=layout, options=options)
-    updates, _ = run(tx, grads, None if known == "gradient" else signals)
-    np.testing.assert_allclose(jnp.linalg.norm(updates["b"]), 0.5 * np.sqrt(6), rtol=1e-5)
-
-
 def test_other_layers_do_not_matter(layer, rng):
     grads, signals, *_ = layer
     tx = scale_by_kronecker(options=dataclasses.replace(BARE, max_update=0.5))
@@ -424,20 +229,18 @@ def test_a_long_side_keeps_the_diagonal_of_its_factor(rng):
     )
 
 
-def test_signals_that_do_not_fit_ask_for_a_layout(rng):
+def test_signals_that_do_not_fit_ask_for_alayout_of(rng):
     grads = {"w": jnp.ones((2, 3, 4))}
     signals = {"w": moments(gram(rng, 2), gram(rng, 12))}
     with pytest.raises(ValueError, match=r"\['w'\].*\(2, 3, 4\).*layout=optalr.coverage"):
         run(scale_by_kronecker(), grads, signals)
 
 
-def _layout(*leaves):
-    return Coverage(tuple(LeafTreatment(*leaf) for leaf in leaves))
-
-
 def test_a_layout_says_how_a_leaf_is_a_matrix(rng):
     view = LeafView((), (0,), (1, 2), "rows", "['b']")
-    layout = _layout(("['w']", (4, 2, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0))
+    layout = layout_of(
+        ("['w']", (4, 2, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0)
+    )
     grads = {
         "w": jnp.asarray(rng.standard_normal((4, 2, 3)), jnp.float32),
         "b": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32),
@@ -455,7 +258,7 @@ def test_a_layout_says_how_a_leaf_is_a_matrix(rng):
 
 def test_signals_under_other_key_paths_are_refused(rng):
     view = LeafView((), (0,), (1,), "rows", "['b']")
-    layout = _layout(("['w']", (4, 3), "kronecker", view, 0), ("['b']", (3,), "bias", None, 0))
+    layout = layout_of(("['w']", (4, 3), "kronecker", view, 0), ("['b']", (3,), "bias", None, 0))
     grads = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
     signals = {"w": moments(gram(rng, 4), gram(rng, 3), bias="['b']"), "b": None}
     tx = scale_by_kronecker(layout=layout)
@@ -474,7 +277,9 @@ def test_signals_under_other_key_paths_are_refused(rng):
 
 def test_a_stack_of_layers_equals_layers_one_by_one(rng):
     view = LeafView((0,), (1,), (2,), "rows", "['b']")
-    layout = _layout(("['w']", (2, 4, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0))
+    layout = layout_of(
+        ("['w']", (2, 4, 3), "kronecker", view, 0), ("['b']", (2, 3), "bias", None, 0)
+    )
     grads = {
         "w": jnp.asarray(rng.standard_normal((2, 4, 3)), jnp.float32),
         "b": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32),
@@ -495,7 +300,7 @@ def test_a_stack_of_layers_equals_layers_one_by_one(rng):
 
 def test_a_joint_bias_is_one_more_row(rng):
     view = LeafView((), (0,), (1,), "rows", "['b']")
-    layout = _layout(("['w']", (4, 3), "kronecker", view, 0), ("['b']", (3,), "bias", None, 0))
+    layout = layout_of(("['w']", (4, 3), "kronecker", view, 0), ("['b']", (3,), "bias", None, 0))
     grads = {
         "w": jnp.asarray(rng.standard_normal((4, 3)), jnp.float32),
         "b": jnp.asarray(rng.standard_normal(3), jnp.float32),
@@ -517,7 +322,7 @@ def test_a_joint_bias_is_one_more_row(rng):
 
 
 def test_a_layout_of_other_parameters_is_refused():
-    layout = _layout(("['w']", (4, 3), "diagonal", None, 0))
+    layout = layout_of(("['w']", (4, 3), "diagonal", None, 0))
     with pytest.raises(ValueError, match=r"layout has no leaf \['v'\]"):
         scale_by_kronecker(layout=layout).init({"v": jnp.ones((4, 3))})
     with pytest.raises(ValueError, match=r"layout describes \['w'\] with shape \(4, 3\)"):
@@ -577,7 +382,7 @@ def test_bad_options_are_named(arguments, name):
         KroneckerOptions(**arguments)
 
 
-def test_joint_bias_needs_a_layout():
+def test_joint_bias_needs_alayout_of():
     with pytest.raises(ValueError, match="joint_bias=True needs layout="):
         scale_by_kronecker(options=KroneckerOptions(joint_bias=True))
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +10,17 @@ import optax
 import pytest
 
 import optalr
-from optalr.signals.moments import LayerMoments
 from optalr.transforms import kronecker
 from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
+from tests.transforms import kronecker_layers
 from tests.transforms.branches import assert_roots_stay_in_branches
+from tests.transforms.kronecker_layers import BARE, gram, power_of, run
 
-BARE = KroneckerOptions(warmup=0, min_batches=1, max_update=None)
 N = 16
 
 
-def gram(rng, size, scale=1.0):
-    factor = rng.standard_normal((2 * size, size))
-    return scale * factor.T @ factor / (2 * size)
-
-
 def moments(rows, cols, count=N):
-    rows, cols = jnp.asarray(rows, jnp.float32), jnp.asarray(cols, jnp.float32)
-    mean = jnp.zeros(rows.shape[:-1], jnp.float32)
-    return LayerMoments(rows, cols, mean, None, jnp.float32(count), jnp.float32(1))
-
-
-def power_of(matrix, power):
-    values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
-    return (vectors * values**power) @ vectors.T
-
-
-@functools.cache
-def jitted(update):
-    return jax.jit(lambda grads, state, extras: update(grads, state, **extras))
-
-
-def run(tx, grads, signals, state=None):
-    state = tx.init(grads) if state is None else state
-    extras = {} if signals is None else {"signals": signals}
-    return jitted(tx.update)(grads, state, extras)
+    return kronecker_layers.moments(rows, cols, count)
 
 
 def vec(matrix):
