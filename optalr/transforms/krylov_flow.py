@@ -117,8 +117,9 @@ def scale_by_krylov_flow(
       A product is one pass of the linearized model and one of its transpose (type G; four matrix
       products a layer where the gradient takes three) or about two gradients (type H). Memory: some
       ten times the parameters, and one linearization, whatever ``num_steps`` is; but on a CPU XLA
-      keeps the cotangents of ``reduce_window`` poolings, the size of their inputs, once a product
-      (a pooling by ``reshape`` and ``max`` avoids it).
+      keeps the cotangents of max poolings over windows of more than 16 entries, and of those inside
+      ``jax.checkpoint``, loops and branches, the size of their inputs, once a product (a pooling by
+      ``reshape`` and ``max`` avoids it).
 
       On a CPU XLA runs gradients of convolutions 10 to 20 times slower inside ``cond``, ``scan``
       or ``while``. The flow has none around its products, but ``optalr.two_stage`` and
