@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optalr.experiments.config import Config, from_table
-from optalr.experiments.loop import train
-from optalr.experiments.record import RunFolder
-from optalr.experiments.trainer import Trainer
+from optalr.experiments.configs.config import Config, from_table
+from optalr.experiments.records.record import RunFolder
+from optalr.experiments.training.loop import train
+from optalr.experiments.training.trainer import Trainer
 
 MODELS = {
     "mlp": {"name": "mlp", "hidden": [256, 128]},

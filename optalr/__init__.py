@@ -1,15 +1,6 @@
 """Adaptive learning rates and curvature for JAX, as composable optax transformations."""
 
 from optalr import linalg, schedules
-from optalr.decay_profiles import (
-    exponential_profile,
-    flow_schedule,
-    linear_profile,
-    power_profile,
-)
-from optalr.diagnostics import metrics, state_bytes, wants_signals
-from optalr.geometry import factor_spectra, geodesic, noise_spectrum
-from optalr.monitoring import monitor
 from optalr.phases import (
     blend_between,
     phase_schedule,
@@ -20,7 +11,10 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
-from optalr.rate_suggestion import RateSuggestion, suggest_learning_rate
+from optalr.reading.geometry import factor_spectra, geodesic, noise_spectrum
+from optalr.reading.metrics import metrics, state_bytes, wants_signals
+from optalr.reading.monitoring import monitor
+from optalr.reading.resuming import configuration, warn_if_changed
 from optalr.recipes import (
     CLASSICAL_RULES,
     classical,
@@ -31,7 +25,12 @@ from optalr.recipes import (
     lipschitz_sgd,
     tso_alra,
 )
-from optalr.resuming import configuration, warn_if_changed
+from optalr.schedules.profiles import (
+    exponential_profile,
+    flow_schedule,
+    linear_profile,
+    power_profile,
+)
 from optalr.signals import (
     Coverage,
     LayerMoments,
@@ -49,21 +48,22 @@ from optalr.signals import (
 )
 from optalr.signals.lipschitz import LipschitzRate, lipschitz_constant, lipschitz_rate
 from optalr.signals.ray import ExactDerivatives, FiniteDifferences
-from optalr.transforms._flow_damping import LevenbergMarquardt
-from optalr.transforms.block_diagonal import scale_by_block_diagonal
-from optalr.transforms.full_matrix import scale_by_full_matrix
+from optalr.suggestion import RateSuggestion, suggest_learning_rate
+from optalr.transforms.dense.block_diagonal import scale_by_block_diagonal
+from optalr.transforms.dense.full_matrix import scale_by_full_matrix
 from optalr.transforms.guard import guard
-from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
-from optalr.transforms.krylov_flow import scale_by_krylov_flow
-from optalr.transforms.learned_rate import (
+from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
+from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
+from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
+from optalr.transforms.learned_rate.transform import (
     RateSafeguards,
     SuccessiveGradients,
     scale_by_learned_rate,
 )
-from optalr.transforms.learning_rate import scale_by_recorded_rate
-from optalr.transforms.lipschitz_rate import LipschitzGuards, scale_by_lipschitz_rate
+from optalr.transforms.lipschitz_rate.transform import LipschitzGuards, scale_by_lipschitz_rate
 from optalr.transforms.local_gains import scale_by_local_gains
 from optalr.transforms.nesterov_flow import accelerate_by_nesterov_flow
+from optalr.transforms.recorded_rate import scale_by_recorded_rate
 
 __all__ = [
     # What a loss reveals.

@@ -4,24 +4,25 @@ import math
 from pathlib import Path
 from typing import Any
 
-from optalr.experiments import compare, methods, theory, tune
-from optalr.experiments.budget import scale_to_budget
-from optalr.experiments.config import Config, load_config, override, to_table, to_toml
-from optalr.experiments.console import console, print_table, progress
+from optalr.experiments.configs import methods
+from optalr.experiments.configs.config import Config, load_config, override, to_table, to_toml
+from optalr.experiments.configs.rates import SCHEDULES
 from optalr.experiments.data import LOADERS
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.exports import export_csv, export_tensorboard
-from optalr.experiments.loop import resume as open_for_resume
-from optalr.experiments.loop import train
 from optalr.experiments.models import MODELS
-from optalr.experiments.pictures import draw_selection
-from optalr.experiments.plots import plot_run
-from optalr.experiments.problem import PROBLEMS
-from optalr.experiments.record import RunFolder, free_path, write_atomically
-from optalr.experiments.report import write_report
-from optalr.experiments.schedules import SCHEDULES
-from optalr.experiments.suggestion import suggest_for
-from optalr.experiments.trainer import Trainer
+from optalr.experiments.records.exports import export_csv, export_tensorboard
+from optalr.experiments.records.record import RunFolder, free_path, write_atomically
+from optalr.experiments.reports.console import console, print_table, progress
+from optalr.experiments.reports.pictures import draw_selection
+from optalr.experiments.reports.plots import plot_run
+from optalr.experiments.reports.tables import write_report
+from optalr.experiments.studies import compare, theory, tune
+from optalr.experiments.studies.rate_range import suggest_for
+from optalr.experiments.training.budget import scale_to_budget
+from optalr.experiments.training.loop import resume as open_for_resume
+from optalr.experiments.training.loop import train
+from optalr.experiments.training.objective import PROBLEMS
+from optalr.experiments.training.trainer import Trainer
 
 RUNS = Path("runs")
 

@@ -1,7 +1,5 @@
 """Linear algebra that is true without an optimizer: arrays or matvecs in, arrays out."""
 
-from optalr.linalg.bases import EigenBasis, eigenbasis, refresh_eigenbasis
-from optalr.linalg.grouping import inverse_roots
 from optalr.linalg.kronecker import (
     apply_eigenbasis_power,
     apply_kronecker,
@@ -13,8 +11,10 @@ from optalr.linalg.kronecker import (
     split_damping,
     to_eigenbasis,
 )
-from optalr.linalg.minres import MinresResult, minres, minres_step
-from optalr.linalg.roots import InverseRoot, inverse_root
+from optalr.linalg.minres.solver import MinresResult, minres, minres_step
+from optalr.linalg.roots.bases import EigenBasis, eigenbasis, refresh_eigenbasis
+from optalr.linalg.roots.grouping import inverse_roots
+from optalr.linalg.roots.inverse_root import InverseRoot, inverse_root
 
 __all__ = [  # noqa: RUF022  (sorted by theme)
     # Inverse roots.

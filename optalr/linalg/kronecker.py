@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg import _spd
-from optalr.linalg._eigh import floor_spectrum
-from optalr.linalg.bases import EigenBasis
+from optalr.linalg import spd
+from optalr.linalg.roots.bases import EigenBasis
+from optalr.linalg.roots.eigh import floor_spectrum
 
 
 def apply_kronecker(
@@ -42,22 +42,22 @@ def apply_kronecker(
     """
     matrix = _at_least_float32(matrix)
     if left is not None:
-        matrix = _spd.matmul(left, matrix)
+        matrix = spd.matmul(left, matrix)
     if right is not None:
-        matrix = _spd.matmul(matrix, right)
+        matrix = spd.matmul(matrix, right)
     return matrix
 
 
 def to_eigenbasis(matrix: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
     """Return ``Q_Aᵀ G Q_B``, the coordinates of G in the factors' eigenbases (vectors)."""
-    return apply_kronecker(matrix, None if left is None else _spd.transpose(left), right)
+    return apply_kronecker(matrix, None if left is None else spd.transpose(left), right)
 
 
 def from_eigenbasis(
     matrix: jax.Array, left: jax.Array | None, right: jax.Array | None
 ) -> jax.Array:
     """Return ``Q_A G Q_Bᵀ``, undoing ``to_eigenbasis``."""
-    return apply_kronecker(matrix, left, None if right is None else _spd.transpose(right))
+    return apply_kronecker(matrix, left, None if right is None else spd.transpose(right))
 
 
 def eigenbasis_power(
@@ -88,11 +88,11 @@ def eigenbasis_power(
     largest = jnp.maximum(log_product, log_damping)
     zero = jnp.isneginf(largest)
     largest = jnp.where(zero, 0, largest)
-    relative = relative * _spd.column(jnp.exp(log_product - largest))
-    relative = relative + _spd.column(jnp.exp(log_damping - largest))
+    relative = relative * spd.column(jnp.exp(log_product - largest))
+    relative = relative + spd.column(jnp.exp(log_damping - largest))
     power = jnp.asarray(power, dtype)
     powered = jnp.power(jnp.where(relative > 0, relative, 1), power)
-    return jnp.where(relative > 0, powered, 0), _spd.column(jnp.exp(power * largest))
+    return jnp.where(relative > 0, powered, 0), spd.column(jnp.exp(power * largest))
 
 
 def _relative_spectrum(values: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -201,7 +201,7 @@ def carry_first_moments(
       new: vectors of the bases wanted, None where ``old`` is.
     """
     left, right = (_rotation(*pair) for pair in zip(old, new, strict=True))
-    return apply_kronecker(moment, left, None if right is None else _spd.transpose(right))
+    return apply_kronecker(moment, left, None if right is None else spd.transpose(right))
 
 
 @jax.jit
@@ -237,7 +237,7 @@ def carry_second_moments(
     return apply_kronecker(
         moment,
         None if left is None else jnp.square(left),
-        None if right is None else _spd.transpose(jnp.square(right)),
+        None if right is None else spd.transpose(jnp.square(right)),
     )
 
 
@@ -247,7 +247,7 @@ def _rotation(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
         if old is not new:
             raise ValueError("old and new must leave out (None) the same side.")
         return None
-    return _spd.matmul(_spd.transpose(new), old)
+    return spd.matmul(spd.transpose(new), old)
 
 
 def _at_least_float32(array: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import optax
 
 from optalr.arguments import check_choice
 from optalr.transforms.guard import guard
-from optalr.transforms.learning_rate import Rate, scale_by_recorded_rate
+from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
 
 
 def classical(

@@ -6,10 +6,10 @@ from typing import Any
 import optax
 
 from optalr.arguments import check_choice, check_interval, from_fields, is_concrete
-from optalr.transforms._flow_damping import LevenbergMarquardt
-from optalr.transforms.krylov_flow import scale_by_krylov_flow
-from optalr.transforms.learning_rate import scale_by_recorded_rate
+from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
+from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
 from optalr.transforms.nesterov_flow import accelerate_by_nesterov_flow
+from optalr.transforms.recorded_rate import scale_by_recorded_rate
 
 
 def edf(

@@ -10,7 +10,7 @@ import optax
 
 from optalr import phases
 from optalr.arguments import check_interval
-from optalr.transforms.learned_rate import (
+from optalr.transforms.learned_rate.transform import (
     LearnedRateState,
     RateSafeguards,
     scale_by_learned_rate,

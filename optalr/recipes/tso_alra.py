@@ -9,8 +9,8 @@ import optax
 from optalr import phases
 from optalr.arguments import check_interval
 from optalr.signals.moments import Coverage
-from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
-from optalr.transforms.learning_rate import Rate, scale_by_recorded_rate
+from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
+from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
 
 
 def tso_alra(

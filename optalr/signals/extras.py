@@ -14,12 +14,12 @@ import numpy as np
 from jax.tree_util import Partial
 
 from optalr import arguments
-from optalr.signals import fisher as true_fisher
-from optalr.signals.assembly import Assembly
-from optalr.signals.capture import differentiate
-from optalr.signals.layers import find_layers
 from optalr.signals.problem import CompositeLoss, Problem, trace
-from optalr.signals.sampling import Sampling
+from optalr.signals.tapping import fisher as true_fisher
+from optalr.signals.tapping.assembly import Assembly
+from optalr.signals.tapping.capture import differentiate
+from optalr.signals.tracing.layers import find_layers
+from optalr.signals.tracing.sampling import Sampling
 
 
 def value_grad_and_extras(

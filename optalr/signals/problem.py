@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from optalr.signals import curvature
-from optalr.signals.compat import varying_axes
+from optalr.signals.curvature import products as curvature
+from optalr.signals.tracing.compat import varying_axes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 import pytest
 
-from optalr.experiments.budget import scale_to_budget
-from optalr.experiments.config import from_table
+from optalr.experiments.configs.config import from_table
 from optalr.experiments.errors import ExperimentError
+from optalr.experiments.training.budget import scale_to_budget
 
 CONFIG = from_table(
     {

@@ -89,7 +89,7 @@ def test_compare_writes_table_picture_and_page(configs, capsys):
 
 
 def test_an_interrupted_comparison_goes_on(configs, capsys, monkeypatch):
-    from optalr.experiments import compare
+    from optalr.experiments.studies import compare
 
     original, count = compare.train, 0
 

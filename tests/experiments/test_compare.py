@@ -3,9 +3,10 @@ from pathlib import Path
 
 import numpy as np
 
-from optalr.experiments import compare, pictures
-from optalr.experiments.config import Config
-from optalr.experiments.record import RunFolder
+from optalr.experiments.configs.config import Config
+from optalr.experiments.records.record import RunFolder
+from optalr.experiments.reports import pictures
+from optalr.experiments.studies import compare
 
 
 def _finished_run(path: Path, losses: np.ndarray, steps_per_epoch: int) -> RunFolder:

@@ -1,6 +1,6 @@
 import pytest
 
-from optalr.experiments.config import (
+from optalr.experiments.configs.config import (
     Config,
     from_table,
     load_config,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from optalr.experiments.config import Config, load_config
-from optalr.experiments.methods import build_method
-from optalr.experiments.tune import grid
+from optalr.experiments.configs.config import Config, load_config
+from optalr.experiments.configs.methods import build_method
+from optalr.experiments.studies.tune import grid
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.rglob("*.toml"))
@@ -26,7 +26,7 @@ def test_a_config_states_purpose_expectation_and_cost(path):
 def test_a_config_states_differences_only(path):
     import tomllib
 
-    from optalr.experiments.config import to_table
+    from optalr.experiments.configs.config import to_table
 
     defaults = to_table(Config())
     for section, values in tomllib.loads(path.read_text()).items():

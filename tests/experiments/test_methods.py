@@ -5,10 +5,10 @@ import optax
 import pytest
 
 import optalr
-from optalr.experiments.config import ScheduleConfig, from_table
+from optalr.experiments.configs.config import ScheduleConfig, from_table
+from optalr.experiments.configs.methods import build_method, method_names
+from optalr.experiments.configs.rates import build_schedule
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.methods import build_method, method_names
-from optalr.experiments.schedules import build_schedule
 
 
 def _method(table, steps_per_epoch=10, total_steps=100, **given):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 import optalr
-from optalr.experiments.config import ModelConfig
+from optalr.experiments.configs.config import ModelConfig
 from optalr.experiments.data import Dataset, Split
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import build_model
-from optalr.experiments.problem import PROBLEMS
-from optalr.experiments.steps import make_loss
+from optalr.experiments.training.objective import PROBLEMS
+from optalr.experiments.training.steps import make_loss
 
 
 def _dataset(shape, classes=10, task="classification"):

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from optalr.experiments.checkpoints import Checkpoints
-from optalr.experiments.config import from_table, load_config
+from optalr.experiments.configs.config import from_table, load_config
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
-from optalr.experiments.loop import resume, train
-from optalr.experiments.plots import plot_run
-from optalr.experiments.record import EVALUATIONS, METRICS, RunFolder, free_path
-from optalr.experiments.trainer import Trainer
-from optalr.resuming import ConfigurationChangedWarning
+from optalr.experiments.records.checkpoints import Checkpoints
+from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder, free_path
+from optalr.experiments.reports.plots import plot_run
+from optalr.experiments.training.loop import resume, train
+from optalr.experiments.training.trainer import Trainer
+from optalr.reading.resuming import ConfigurationChangedWarning
 
 SMALL = {
     "data": {"limit": 320},
@@ -111,7 +111,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, loop, monkeypatch):
         halted_config = tmp_path / "halted" / "config.toml"
         text = halted_config.read_text()
         halted_config.write_text(text.replace("minutes = 10.0", "minutes = 0.0"))
-        monkeypatch.setattr("optalr.experiments.trainer._REPORT_SECONDS", 0.0)
+        monkeypatch.setattr("optalr.experiments.training.trainer._REPORT_SECONDS", 0.0)
     seen = []
 
     def interrupt(row):

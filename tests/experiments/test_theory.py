@@ -5,10 +5,11 @@ import csv
 import numpy as np
 import pytest
 
-from optalr.experiments import cli, theory
-from optalr.experiments.config import from_table
+from optalr.experiments import cli
+from optalr.experiments.configs.config import from_table
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.trainer import Trainer
+from optalr.experiments.studies import theory
+from optalr.experiments.training.trainer import Trainer
 
 SMALL = {
     "data": {"limit": 640},

@@ -3,11 +3,11 @@ import math
 import numpy as np
 import pytest
 
-from optalr.experiments.config import from_table
+from optalr.experiments.configs.config import from_table
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.sweep import can_sweep, train_grid
-from optalr.experiments.trainer import Trainer
-from optalr.experiments.tune import best, grid, train_once, tune
+from optalr.experiments.studies.sweep import can_sweep, train_grid
+from optalr.experiments.studies.tune import best, grid, train_once, tune
+from optalr.experiments.training.trainer import Trainer
 
 CONFIG = from_table(
     {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optalr
-from optalr.signals.sampling import comb, scatter
+from optalr.signals.tracing.sampling import comb, scatter
 
 
 @pytest.mark.parametrize("pick", [comb, scatter])

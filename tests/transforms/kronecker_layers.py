@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optalr.signals.moments import Coverage, LayerMoments, LeafTreatment
-from optalr.transforms.kronecker import KroneckerOptions
+from optalr.transforms.kronecker.transform import KroneckerOptions
 
 # No waiting and no bound: the arithmetic alone.
 BARE = KroneckerOptions(warmup=0, min_batches=1, max_update=None)

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import optalr
-from optalr.transforms.block_diagonal import scale_by_block_diagonal
-from optalr.transforms.full_matrix import scale_by_full_matrix
+from optalr.transforms.dense.block_diagonal import scale_by_block_diagonal
+from optalr.transforms.dense.full_matrix import scale_by_full_matrix
 from tests.transforms.branches import assert_roots_stay_in_branches
 
 ALL = pytest.mark.parametrize(

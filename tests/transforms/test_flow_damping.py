@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import optalr
-from optalr.transforms._flow_damping import LevenbergMarquardt
-from optalr.transforms.krylov_flow import scale_by_krylov_flow
+from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
+from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
 
 
 def squared(z):

@@ -9,7 +9,11 @@ import pytest
 
 import optalr
 from optalr.signals.moments import LeafView
-from optalr.transforms.kronecker import KroneckerOptions, KroneckerState, scale_by_kronecker
+from optalr.transforms.kronecker.transform import (
+    KroneckerOptions,
+    KroneckerState,
+    scale_by_kronecker,
+)
 from tests.transforms.kronecker_layers import (
     BARE,
     N,

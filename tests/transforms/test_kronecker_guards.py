@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from optalr.signals.moments import LeafView
-from optalr.transforms.kronecker import scale_by_kronecker
+from optalr.transforms.kronecker.transform import scale_by_kronecker
 from tests.transforms.kronecker_layers import (
     BARE,
     gram,

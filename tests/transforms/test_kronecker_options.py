@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import optalr
-from optalr.transforms import kronecker
-from optalr.transforms.kronecker import KroneckerOptions, scale_by_kronecker
+from optalr.transforms.kronecker import transform as kronecker
+from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from tests.transforms import kronecker_layers
 from tests.transforms.branches import assert_roots_stay_in_branches
 from tests.transforms.kronecker_layers import BARE, gram, power_of, run

@@ -11,7 +11,7 @@ import pytest
 
 import optalr
 from optalr.signals.moments import LayerMoments
-from optalr.transforms import _kronecker_memory as store
+from optalr.transforms.kronecker import memory as store
 
 BARE = optalr.KroneckerOptions(warmup=0, min_batches=1, max_update=None)
 

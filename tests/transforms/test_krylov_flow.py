@@ -11,8 +11,8 @@ import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
 import optalr
-from optalr.transforms._flow_damping import LevenbergMarquardt
-from optalr.transforms.krylov_flow import scale_by_krylov_flow
+from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
+from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
 
 
 def predict(params, x, y):

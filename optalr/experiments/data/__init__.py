@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from optalr.experiments.arguments import call
-from optalr.experiments.config import DataConfig
+from optalr.experiments.configs.calling import call
+from optalr.experiments.configs.config import DataConfig
 from optalr.experiments.data import arrays, images, tabular, text
 from optalr.experiments.data.dataset import Dataset, Raw, Split, split
 from optalr.experiments.data.sources import Search

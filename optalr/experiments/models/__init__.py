@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from optalr.experiments.arguments import call
-from optalr.experiments.config import ModelConfig
+from optalr.experiments.configs.calling import call
+from optalr.experiments.configs.config import ModelConfig
 from optalr.experiments.data.dataset import Dataset
 from optalr.experiments.errors import ExperimentError, suggest
 from optalr.experiments.models import convolution, dense, resnet, transformer

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optalr.experiments.config import DataConfig
+from optalr.experiments.configs.config import DataConfig
 from optalr.experiments.data import Raw, Split, load, split
 from optalr.experiments.errors import ExperimentError
 

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from optalr.experiments.config import DataConfig
+from optalr.experiments.configs.config import DataConfig
 from optalr.experiments.data import images, load
 from optalr.experiments.data.sources import Download, Search, cache_folder, find
 from optalr.experiments.errors import ExperimentError

@@ -1,0 +1,1 @@
+"""Configs: what a run is told, checked and turned into methods."""

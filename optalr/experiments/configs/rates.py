@@ -1,0 +1,93 @@
+"""Learning-rate schedules by name, with their milestones in epochs."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optalr.experiments.configs.calling import call
+from optalr.experiments.configs.config import ScheduleConfig
+from optalr.experiments.errors import ExperimentError, suggest
+
+Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
+
+
+def constant(learning_rate: float) -> Schedule:
+    """Keep the rate."""
+    return optax.constant_schedule(learning_rate)
+
+
+def cosine(learning_rate: float, total_steps: int, final_factor: float = 0.0) -> Schedule:
+    """Let the rate fall along half a cosine, to ``final_factor`` of it at the last step."""
+    return optax.cosine_decay_schedule(learning_rate, total_steps, final_factor)
+
+
+def warmup_cosine(
+    learning_rate: float,
+    total_steps: int,
+    steps_per_epoch: int,
+    warmup_epochs: float = 1.0,
+    final_factor: float = 0.0,
+) -> Schedule:
+    """Let the rate rise linearly over ``warmup_epochs``, then fall along half a cosine."""
+    warmup = max(1, round(warmup_epochs * steps_per_epoch))
+    rising = optax.linear_schedule(0.0, learning_rate, warmup)
+    falling = optax.cosine_decay_schedule(learning_rate, max(1, total_steps - warmup), final_factor)
+    return optax.join_schedules([rising, falling], [warmup])
+
+
+def steps(
+    learning_rate: float,
+    steps_per_epoch: int,
+    at_epochs: tuple[float, ...],
+    factor: float = 0.1,
+) -> Schedule:
+    """Multiply the rate by ``factor`` at each of ``at_epochs``."""
+    if not isinstance(at_epochs, tuple):
+        raise ExperimentError(f"schedule.at_epochs must be a list, got {at_epochs!r}.")
+    marks = [round(epoch * steps_per_epoch) for epoch in at_epochs]
+
+    def rate(count: jax.Array) -> jax.Array:
+        passed = sum((jnp.asarray(count >= mark, jnp.float32) for mark in marks), jnp.float32(0))
+        return jnp.asarray(learning_rate, jnp.float32) * jnp.float32(factor) ** passed
+
+    return rate
+
+
+def exponential(learning_rate: float, steps_per_epoch: int, decay_per_epoch: float) -> Schedule:
+    """Multiply the rate by ``decay_per_epoch`` an epoch, a little each step."""
+    return optax.exponential_decay(learning_rate, steps_per_epoch, decay_per_epoch)
+
+
+SCHEDULES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
+    {
+        "constant": constant,
+        "cosine": cosine,
+        "exponential": exponential,
+        "steps": steps,
+        "warmup_cosine": warmup_cosine,
+    }
+)
+
+
+def build_schedule(
+    config: ScheduleConfig, learning_rate: float, *, steps_per_epoch: int, total_steps: int
+) -> Schedule:
+    """Return the schedule that ``config`` names, a function from step to rate.
+
+    Raises:
+      ExperimentError: an unknown name or argument.
+    """
+    if config.name not in SCHEDULES:
+        hint = suggest(config.name, SCHEDULES)
+        raise ExperimentError(f"unknown schedule.name {config.name!r}: {hint}")
+    return call(
+        SCHEDULES[config.name],
+        config.options,
+        section="schedule",
+        learning_rate=learning_rate,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+    )

@@ -1,0 +1,99 @@
+"""What a person sees in the terminal: progress, tables, one-line errors."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from optalr.experiments.training.loop import Report
+
+# A log file has no width; 80 columns would fold every table.
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+
+
+@contextmanager
+def progress(title: str, score_name: str, lines: int = 10) -> Iterator[Report]:
+    """Show a bar with loss, score, learning rate and phase; yield what to report rows to.
+
+    Where the output is no terminal (a log file), about ``lines`` plain lines are printed instead.
+    """
+    if not console.is_terminal:
+        yield _plain_lines(title, score_name, lines)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None, numbers="compiling")
+
+        def report(row: dict[str, Any]) -> None:
+            bar.update(
+                task,
+                completed=row["step"],
+                total=row["total_steps"],
+                numbers=_numbers(row, score_name),
+            )
+
+        yield report
+
+
+def _plain_lines(title: str, score_name: str, lines: int) -> Report:
+    shown = 0
+
+    def report(row: dict[str, Any]) -> None:
+        nonlocal shown
+        part = lines * row["step"] // row["total_steps"]
+        if part > shown:
+            shown = part
+            console.print(
+                f"{title} step {row['step']}/{row['total_steps']} {_numbers(row, score_name)}",
+                soft_wrap=True,
+            )
+
+    return report
+
+
+def _numbers(row: Mapping[str, Any], score_name: str) -> str:
+    parts = [f"loss {row['loss']:.4f}", f"{score_name} {row[score_name]:.3f}"]
+    if "learning_rate" in row:
+        parts.append(f"rate {row['learning_rate']:.2e}")
+    if "phase" in row:
+        parts.append(f"phase {row['phase']:.2g}")
+    return "  ".join(parts)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its first column to the left and numbers to the right."""
+    console.print(title, soft_wrap=True)
+    table = Table()
+    # The first column holds names, which are hard to read in pieces.
+    longest = max(map(len, (row[0] for row in rows)), default=0)
+    for i, name in enumerate(header):
+        width = min(longest, console.width // 3) if i == 0 else None
+        side = "left" if i == 0 else "right"
+        table.add_column(name, justify=side, overflow="fold", min_width=width)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_error(message: str) -> None:
+    """Print one line to the error stream."""
+    print(f"optalr: error: {message}", file=sys.stderr)

@@ -1,0 +1,64 @@
+"""The learning rate that a config's problem asks for."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import optalr
+from optalr.experiments.configs.config import Config
+from optalr.experiments.data import load
+from optalr.experiments.errors import ExperimentError
+from optalr.experiments.models import build_model
+from optalr.experiments.training.objective import PROBLEMS
+from optalr.experiments.training.steps import make_loss
+
+
+def suggest_for(
+    config: Config, *, starts: Sequence[float], num_steps: int
+) -> optalr.RateSuggestion:
+    """Run ``optalr.suggest_learning_rate`` on a config's data and model.
+
+    The config's weight decay joins the loss; its method, schedule and augmentation are not used.
+
+    Raises:
+      ExperimentError: an argument is out of range.
+    """
+    dataset = load(config.data)
+    size = min(config.train.batch_size, len(dataset.train))
+    model, problem = build_model(config.model, dataset), PROBLEMS[dataset.task]
+    loss_fn = make_loss(model, problem, dataset)
+    key = jax.random.key(config.train.seed)
+    params, model_state = model.init(key)
+    decay = config.train.weight_decay
+
+    def penalized(params, *args):
+        loss, aux = loss_fn(params, *args)
+        kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+        return loss + 0.5 * decay * sum(jnp.sum(leaf**2) for leaf in kernels), aux
+
+    order = np.random.default_rng(config.train.seed)
+    per_epoch = len(dataset.train) // size
+    chosen = np.concatenate(
+        [
+            order.permutation(len(dataset.train))[: per_epoch * size].reshape(per_epoch, size)
+            for _ in range(-(-(num_steps + 1) // per_epoch))
+        ]
+    )
+
+    def batch_at(step):
+        part = dataset.train.take(chosen[step])
+        return part.x, part.y, model_state, jax.random.fold_in(key, step)
+
+    try:
+        return optalr.suggest_learning_rate(
+            penalized if decay else loss_fn,
+            params,
+            batch_at,
+            starts=starts,
+            num_steps=num_steps,
+            has_aux=True,
+        )
+    except ValueError as error:
+        raise ExperimentError(f"suggest-rate: {error}") from error

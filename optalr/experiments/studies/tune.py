@@ -1,0 +1,146 @@
+"""Searching the grid that a config states in its ``[tune]`` section."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optalr.experiments.configs.config import Config, override, to_table, to_toml
+from optalr.experiments.data import Dataset, load
+from optalr.experiments.errors import ExperimentError
+from optalr.experiments.records.record import RunFolder, write_atomically
+from optalr.experiments.studies.sweep import can_sweep, train_grid
+from optalr.experiments.training.trainer import Trainer
+
+RESULTS = "results.jsonl"
+_RATE = "method.learning_rate"
+
+
+def grid(config: Config) -> list[dict[str, Any]]:
+    """Return the points of a config's grid, each a dict of dotted key to value.
+
+    Raises:
+      ExperimentError: there is no grid, or an entry of it is not a list of values.
+    """
+    if not config.tune:
+        raise ExperimentError(
+            "the config has no [tune] section: add one, for example "
+            '"method.learning_rate" = [0.1, 0.01, 0.001].'
+        )
+    for key, values in config.tune.items():
+        if not isinstance(values, (list, tuple)) or not values:
+            raise ExperimentError(
+                f"tune.{key} must be a list of values, got {values!r}; write the key in quotes, "
+                'for example "method.learning_rate" = [0.1, 0.01].'
+            )
+    points = [
+        dict(zip(config.tune, values, strict=True))
+        for values in itertools.product(*config.tune.values())
+    ]
+    for point in points:
+        override(config, point)  # a misspelt key shows now, not after an hour
+    return points
+
+
+def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]:
+    """Train every point of the grid with every seed and yield a row a point.
+
+    The choice is by the validation loss at the last step; the test set is not looked at. Points
+    already in the folder's ``results.jsonl`` are yielded without training, so that a search can be
+    interrupted.
+
+    Args:
+      config: the experiment, with its grid.
+      path: a new folder, or one in which the same search was begun.
+      num_seeds: seeds a point, from ``train.seed`` on.
+    """
+    points = grid(config)
+    if num_seeds < 1:
+        raise ExperimentError(f"--seeds must be at least 1, got {num_seeds}.")
+    if config.data.validation_fraction <= 0:
+        raise ExperimentError(
+            "tuning chooses by the validation loss and there are no validation examples: set "
+            "data.validation_fraction."
+        )
+    folder = _open(path, config, num_seeds)
+    known = {json.dumps(row["point"]): row for row in folder.rows(RESULTS)}
+    dataset = load(config.data)
+    seeds = range(config.train.seed, config.train.seed + num_seeds)
+    for i, point in enumerate(points):
+        if json.dumps(point) not in known:
+            alike = [other for other in points[i:] if _but_rate(other) == _but_rate(point)]
+            missing = [other for other in alike if json.dumps(other) not in known]
+            rows = _train_points(config, missing, seeds, dataset)
+            folder.append(RESULTS, rows)
+            known |= {json.dumps(row["point"]): row for row in rows}
+        yield known[json.dumps(point)]
+
+
+def _but_rate(point: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in point.items() if key != _RATE}
+
+
+def _train_points(
+    config: Config, points: list[dict[str, Any]], seeds: Sequence[int], dataset: Dataset
+) -> list[dict[str, Any]]:
+    """Train points that differ in their learning rate alone, at once where the method allows."""
+    trainer = Trainer(override(config, points[0]), dataset)
+    if _RATE in points[0] and can_sweep(trainer):
+        found = train_grid(trainer, [float(point[_RATE]) for point in points], seeds)
+        return [_row(point, each) for point, each in zip(points, found, strict=True)]
+    point = points[0]
+    return [_row(point, [train_once(trainer, seed) for seed in seeds])]
+
+
+def _row(point: dict[str, Any], found: list[dict[str, float]]) -> dict[str, Any]:
+    means = {key: float(np.mean([measures[key] for measures in found])) for key in found[0]}
+    return {"point": point, "seeds": len(found), **means}
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row with the lowest validation loss; a point that diverged cannot win.
+
+    Raises:
+      ExperimentError: every point diverged.
+    """
+    finite = [row for row in rows if math.isfinite(row["validation_loss"])]
+    if not finite:
+        raise ExperimentError("every point of the grid diverged: add smaller learning rates to it.")
+    return min(finite, key=lambda row: row["validation_loss"])
+
+
+def train_once(trainer: Trainer, seed: int) -> dict[str, float]:
+    """Train without a record and return final losses, NaN where training diverged."""
+    state = trainer.init(seed)
+    every = trainer.config.train.evaluate_every
+    losses = np.zeros(0)
+    while int(state.step) < trainer.total_steps:
+        measured, value = [], math.nan
+        if (int(state.step) // trainer.steps_per_epoch) % every == 0 and trainer.reads_validation:
+            value = trainer.evaluate(state, "validation")["validation_loss"]
+        for segment in trainer.segments(state, seed, value):
+            state = segment.state
+            measured.append(segment.measured["loss"])
+        losses = np.concatenate(measured)
+        if not np.isfinite(losses).all():
+            break
+    found = trainer.evaluate(state, "validation")
+    return {"train_loss": float(np.mean(losses)), **found}
+
+
+def _open(path: Path, config: Config, num_seeds: int) -> RunFolder:
+    text = to_toml({"tuning": {"seeds": num_seeds}, **to_table(config)})
+    file = path / "tuning.toml"
+    if path.exists():
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            raise ExperimentError(
+                f"{path} exists and holds something else: name another folder with --out."
+            )
+    else:
+        path.mkdir(parents=True)
+        write_atomically(file, text)
+    return RunFolder(path)

@@ -1,0 +1,49 @@
+"""Scaling an experiment down to a laptop, consistently."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from optalr.experiments.configs.config import Config, from_table, to_table
+from optalr.experiments.errors import ExperimentError
+
+
+def scale_to_budget(config: Config, budget: float) -> Config:
+    """Return ``config`` at about ``budget`` times its work.
+
+    Epochs and training examples both shrink by the square root of ``budget``; whatever is stated
+    in epochs (milestones of the schedule, the switch, warm-ups, checkpoints) shrinks with the
+    epochs, so that it comes at the same part of the run. Learning rates, batch size and the test
+    set stay.
+
+    Raises:
+      ExperimentError: ``budget`` is not in (0, 1].
+    """
+    if not 0 < budget <= 1:
+        raise ExperimentError(f"--budget must lie in (0, 1], got {budget}: 0.01 is a hundredth.")
+    part = math.sqrt(budget)
+    table = to_table(config)
+    epochs = max(1, round(part * config.train.epochs))
+    # Milestones follow the epochs that are really trained, which are whole.
+    shrink = epochs / config.train.epochs
+    table["train"]["epochs"] = epochs
+    for section, key in (("train", "evaluate_every"), ("record", "checkpoint_every")):
+        table[section][key] = max(1, round(shrink * table[section][key]))
+    table["data"]["fraction"] *= part
+    for section in ("method", "schedule", "phase"):
+        table[section] = _shrink_epochs(table[section], shrink)
+    table["tune"] = _shrink_epochs(table["tune"], shrink)
+    return from_table(table, "the config")
+
+
+def _shrink_epochs(section: Mapping[str, Any], shrink: float) -> dict[str, Any]:
+    return {
+        key: _times(value, shrink) if key.endswith("_epochs") else value
+        for key, value in section.items()
+    }
+
+
+def _times(value: Any, shrink: float) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_times(item, shrink) for item in value]
+    return value * shrink if isinstance(value, (int, float)) else value

@@ -1,0 +1,212 @@
+"""Training into a run folder, and going on after an interruption."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import optalr
+from optalr.experiments.configs.config import Config, to_table
+from optalr.experiments.errors import ExperimentError, TrainingDivergedError
+from optalr.experiments.records.checkpoints import Checkpoints
+from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder
+from optalr.experiments.training.divergence import diagnose
+from optalr.experiments.training.trainer import Segment, Trainer, TrainState
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train(trainer: Trainer, folder: RunFolder, report: Report = lambda row: None) -> dict[str, Any]:
+    """Train to the last epoch, from the last checkpoint if there is one.
+
+    The parameters, the method's state and every recorded number but the seconds are the same bits
+    whether or not the run was interrupted.
+
+    Args:
+      trainer: the config made ready.
+      folder: where the run is recorded; the seed is that of its config.
+      report: called after each segment with its last row of metrics.
+
+    Returns:
+      The result: final losses and scores, steps, seconds.
+
+    Raises:
+      TrainingDivergedError: a loss or parameter is not finite; the message is a diagnosis.
+    """
+    finished = folder.result()
+    if finished is not None:
+        return finished
+    keep = trainer.config.record.keep
+    with folder.lock(), Checkpoints(folder.path / "checkpoints", keep) as checkpoints:
+        return _Run(trainer, folder, checkpoints, report).to_the_end()
+
+
+class _Run:
+    """One run under way."""
+
+    def __init__(
+        self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints, report: Report
+    ):
+        self.trainer, self.folder, self.checkpoints = trainer, folder, checkpoints
+        self.report = report
+        self.record = trainer.config.record
+        self.seed = folder.config().train.seed
+        self.seconds = 0.0
+        self.validation_loss = math.nan
+        self.saved_at = time.monotonic()
+
+    def to_the_end(self) -> dict[str, Any]:
+        trainer = self.trainer
+        state = self._start()
+        while (step := int(state.step)) < trainer.total_steps:
+            if step % trainer.steps_per_epoch == 0:
+                self._evaluate_if_due(state)
+            for segment in trainer.segments(state, self.seed, self.validation_loss):
+                state = segment.state
+                self._append(segment)
+                self._save_if_due(state)
+            self.validation_loss = math.nan
+        return self._finish(state)
+
+    def _start(self) -> TrainState:
+        state = self.trainer.init(self.seed)
+        latest = self.checkpoints.latest()
+        if latest is not None:
+            # Before the state is read, which a change of the config may have made unreadable.
+            saved = self.checkpoints.meta(latest).get("configuration")
+            if saved is not None:
+                optalr.warn_if_changed(saved, _configuration(self.trainer.config))
+            state, meta = self.checkpoints.restore(latest, state)
+            self.seconds = meta["seconds"]
+        step = int(state.step)
+        self.folder.cut(METRICS, step)
+        # The evaluation at this very step is made again, to the same numbers.
+        self.folder.cut(EVALUATIONS, step - 1)
+        return state
+
+    def _append(self, segment: Segment) -> None:
+        trainer = self.trainer
+        losses = segment.measured["loss"]
+        num_steps = len(losses)
+        last = int(segment.state.step)
+        pace = segment.seconds / num_steps
+        names = [*segment.measured, "step", "epoch", "seconds"]
+        steps = np.arange(last - num_steps + 1, last + 1)
+        seconds = self.seconds + pace * np.arange(1, num_steps + 1)
+        columns = [
+            *(values.tolist() for values in segment.measured.values()),
+            steps.tolist(),
+            (steps / trainer.steps_per_epoch).tolist(),
+            seconds.tolist(),
+        ]
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        finite = np.isfinite(losses)
+        self.seconds += segment.seconds
+        if not finite.all():
+            rows = rows[: int(np.argmin(finite)) + 1]
+            self.folder.append(METRICS, rows)
+            self._diverged(rows[-1]["step"])
+        self.folder.append(METRICS, rows)
+        self.report(rows[-1] | {"total_steps": trainer.total_steps, "pace": pace})
+
+    def _save_if_due(self, state: TrainState) -> None:
+        step, total = int(state.step), self.trainer.total_steps
+        epoch, within = divmod(step, self.trainer.steps_per_epoch)
+        due = within == 0 and (epoch % self.record.checkpoint_every == 0 or step == total)
+        waited = time.monotonic() - self.saved_at
+        if due or waited > 60 * self.record.checkpoint_minutes:
+            if not bool(_all_finite(state.params)):
+                self._diverged(step)
+            self.folder.sync()
+            settings = _configuration(self.trainer.config)
+            meta = {"seconds": self.seconds, "configuration": settings}
+            self.checkpoints.save(step, state, meta)
+            self.saved_at = time.monotonic()
+
+    def _evaluate_if_due(self, state: TrainState) -> None:
+        epoch = int(state.step) // self.trainer.steps_per_epoch
+        if epoch % self.trainer.config.train.evaluate_every == 0:
+            found = self._evaluate(state, "validation", "test")
+            self.validation_loss = found["validation_loss"]
+
+    def _evaluate(self, state: TrainState, *names: str) -> dict[str, float]:
+        found = self.trainer.evaluate(state, *names)
+        step = int(state.step)
+        row = {"step": step, "epoch": step / self.trainer.steps_per_epoch}
+        self.folder.append(EVALUATIONS, [row | {"seconds": self.seconds} | found])
+        return found
+
+    def _finish(self, state: TrainState) -> dict[str, Any]:
+        found = self._evaluate(state, "train", "validation", "test")
+        losses = [row["test_loss"] for row in self.folder.rows(EVALUATIONS)]
+        result = {
+            "status": "finished",
+            **found,
+            "lowest_test_loss": float(np.nanmin(losses)),
+            "steps": int(state.step),
+            "epochs": self.trainer.config.train.epochs,
+            "seconds": self.seconds,
+            "compile_seconds": self.trainer.compile_seconds,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            "optimizer_bytes": optalr.state_bytes(state.opt_state),
+        }
+        self.folder.finish(result)
+        return result
+
+    def _diverged(self, step: int) -> None:
+        latest = self.checkpoints.latest()
+        diagnosis = diagnose(self.folder.rows(METRICS), step)
+        kept = (
+            f"the last good checkpoint is step {latest} in {self.folder.path / 'checkpoints'}"
+            if latest is not None
+            else "there is no earlier checkpoint"
+        )
+        message = f"training diverged at step {step}: {diagnosis} ({kept})."
+        self.folder.finish(
+            {
+                "status": "diverged",
+                "diagnosis": message,
+                "steps": step,
+                "last_good_step": latest,
+                "seconds": self.seconds,
+            }
+        )
+        raise TrainingDivergedError(message)
+
+
+def resume(path: Any) -> tuple[Trainer, RunFolder]:
+    """Return what ``train`` needs to go on with the run in a folder.
+
+    Raises:
+      ExperimentError: no run is there, or it has nothing left to do.
+    """
+    folder = RunFolder.open(path)
+    result = folder.result()
+    if result is not None and result["status"] == "diverged":
+        raise ExperimentError(
+            f"{folder.path} diverged and would again: {result['diagnosis']} Start a new run with a "
+            "smaller method.learning_rate."
+        )
+    if result is not None:
+        raise ExperimentError(
+            f"{folder.path} is finished ({result['steps']} steps): nothing to resume. To train "
+            "longer, run its config.toml with --set train.epochs=..."
+        )
+    return Trainer(folder.config()), folder
+
+
+def _configuration(config: Config) -> dict[str, str]:
+    """Describe what decides the course of a run, its seed (each run folder's own) excepted."""
+    table = to_table(config)
+    decisive = {key: table[key] for key in ("data", "model", "method", "schedule", "phase")}
+    train = {key: value for key, value in table["train"].items() if key != "seed"}
+    return optalr.configuration(**decisive, train=train)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

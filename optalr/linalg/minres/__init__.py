@@ -1,0 +1,1 @@
+"""Solving with products only: MINRES on pytrees."""

@@ -1,0 +1,265 @@
+"""The recurrence of MINRES: one step from the last, in vectors and in scalars.
+
+What a step hands to the next is ``Vectors`` and ``Scalars``. The rotations, and whether to stop, to
+distrust or to give up, are scalars alone: ``_rotate``.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.linalg.minres.vectors import add, divide, dot, largest, multiply, nonzero, where
+
+# Below this many roundings of ‖A‖ a Lanczos coefficient is noise and the Krylov space exhausted.
+ROUNDINGS = 10
+# Below this many of them ‖A r‖/‖r‖ is. Found by experiment: with 20, inconsistent systems that have
+# an eigenvalue 1e4 times the others went on into noise in float32.
+STATIONARY = 100
+# The rotation's cosine of a step that gains next to nothing. Noise has cosines above 1e-4.
+IDLE = 0.03
+
+
+class Vectors(NamedTuple):
+    """The vectors that one step reads and writes."""
+
+    solution: Any
+    trusted: Any
+    residual: Any
+    image: Any  # v_j = M p_j; None without a preconditioner, where v_j = p_j
+    dual: Any  # p_j, in the residual's space; pᵀ v = 1
+    dual_before: Any
+    direction: Any
+    direction_before: Any
+
+    @property
+    def lanczos(self) -> Any:
+        """The Lanczos vector ``v_j``."""
+        return self.dual if self.image is None else self.image
+
+
+class Scalars(NamedTuple):
+    """The scalars that one step reads and writes."""
+
+    offdiagonal: jax.Array  # β_j of the Lanczos matrix; 0 at the start, where v_0 = 0
+    cosine: jax.Array  # last rotation
+    sine: jax.Array
+    cosine_before: jax.Array  # the rotation before it
+    sine_before: jax.Array
+    residual: jax.Array  # signed norm of the residual
+    scale: jax.Array  # lower bound on ‖A + λI‖: the largest column of the Lanczos matrix so far
+    steps: jax.Array
+    done: jax.Array
+    nonpositive: jax.Array
+    failed: jax.Array
+
+
+def start(b: Any, preconditioner: Any, dtype: Any) -> tuple[Vectors, Scalars]:
+    """Return what the first step reads, for the right-hand side ``b``."""
+    # Dividing by the largest entry first keeps the squares of tiny and huge entries in range.
+    rhs = jax.tree.map(lambda x: x.astype(dtype), b)
+    top = largest(rhs)
+    unit = divide(rhs, top)
+    image, norm = _precondition(preconditioner, unit, b)
+    failed = ~(jnp.isfinite(norm) & jnp.isfinite(top)) | (norm < 0)
+    norm = jnp.maximum(norm, 0.0)
+    dual = divide(unit, norm)
+    zeros = jax.tree.map(jnp.zeros_like, rhs)
+    zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    vectors = Vectors(
+        solution=zeros,
+        trusted=zeros,
+        residual=rhs,
+        image=None if preconditioner is None else divide(image, norm),
+        dual=dual,
+        dual_before=zeros,
+        direction=zeros,
+        direction_before=zeros,
+    )
+    scalars = Scalars(
+        offdiagonal=zero,
+        cosine=one,
+        sine=zero,
+        cosine_before=one,
+        sine_before=zero,
+        residual=top * norm,
+        scale=zero,
+        steps=jnp.zeros((), jnp.int32),
+        done=failed | (norm == 0),
+        nonpositive=jnp.zeros((), bool),
+        failed=failed,
+    )
+    return vectors, scalars
+
+
+class _Coefficients(NamedTuple):
+    """What one step multiplies its vectors by."""
+
+    active: jax.Array
+    rho1: jax.Array
+    rho2: jax.Array
+    rho3: jax.Array
+    advance: jax.Array  # along the new direction
+    keep: jax.Array  # of the old residual
+    gain: jax.Array  # of the new Lanczos vector in the residual
+    beta: jax.Array
+
+
+def step(
+    product: Any, preconditioner: Any, floor: Any, norm: Any, old: Vectors, was: Scalars
+) -> tuple[Vectors, Scalars]:
+    """Take one step, or leave all as it was where the run is over.
+
+    Args:
+      product: ``v ↦ (A + λI) v``.
+      preconditioner: ``r ↦ M r``, or None.
+      floor: the residual norm, in units of ``norm``, at which the run is over.
+      norm: that of the right-hand side.
+      old: the vectors after the last step.
+      was: its scalars.
+    """
+    u = product(old.lanczos)
+    # The product stays outside: on a CPU a convolution's gradient is slow inside control flow.
+    if preconditioner is None:
+        return _traced_once(u, floor, norm, old, was)
+    # Not compiled apart: a preconditioner is made anew for every update, over that trace's arrays.
+    return _unless_over(preconditioner, u, floor, norm, old, was)
+
+
+@jax.jit
+def _traced_once(
+    u: Any, floor: Any, norm: Any, old: Vectors, was: Scalars
+) -> tuple[Vectors, Scalars]:
+    return _unless_over(None, u, floor, norm, old, was)
+
+
+def _unless_over(
+    preconditioner: Any, u: Any, floor: Any, norm: Any, old: Vectors, was: Scalars
+) -> tuple[Vectors, Scalars]:
+    # The branch makes a run that is over cost its products only, and it keeps the compiler from
+    # putting off all updates of the solution to the end, with every direction alive until then.
+    def go() -> tuple[Vectors, Scalars]:
+        return _advance(u, preconditioner, floor, norm, old, was)
+
+    def stay() -> tuple[Vectors, Scalars]:
+        return old._replace(dual_before=None, direction_before=None), was
+
+    new, now = jax.lax.cond(was.done, stay, go)
+    return new._replace(dual_before=old.dual, direction_before=old.direction), now
+
+
+def _advance(
+    u: Any, preconditioner: Any, floor: Any, norm: Any, old: Vectors, was: Scalars
+) -> tuple[Vectors, Scalars]:
+    # Lanczos: A v_j = β_{j+1} p_{j+1} + α_j p_j + β_j p_{j−1}
+    alpha = dot(old.lanczos, u)
+    u = jax.tree.map(
+        lambda x, p, q: x - alpha * p - was.offdiagonal * q, u, old.dual, old.dual_before
+    )
+    image, beta = _precondition(preconditioner, u, u)
+    now, by = _rotate(was, alpha, beta, floor, norm)
+
+    direction = jax.tree.map(
+        lambda v, d, e: (v - by.rho2 * d - by.rho3 * e) / by.rho1,
+        old.lanczos,
+        old.direction,
+        old.direction_before,
+    )
+    dual = divide(u, by.beta)
+    solution = where(by.active, add(old.solution, by.advance, direction), old.solution)
+    residual = jax.tree.map(lambda r, p: by.keep * r + by.gain * p, old.residual, dual)
+    return Vectors(
+        solution=solution,
+        trusted=where(
+            now.nonpositive,
+            where(was.steps == 0, multiply(solution, -1.0), old.trusted),
+            solution,
+        ),
+        residual=where(by.active, residual, old.residual),
+        image=None if preconditioner is None else divide(image, by.beta),
+        dual=dual,
+        dual_before=None,
+        direction=direction,
+        direction_before=None,
+    ), now
+
+
+def _rotate(
+    was: Scalars, alpha: Any, signed_beta: Any, floor: Any, norm: Any
+) -> tuple[Scalars, _Coefficients]:
+    beta = jnp.maximum(signed_beta, 0.0)
+    # Two old rotations turn the new column of the Lanczos matrix into (ρ₃, ρ₂, δ, β_{j+1}) ...
+    rho3 = was.sine_before * was.offdiagonal
+    rho2 = was.sine * alpha + was.cosine_before * was.cosine * was.offdiagonal
+    delta = was.cosine * alpha - was.cosine_before * was.sine * was.offdiagonal
+    # ... and a new one removes β_{j+1}.
+    rho1 = nonzero(jnp.hypot(delta, beta))
+    cosine, sine = delta / rho1, beta / rho1
+
+    scale = jnp.maximum(was.scale, jnp.hypot(jnp.hypot(alpha, beta), was.offdiagonal))
+    eps = jnp.finfo(beta.dtype).eps
+    rounding = ROUNDINGS * eps * scale
+    # ‖A r‖/‖r‖ of the residual before this step: as good as zero where it is a least-squares
+    # solution already, and the next step would divide noise by noise. A large eigenvalue makes it
+    # small beside ‖A‖ too, so from half the digits on it takes a step without gain to be sure: one
+    # that would lower the residual by next to nothing, cosine²/2 of it.
+    image_ratio = jnp.hypot(delta, was.cosine * beta)
+    stationary = image_ratio <= STATIONARY * eps * scale
+    stationary |= (image_ratio <= eps**0.5 * scale) & (jnp.abs(cosine) <= IDLE)
+    sound = jnp.isfinite(alpha) & jnp.isfinite(signed_beta) & jnp.isfinite(rho1)
+    sound &= signed_beta >= -((ROUNDINGS * eps) ** 0.5) * scale
+    active = sound & ~stationary
+    residual = jnp.where(active, -sine * was.residual, was.residual)
+    now = Scalars(
+        offdiagonal=beta,
+        cosine=cosine,
+        sine=sine,
+        cosine_before=was.cosine,
+        sine_before=was.sine,
+        residual=residual,
+        scale=scale,
+        steps=was.steps + active.astype(jnp.int32),
+        done=~active | (beta <= rounding) | (jnp.abs(residual) <= floor * norm),
+        nonpositive=was.nonpositive | (active & (was.cosine * delta <= 0)),
+        failed=was.failed | ~sound,
+    )
+    by = _Coefficients(
+        active=active,
+        rho1=rho1,
+        rho2=rho2,
+        rho3=rho3,
+        advance=cosine * was.residual,
+        keep=sine**2,
+        gain=cosine * residual,
+        beta=nonzero(beta),
+    )
+    return now, by
+
+
+def _precondition(preconditioner: Any, r: Any, like: Any) -> tuple[Any, jax.Array]:
+    """Return ``M r`` and ``√(rᵀ M r)``, negative (minus the root of minus) where M is not positive.
+
+    The squares of a system in small or large units would leave float32's range; r's are taken
+    relative to its largest entry.
+    """
+    top = largest(r)
+    unit = divide(r, top)
+    if preconditioner is None:
+        return r, top * jnp.sqrt(dot(unit, unit))
+    image = preconditioner(unit)
+    check_like(image, like, "preconditioner")
+    image = jax.tree.map(lambda x, y: x.astype(y.dtype), image, r)
+    square = dot(unit, image)
+    return multiply(image, top), top * jnp.sign(square) * jnp.sqrt(jnp.abs(square))
+
+
+def check_like(tree: Any, like: Any, name: str) -> None:
+    """Raise unless two pytrees have one structure, and their leaves one shape."""
+    got, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if got != expected:
+        raise ValueError(f"{name} must keep the structure of b, {expected}; it returned {got}.")
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f"{name} must keep the shapes of b: it returned {jnp.shape(x)} for {jnp.shape(y)}."
+            )

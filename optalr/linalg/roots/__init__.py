@@ -1,0 +1,1 @@
+"""Inverse roots and eigenbases of stacks of symmetric matrices."""

@@ -1,0 +1,18 @@
+"""Reading an optimizer state of any nesting, and watching what it does."""
+
+from optalr.reading.geometry import factor_spectra, geodesic, noise_spectrum
+from optalr.reading.metrics import metrics, state_bytes, wants_signals
+from optalr.reading.monitoring import monitor
+from optalr.reading.resuming import configuration, warn_if_changed
+
+__all__ = [
+    "configuration",
+    "factor_spectra",
+    "geodesic",
+    "metrics",
+    "monitor",
+    "noise_spectrum",
+    "state_bytes",
+    "wants_signals",
+    "warn_if_changed",
+]

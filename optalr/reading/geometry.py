@@ -1,0 +1,323 @@
+"""Looking at the paper's arguments on a model at hand: noise of directions, geodesics, spectra.
+
+Ida & Fujiwara (2020) rest the two stages on two claims. Theorem 1: steps along F^{-1/2} g follow
+geodesics of the statistical manifold, which holds where F is constant (``geodesic`` shows how far
+it is from that). Theorem 2: F^{-1/2} makes the noise of gradients isotropic, so that training stays
+where it is; plain SGD keeps the noise's own shape (``noise_spectrum`` measures both).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optalr.arguments import check_count, check_interval
+from optalr.signals.moments import Coverage
+from optalr.signals.storage import Side
+from optalr.transforms.kronecker.leaves import LeafPlan, plan_leaves
+from optalr.transforms.kronecker.options import KroneckerOptions, resolve_options
+from optalr.transforms.kronecker.transform import KroneckerState
+
+
+class NoiseSpectrum(NamedTuple):
+    """The covariance of a direction over minibatches.
+
+    Attributes:
+      eigenvalues: float64, falling, ``min(P, k − 1)`` of them: those of the sample covariance of k
+        directions of P numbers that need not be zero.
+      mean_norm: norm of the mean direction.
+      effective_rank: ``(Σ λ)²/Σ λ²``: the number of directions that noise of this trace would have
+        if it were isotropic; at most k − 1.
+    """
+
+    eigenvalues: np.ndarray
+    mean_norm: float
+    effective_rank: float
+
+
+def noise_spectrum(
+    grad_fn: Callable[[Any], Any],
+    batches: Iterable[Any],
+    direction_fn: Callable[[Any], Any] | None = None,
+) -> NoiseSpectrum:
+    """Estimate the covariance of a direction over minibatches, by its eigenvalues.
+
+    Choose it to see what theorem 2 is about: for batches of b examples the covariance of the
+    gradient is ``C/b``, that of ``F^{-1/2} g`` is ``I/b`` where F is C.
+
+    Args:
+      grad_fn: batch -> gradient, at fixed parameters.
+      batches: k >= 2 minibatches of one size.
+      direction_fn: gradient -> direction, for instance
+        ``lambda g: tx.update(g, opt_state, params, **extras)[0]`` with a fixed state; None for the
+        gradient itself.
+
+    Returns:
+      A ``NoiseSpectrum``. Only k × k matrices are formed, whatever the number of parameters P; the
+      k directions are kept. With k not far above P, the eigenvalues spread even for isotropic noise
+      (Marchenko & Pastur); compare with another direction over the same batches.
+
+    Raises:
+      ValueError: there are fewer than two batches.
+
+    Cost: k gradients and directions, ``k² P`` flops.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from optalr.reading.geometry import noise_spectrum
+      >>> keys = jax.random.split(jax.random.key(0), 200)
+      >>> scale = jnp.array([3.0, 1.0])
+      >>> spectrum = noise_spectrum(lambda key: scale * jax.random.normal(key, (2,)), keys)
+      >>> ratio = spectrum.eigenvalues[0] / spectrum.eigenvalues[1]
+      >>> bool(6 < ratio < 12)
+      True
+
+    Reference: Ida & Fujiwara 2020, theorem 2 (whose lemma 3 drops the number of examples).
+    """
+    rows = []
+    for batch in batches:
+        direction = grad_fn(batch)
+        if direction_fn is not None:
+            direction = direction_fn(direction)
+        leaves = [np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(direction)]
+        rows.append(np.concatenate(leaves))
+    if len(rows) < 2:
+        raise ValueError(f"batches must be at least two to have a covariance, got {len(rows)}.")
+    samples = np.stack(rows)
+    mean = samples.mean(0)
+    centred = samples - mean
+    shorter = centred if samples.shape[1] < len(samples) else centred.T
+    matrix = shorter.T @ shorter
+    values = np.linalg.eigvalsh(matrix / (len(samples) - 1))[::-1]
+    values = np.maximum(values[: len(samples) - 1], 0)
+    squares = float(np.sum(values**2))
+    rank = float(np.sum(values)) ** 2 / squares if squares > 0 else 0.0
+    return NoiseSpectrum(values, float(np.linalg.norm(mean)), rank)
+
+
+class Geodesic(NamedTuple):
+    """A curve that solves the geodesic equation, beside the straight line it starts along.
+
+    Attributes:
+      times: ``(n + 1,)``.
+      points: ``(n + 1, P)``.
+      velocities: ``(n + 1, P)``.
+      speeds: ``(n + 1,)``, ``√(γ'ᵀ F γ')``; constant up to the error of the integration.
+      gaps: ``(n + 1,)``, the distance to ``start + t·velocity``, relative to ``t ‖velocity‖``; 0
+        where that is 0.
+    """
+
+    times: jax.Array
+    points: jax.Array
+    velocities: jax.Array
+    speeds: jax.Array
+    gaps: jax.Array
+
+
+def geodesic(
+    metric_fn: Callable[[jax.Array], jax.Array],
+    start: jax.Array,
+    velocity: jax.Array,
+    *,
+    duration: float = 1.0,
+    num_steps: int = 100,
+) -> Geodesic:
+    r"""Integrate the geodesic equation of a metric, for a small model.
+
+    Choose it to see how far a straight step θ + t v is from the geodesic that theorem 1 takes it
+    for: ``gaps`` is zero where the metric is constant. The equation is
+
+        θ_k'' + Σ_ij Γ^k_ij θ_i' θ_j' = 0,
+        Γ^k_ij = ½ Σ_l (F⁻¹)_kl (∂_i F_jl + ∂_j F_il − ∂_l F_ij).
+
+    Args:
+      metric_fn: θ ``(P,)`` -> F ``(P, P)``, positive definite and differentiable.
+      start: θ(0), ``(P,)``.
+      velocity: θ'(0), ``(P,)``, for instance ``-F^{-1/2} g``.
+      duration: the last t, > 0.
+      num_steps: steps of the classical Runge-Kutta rule of order 4, >= 1.
+
+    Returns:
+      A ``Geodesic``.
+
+    Raises:
+      TypeError: ``start`` or ``velocity`` is not of floating point.
+      ValueError: ``duration`` or ``num_steps`` is out of range.
+
+    Cost: ``4 num_steps`` times the derivative of the metric (P passes) and a solve, ``P³``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from optalr.reading.geometry import geodesic
+      >>> flat = geodesic(lambda x: jnp.diag(jnp.array([2.0, 5.0])), jnp.zeros(2), jnp.ones(2))
+      >>> bool(flat.gaps.max() < 1e-5)
+      True
+
+      Logistic regression on three points: its Fisher matrix falls as it becomes sure.
+
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, -2.0]])
+      >>> def fisher(w):
+      ...     p = jax.nn.sigmoid(x @ w)
+      ...     return x.T @ (x * (p * (1 - p))[:, None]) / 3
+      >>> curve = geodesic(fisher, jnp.array([0.5, -0.5]), jnp.array([0.2, 0.1]))
+      >>> far, half = curve.gaps[-1], curve.gaps[50]  # at twice the length, twice the relative gap
+      >>> bool(far > 0.005), bool(1.8 < far / half < 2.4)
+      (True, True)
+
+    Reference: Ida & Fujiwara 2020, eq. 7 and 8, lemma 2.
+    """
+    check_interval("duration", duration, 0, open_low=True)
+    check_count("num_steps", num_steps)
+    start, velocity = _floating("start", start), _floating("velocity", velocity)
+    derivative_fn = jax.jacfwd(metric_fn)
+
+    def slope(state):
+        point, speed = state
+        change = derivative_fn(point)  # [j, l, i] = ∂_i F_jl
+        # The first two terms of Γ are equal once contracted with θ' twice.
+        along = jnp.einsum("jli,i,j->l", change, speed, speed)
+        across = jnp.einsum("ijl,i,j->l", change, speed, speed)
+        return speed, -jnp.linalg.solve(metric_fn(point), along - 0.5 * across)
+
+    size = duration / num_steps
+
+    def shifted(state, change, factor):
+        return tuple(x + factor * dx for x, dx in zip(state, change, strict=True))
+
+    def step(state, _):
+        k1 = slope(state)
+        k2 = slope(shifted(state, k1, size / 2))
+        k3 = slope(shifted(state, k2, size / 2))
+        k4 = slope(shifted(state, k3, size))
+        state = tuple(
+            x + size / 6 * (a + 2 * b + 2 * c + d)
+            for x, a, b, c, d in zip(state, k1, k2, k3, k4, strict=True)
+        )
+        return state, state
+
+    _, (points, velocities) = jax.lax.scan(step, (start, velocity), length=num_steps)
+    points = jnp.concatenate([start[None], points])
+    velocities = jnp.concatenate([velocity[None], velocities])
+    times = jnp.linspace(0.0, duration, num_steps + 1)
+    speeds = jnp.sqrt(
+        jax.vmap(lambda p, v: jnp.einsum("i,ij,j->", v, metric_fn(p), v))(points, velocities)
+    )
+    line = start[None] + times[:, None] * velocity[None]
+    length = jnp.linalg.norm(velocity) * times
+    distance = jnp.linalg.norm(points - line, axis=1)
+    gaps = jnp.where(length > 0, distance / jnp.where(length > 0, length, 1), 0)
+    return Geodesic(times, points, velocities, speeds, gaps)
+
+
+def _floating(name: str, value: Any) -> jax.Array:
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be of floating point, got {array.dtype}. Pass {name}.astype(jnp.float32)."
+        )
+    return array
+
+
+def factor_spectra(
+    opt_state: Any,
+    params: Any = None,
+    *,
+    layout: Coverage | None = None,
+    options: KroneckerOptions | Mapping[str, Any] | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the eigenvalues of every pair of Kronecker factors in a state.
+
+    Choose it to see what there is to precondition, and what damping does to it.
+
+    Args:
+      opt_state: an optimizer state that holds that of ``scale_by_kronecker``, at any depth.
+      params: the parameters, or their shapes. Needed where factors are kept in blocks. Without them
+        the shapes of the factors are judged alone: blocks look like layers in a stack, the padding
+        of the last one like an eigenvalue, and stacked diagonals of both sides like whole factors
+        if there are as many layers as rows and columns and they are symmetric.
+      layout: what ``scale_by_kronecker`` got, read with ``params``.
+      options: what ``scale_by_kronecker`` got, read with ``params``.
+
+    Returns:
+      For each kernel's key path the eigenvalues of the rows' and the columns' factor, rising, of
+      the bias-corrected moving averages, ``(*stack, size)``; a factor kept as a diagonal gives its
+      entries, one in blocks, with ``params``, those of all blocks. Empty before the first
+      measurement.
+
+    Raises:
+      ValueError: the state was not made for ``params`` with ``layout`` and ``options``.
+
+    Cost: an eigenvalue computation a factor, outside ``jit``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optalr
+      >>> tx = optalr.scale_by_kronecker(statistics="gradient")
+      >>> _, state = tx.update({"w": jnp.diag(jnp.array([3.0, 1.0]))}, tx.init({"w": jnp.eye(2)}))
+      >>> [float(x) for x in optalr.factor_spectra(state)["['w']"][0].round(4)]
+      [1.0, 9.0]
+    """
+    plans = None
+    if params is not None:
+        storage = resolve_options(options)
+        bias = "joint" if storage.joint_bias else "shared"
+        plans = {plan.path: plan for plan in plan_leaves(params, layout, storage, bias)}
+    found = {}
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, KroneckerState))
+    for state in (node for node in nodes if isinstance(node, KroneckerState)):
+        weight = float(state.weight)
+        if weight == 0:
+            continue
+        rows = jax.tree_util.tree_flatten_with_path(state.row_factors)[0]
+        cols = jax.tree.leaves(state.col_factors)
+        for (path, row), col in zip(rows, cols, strict=True):
+            name = jax.tree_util.keystr(path)
+            row, col = (np.asarray(x, np.float64) / weight for x in (row, col))
+            if plans is None:
+                found[name] = _eigenvalues(row, col), _eigenvalues(col, row)
+            else:
+                found[name] = _planned_eigenvalues(name, plans.get(name), row, col)
+    return found
+
+
+def _eigenvalues(factor: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return eigenvalues of a factor whose form its shape and that of the other side must tell."""
+    return np.sort(factor, -1) if _is_diagonal(factor, other) else np.linalg.eigvalsh(factor)
+
+
+def _is_diagonal(factor: np.ndarray, other: np.ndarray) -> bool:
+    if factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
+        return True
+    # Both sides have the same stack axes, after which a diagonal has 1 axis and a matrix 2.
+    missing = other.ndim - factor.ndim
+    if missing == 1:
+        return factor.shape[:-1] == other.shape[:-2]
+    tolerance = np.finfo(np.float32).eps * factor.shape[-1] * np.abs(factor).max()
+    symmetric = np.allclose(factor, np.swapaxes(factor, -1, -2), rtol=0, atol=tolerance)
+    return missing > 1 or (missing == 0 and not symmetric)
+
+
+def _planned_eigenvalues(
+    name: str, plan: LeafPlan | None, row: np.ndarray, col: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the eigenvalues of both factors of a leaf whose storage is known."""
+    shapes = [(*plan.stack, *side.shape) for side in plan.sides] if plan is not None else []
+    if plan is None or shapes != [row.shape, col.shape]:
+        raise ValueError(
+            f"params, layout and options tell of other factors for {name} than opt_state has: "
+            f"{shapes} against {[row.shape, col.shape]}. Pass what scale_by_kronecker got."
+        )
+    return _side_eigenvalues(plan.rows, row), _side_eigenvalues(plan.cols, col)
+
+
+def _side_eigenvalues(side: Side, factor: np.ndarray) -> np.ndarray:
+    if side.form == "diagonal":
+        return np.sort(factor, -1)
+    if side.form == "full":
+        return np.linalg.eigvalsh(factor)
+    parts = []
+    for i in range(side.num_blocks):
+        filled = min(side.block, side.size - i * side.block)  # the last block may be padded
+        parts.append(np.linalg.eigvalsh(factor[..., i, :filled, :filled]))
+    return np.sort(np.concatenate(parts, -1), -1)

@@ -1,0 +1,156 @@
+"""Max pooling whose derivative keeps no buffer of its input's size for every product.
+
+XLA's CPU backend turns the transpose of a max pooling into a scatter onto zeros. The zeros of all
+products along one linearization are one constant, copied for each of them at the start, so memory
+grows with their number. Written as a sum over the window's offsets,
+
+    y = max_o x[s·i + o],   dy = Σ_o [o is the first offset where x[s·i + o] = y] dx[s·i + o],
+
+the derivative is slices and selections, the transpose pads and additions, and nothing is kept but
+one bit an offset and output, which all products share.
+
+``with_light_pooling`` gives a function's poolings this derivative; values stay as they are.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from optalr.signals.tracing.jaxprs import extract, is_literal, variables
+
+# Larger windows (global pooling) have small outputs: unrolling them would cost more than it saves.
+_MAX_OFFSETS = 16
+
+
+def with_light_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same function of arrays with another derivative of its max poolings.
+
+    Found are poolings outside and inside ``jit``, of windows of at most 16 entries. Those in loops,
+    branches, ``jax.checkpoint`` and functions with a derivative of their own stay as they are.
+    """
+
+    def pooled(*args: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(args)
+
+        def flat(*leaves: Any) -> Any:
+            return function(*jax.tree.unflatten(treedef, leaves))
+
+        closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+        if not any(_holds_pooling(equation) for equation in closed.jaxpr.eqns):
+            return function(*args)
+        return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(closed, leaves))
+
+    return pooled
+
+
+def _evaluate(closed: Any, inputs: Any) -> list[Any]:
+    """Evaluate a jaxpr, its poolings with the light derivative."""
+    jaxpr = closed.jaxpr
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(var: Any) -> Any:
+        return var.val if is_literal(var) else values[var]
+
+    last_reads = _last_reads(jaxpr)
+    for start, stop in _stretches(jaxpr.eqns):
+        equations = jaxpr.eqns[start:stop]
+        if _holds_pooling(equations[0]):
+            (equation,) = equations
+            results = _replacement(equation, [read(var) for var in equation.invars])
+            values.update(zip(equation.outvars, results, strict=True))
+            continue
+        made = [var for equation in equations for var in equation.outvars]
+        outputs = [var for var in made if last_reads.get(var, -1) >= stop]
+        read_here = dict.fromkeys(var for equation in equations for var in variables(equation))
+        needed = [var for var in read_here if var not in set(made)]
+        run = extract(jaxpr, equations, needed, outputs)
+        values.update(zip(outputs, run(*map(read, needed)), strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _replacement(equation: Any, inputs: list[Any]) -> list[Any]:
+    if equation.primitive.name != "reduce_window_max":
+        return _evaluate(equation.params["jaxpr"], inputs)
+    names = ("window_dimensions", "window_strides", "padding")
+    return [light_max_pool(Window(*(equation.params[name] for name in names)), inputs[0])]
+
+
+def _holds_pooling(equation: Any) -> bool:
+    """Tell whether an equation is, or calls under ``jit``, a pooling that is to be replaced."""
+    if equation.primitive.name == "reduce_window_max":
+        few = math.prod(equation.params["window_dimensions"]) <= _MAX_OFFSETS
+        floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
+        dilations = {*equation.params["base_dilation"], *equation.params["window_dilation"]}
+        return few and floating and dilations <= {1}
+    inner = equation.params.get("jaxpr")
+    return (
+        equation.primitive.name in ("jit", "pjit")
+        and isinstance(inner, jex_core.ClosedJaxpr)
+        and any(_holds_pooling(each) for each in inner.jaxpr.eqns)
+    )
+
+
+def _stretches(equations: Any) -> list[tuple[int, int]]:
+    """Return the bounds of runs of equations without a pooling, and of single ones with."""
+    bounds, start = [], 0
+    for i, equation in enumerate(equations):
+        if _holds_pooling(equation):
+            bounds += [(start, i)] * (start < i) + [(i, i + 1)]
+            start = i + 1
+    return bounds + [(start, len(equations))] * (start < len(equations))
+
+
+def _last_reads(jaxpr: Any) -> dict[Any, int]:
+    """Return the position of the last equation that reads each variable; outputs: the end."""
+    last = {var: i for i, equation in enumerate(jaxpr.eqns) for var in variables(equation)}
+    return last | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not is_literal(var)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Where a pooling looks, as ``jax.lax.reduce_window`` takes it."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+
+    def slices(self, x: jax.Array, fill: float, shape: tuple[int, ...]) -> list[jax.Array]:
+        """Return, for each offset in a window, the entries of all windows there."""
+        padded = jax.lax.pad(x, jnp.asarray(fill, x.dtype), [(*both, 0) for both in self.padding])
+        spans = [s * (n - 1) + 1 for s, n in zip(self.strides, shape, strict=True)]
+
+        def at(offset: tuple[int, ...]) -> jax.Array:
+            stop = [o + span for o, span in zip(offset, spans, strict=True)]
+            return jax.lax.slice(padded, offset, stop, self.strides)
+
+        return [at(offset) for offset in itertools.product(*map(range, self.sizes))]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def light_max_pool(window: Window, x: jax.Array) -> jax.Array:
+    """Return the largest entry of each window."""
+    sizes, strides, padding = dataclasses.astuple(window)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, sizes, strides, padding)
+
+
+@light_max_pool.defjvp
+def _light_max_pool_jvp(window: Window, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    y = light_max_pool(window, x)
+    taken = jnp.zeros(y.shape, bool)
+    dy = jnp.zeros(y.shape, dx.dtype)
+    for entry, move in zip(
+        window.slices(x, -jnp.inf, y.shape), window.slices(dx, 0, y.shape), strict=True
+    ):
+        first = (entry == y) & ~taken
+        taken = taken | first
+        dy = dy + jnp.where(first, move, 0)
+    return y, dy

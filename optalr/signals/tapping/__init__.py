@@ -1,0 +1,1 @@
+"""From a plan to moments: evaluating the loss with taps at its layers."""

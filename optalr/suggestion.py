@@ -1,0 +1,252 @@
+"""Suggesting a learning rate: where the learned rate settles, whatever it starts from."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import Partial
+
+from optalr.arguments import check_count, check_interval
+from optalr.reading.metrics import metrics, wants_signals
+from optalr.recipes import learned_rate_sgd
+from optalr.signals import value_grad_and_extras
+
+_PROBE = "suggestion_value_fn"
+STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RateSuggestion:
+    """What ``suggest_learning_rate`` found; prints as a table.
+
+    Attributes:
+      rate: the rate suggested: the geometric mean of ``settled`` over the runs that count. NaN
+        where the runs do not agree.
+      low: 10th percentile of these runs' rates while they settle.
+      high: 90th percentile.
+      agreed: whether at least two runs count and their settled rates are within ``tolerance``.
+      tolerance: the factor within which settled rates agree.
+      starts: ``(S,)`` the rates started from.
+      settled: ``(S,)`` the median rate of each run, over the second half of the steps in which its
+        loss makes 95 % of its decrease.
+      counted: ``(S,)`` bool, whether a run trained: it lowered its loss at least half as much as
+        the best run did. The others (diverged, stuck) do not count.
+      rates: ``(S, T)`` the rate at every step.
+      losses: ``(S, T)`` the training loss at every step.
+    """
+
+    rate: float
+    low: float
+    high: float
+    agreed: bool
+    tolerance: float
+    starts: np.ndarray
+    settled: np.ndarray
+    counted: np.ndarray
+    rates: np.ndarray
+    losses: np.ndarray
+
+    def __str__(self) -> str:
+        lines = ["start      settled    loss at first -> at last"]
+        last = _tail(self.losses).mean(axis=1)
+        for i, start in enumerate(self.starts):
+            note = "" if self.counted[i] else "   (did not train: left out)"
+            losses = f"{self.losses[i, 0]:.4g} -> {last[i]:.4g}"
+            lines.append(f"{start:<9.2g}  {self.settled[i]:<9.3g}  {losses}{note}")
+        lines.append(self.verdict)
+        return "\n".join(lines)
+
+    @property
+    def verdict(self) -> str:
+        """The suggestion in a sentence."""
+        spread = f"80 % of single rates: {self.low:.2g} to {self.high:.2g}"
+        if self.agreed:
+            return f"suggested learning rate: {self.rate:.2g} ({spread})"
+        settled = self.settled[self.counted]
+        if len(settled) < 2:
+            return "no suggestion: fewer than two starts trained. Scale the data, or start lower."
+        return (
+            f"no suggestion: the starts settle apart, from {settled.min():.2g} to "
+            f"{settled.max():.2g}, more than {self.tolerance:g} times ({spread}). Take more steps, "
+            "or larger batches."
+        )
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the rates over the steps, one curve a start, and the suggestion; return the axes.
+
+        Args:
+          axes: matplotlib axes to draw into; None makes a new figure.
+        """
+        if axes is None:
+            try:
+                from matplotlib.figure import Figure
+            except ImportError as error:
+                raise ImportError(
+                    "RateSuggestion.plot needs matplotlib: pip install matplotlib."
+                ) from error
+            axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+        for start, rates, counted in zip(self.starts, self.rates, self.counted, strict=True):
+            style = "-" if counted else ":"
+            curve = np.concatenate([[start], np.where(rates > 0, rates, np.nan)])
+            axes.plot(np.arange(len(curve)), curve, style, label=f"from {start:.2g}", lw=1)
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            axes.axhspan(self.low, self.high, color="gray", alpha=0.2, label="10 % to 90 %")
+        if self.agreed:
+            axes.axhline(self.rate, color="black", lw=1, label=f"suggested {self.rate:.2g}")
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel("learning rate")
+        axes.legend(fontsize="small")
+        return axes
+
+
+def suggest_learning_rate(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any] | Callable[[int], Any],
+    *,
+    starts: Sequence[float] = STARTS,
+    num_steps: int = 200,
+    tolerance: float = 2.0,
+    fresh_probe: bool = True,
+    has_aux: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> RateSuggestion:
+    """Suggest a learning rate for SGD: run the learned rate from several starts.
+
+    Choose it before a search over rates, or instead of one. The learned rate of order 2 tends to
+    the same zone from any start between 1e-4 and 1; the suggestion is the rate at which the runs
+    settle, and there is none where they do not agree. It belongs to these parameters, this batch
+    size and the first ``num_steps`` steps, and to plain SGD (with momentum β take 1 − β times it).
+
+    Args:
+      loss_fn: ``loss_fn(params, *args) -> scalar`` (or ``(scalar, aux)``).
+      params: the parameters each run begins with; they are not changed.
+      batches: a sequence of ``args`` tuples, taken in turn and again from the start; or a function
+        from the step's number to ``args``. A batch that is no tuple is the only argument.
+      starts: initial rates, each > 0, at least two.
+      num_steps: steps of each run, >= 4.
+      tolerance: > 1, the factor within which the settled rates count as agreed.
+      fresh_probe: whether the loss along each step is that of the next batch, not of the batch the
+        step was taken on. A rate fitted to the batch of its own gradient is too large for others,
+        the more so the smaller the batches are, until training breaks down.
+      has_aux: whether ``loss_fn`` returns aux, which is dropped.
+      options: further arguments of ``learned_rate_sgd``; ``lag`` is False unless set.
+
+    Returns:
+      ``RateSuggestion``; ``print`` shows a table, ``.plot()`` a picture.
+
+    Raises:
+      ValueError: an argument is out of range, or there is no batch.
+
+    Cost: ``len(starts) * num_steps`` learned-rate steps, each about 8/3 of an SGD step, and one
+      compilation.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optalr
+      >>> x = jax.random.normal(jax.random.key(0), (256, 4)) * jnp.array([[1.0, 1.0, 1.0, 2.0]])
+      >>> loss_fn = lambda w, x: 0.5 * jnp.mean((x @ w - x.sum(axis=1)) ** 2)
+      >>> batches = [x[i : i + 32] for i in range(0, 256, 32)]
+      >>> found = optalr.suggest_learning_rate(loss_fn, jnp.zeros(4), batches, num_steps=40)
+      >>> found.agreed, bool(0.1 < found.rate < 1.0)  # the eigenvalues are 1 and 4
+      (True, True)
+
+    Reference: Ravaut, Gorti, "Faster gradient descent via an adaptive learning rate", section 7:
+      "the learning rate that our algorithm converges to suggests an ideal learning rate".
+    """
+    starts = tuple(float(start) for start in starts)
+    if len(starts) < 2:
+        raise ValueError(f"starts must hold at least two rates, got {starts!r}.")
+    for start in starts:
+        check_interval("starts", start, 0.0, open_low=True)
+    check_count("num_steps", num_steps, 4)
+    check_interval("tolerance", tolerance, 1.0, open_low=True)
+    batch_at = _indexed(batches)
+    evaluate = value_grad_and_extras(loss_fn, has_aux=has_aux)
+    # Without the lag no step is taken with a rate that suited another direction.
+    options = {"probe": _PROBE, "lag": False, **(options or {})}
+    optimizers = [learned_rate_sgd(start, **options) for start in starts]
+
+    def probe(args: tuple[Any, ...], params: Any) -> jax.Array:
+        value = loss_fn(params, *args)
+        return value[0] if has_aux else value
+
+    @jax.jit
+    def step(params: Any, state: Any, args: tuple[Any, ...], following: tuple[Any, ...]) -> Any:
+        value, grads, extras = evaluate(params, *args, signals=wants_signals(state))
+        extras[_PROBE] = Partial(probe, following) if fresh_probe else extras["value_fn"]
+        updates, state = optimizers[0].update(grads, state, params, **extras)
+        value = value[0] if has_aux else value
+        rate = metrics(state)["learning_rate"]
+        return optax.apply_updates(params, updates), state, (jnp.float32(value), rate)
+
+    traces = []
+    for optimizer in optimizers:  # they differ in their first state only
+        current, state, trace = params, optimizer.init(params), []
+        for i in range(num_steps):
+            current, state, measured = step(current, state, batch_at(i), batch_at(i + 1))
+            trace.append(measured)
+        traces.append(jax.device_get(trace))
+    losses, rates = np.moveaxis(np.asarray(traces, np.float64), -1, 0)
+    return _summarize(np.asarray(starts), rates, losses, tolerance)
+
+
+def _indexed(batches: Any) -> Callable[[int], tuple[Any, ...]]:
+    if callable(batches):
+        found = batches
+    else:
+        listed = list(batches)
+        if not listed:
+            raise ValueError("batches must hold at least one batch, got none.")
+
+        def found(i: int) -> Any:
+            return listed[i % len(listed)]
+
+    def batch_at(i: int) -> tuple[Any, ...]:
+        batch = found(i)
+        return batch if isinstance(batch, tuple) else (batch,)
+
+    return batch_at
+
+
+def _tail(values: np.ndarray) -> np.ndarray:
+    return values[:, values.shape[1] // 2 :]
+
+
+def _descent(losses: np.ndarray) -> slice:
+    """Return the second half of the steps in which one run's loss falls.
+
+    They end where a moving average has made 95 % of the decrease: at a minimum every rate is as bad
+    as any other, and what the learned rate does there says nothing.
+    """
+    width = min(5, len(losses))
+    smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
+    last = losses[len(losses) // 2 :].mean()
+    below = smooth <= last + 0.05 * (losses[0] - last)
+    end = int(np.argmax(below)) + width if below.any() else len(losses)
+    end = min(max(end, width), len(losses))
+    return slice(end // 2, end)
+
+
+def _summarize(
+    starts: np.ndarray, rates: np.ndarray, losses: np.ndarray, tolerance: float
+) -> RateSuggestion:
+    parts = [run[_descent(trace)] for run, trace in zip(rates, losses, strict=True)]
+    settled = np.array([np.median(part) for part in parts])
+    decrease = np.nan_to_num(losses[:, 0] - _tail(losses).mean(axis=1), nan=0.0, neginf=0.0)
+    counted = (decrease > 0) & (decrease >= 0.5 * decrease.max()) & (settled > 0)
+    agreed, rate, low, high = False, math.nan, math.nan, math.nan
+    if counted.any():
+        chosen = settled[counted]
+        pooled = np.concatenate([part for part, c in zip(parts, counted, strict=True) if c])
+        low, high = (float(x) for x in np.quantile(pooled, (0.1, 0.9)))
+        agreed = bool(counted.sum() >= 2 and chosen.max() <= tolerance * chosen.min())
+        rate = float(np.exp(np.mean(np.log(chosen)))) if agreed else math.nan
+    return RateSuggestion(
+        rate, low, high, agreed, float(tolerance), starts, settled, counted, rates, losses
+    )

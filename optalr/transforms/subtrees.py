@@ -1,0 +1,55 @@
+"""Products of all parameters, as maps of the leaves that a mask has left."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optalr.linalg.minres.vectors import cast_like
+
+
+def restrict(product: Callable[[Any], Any], updates: Any, point: Any) -> Callable[[Any], Any]:
+    """Return ``product`` as a map of trees like ``updates``, which may lack masked leaves.
+
+    Args:
+      product: a linear map of trees like ``point``.
+      updates: a tree with some or all leaves of ``point``.
+      point: the parameters, or None where ``updates`` has all of them.
+
+    Raises:
+      ValueError: ``updates`` holds leaves that ``point`` lacks.
+    """
+    if point is None or jax.tree.structure(point) == jax.tree.structure(updates):
+        like = updates if point is None else point
+        return lambda v: product(cast_like(v, like))
+    places, known = set(_by_path(updates)), set(_by_path(point))
+    if not places <= known:
+        raise ValueError(
+            f"updates hold leaves that extras['point'] lacks: {sorted(places - known)}. Pass the "
+            "extras of the parameters that are being updated."
+        )
+
+    def restricted(v: Any) -> Any:
+        found = _by_path(product(embed(v, point)))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: found[jax.tree_util.keystr(path)], v
+        )
+
+    return restricted
+
+
+def embed(v: Any, point: Any) -> Any:
+    """Return ``v`` in the structure and dtypes of ``point``, zero where ``v`` has no leaf."""
+    found = _by_path(v)
+
+    def leaf(path: Any, p: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return found[name].astype(p.dtype) if name in found else jnp.zeros_like(p)
+
+    return jax.tree_util.tree_map_with_path(leaf, point)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
