@@ -11,7 +11,7 @@ import optalr
 PACKAGE = pathlib.Path(optalr.__file__).parent
 # A room may import itself and every room named after it on this list.
 ORDER = ["experiments", "adapters", "suggestion", "recipes", "reading", "phases", "transforms",
-         "schedules", "signals", "linalg", "states", "arguments"]  # fmt: skip
+         "schedules", "signals", "linalg", "states", "arrays", "arguments"]  # fmt: skip
 CORE_ALLOWED = {"jax", "numpy", "optax", "optalr", "jaxlib"}
 STANDARD = frozenset(sys.stdlib_module_names)
 MODULES = sorted(PACKAGE.rglob("*.py"))

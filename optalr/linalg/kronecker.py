@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optalr.arrays import at_least_float32
 from optalr.linalg import spd
 from optalr.linalg.roots.bases import EigenBasis
 from optalr.linalg.roots.eigh import floor_spectrum
@@ -40,7 +41,7 @@ def apply_kronecker(
       >>> apply_kronecker(jnp.ones((2, 1)), jnp.diag(jnp.array([2.0, 3.0])), None).tolist()
       [[2.0], [3.0]]
     """
-    matrix = _at_least_float32(matrix)
+    matrix = at_least_float32(matrix)
     if left is not None:
         matrix = spd.matmul(left, matrix)
     if right is not None:
@@ -248,7 +249,3 @@ def _rotation(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
             raise ValueError("old and new must leave out (None) the same side.")
         return None
     return spd.matmul(spd.transpose(new), old)
-
-
-def _at_least_float32(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

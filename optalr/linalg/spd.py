@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optalr.arguments import is_concrete
+from optalr.arrays import wide_dtype
 
 # TF32 or bfloat16 products destroy a root: the smallest eigenvalue is found by cancellation.
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -66,7 +67,7 @@ def as_square_stack(name: str, matrix: Any) -> jax.Array:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got {array.dtype}. Take its real part.")
     # bfloat16, float16 and whole numbers are worked on, and answered, in float32.
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(wide_dtype(array))
 
 
 def broadcast_damping(name: str, damping: Any, matrix: jax.Array) -> jax.Array:

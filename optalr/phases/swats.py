@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval, is_concrete
+from optalr.arrays import all_finite, wide_dtype
 from optalr.states import count_up, update_when
 
 
@@ -114,8 +115,8 @@ def swats(
         zero = jnp.zeros((), jnp.int32)
         return SwatsState(
             count=zero,
-            moment=jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params),
-            second_moment=jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p)), params),
+            moment=jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params),
+            second_moment=jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params),
             projected_rate=jnp.zeros((), jnp.float32),
             learning_rate=adam_rate(zero),
             phase=jnp.zeros((), jnp.float32),
@@ -160,8 +161,7 @@ def swats(
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras
-        finite = [jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)]
-        usable = jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
+        usable = all_finite(updates)
         in_adam = state.phase < 1
         failures = jnp.where(usable, state.failures, count_up(state.failures))
         updates = jax.tree.map(lambda u: jnp.where(usable, u, 0), updates)
@@ -216,7 +216,3 @@ def _inner(a: Any, b: Any) -> jax.Array:
 
 def _like(step: Any, updates: Any) -> Any:
     return jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates)
-
-
-def _wide(param: jax.Array) -> Any:
-    return jnp.promote_types(param.dtype, jnp.float32)

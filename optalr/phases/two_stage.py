@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_choice, check_interval
+from optalr.arrays import wide_dtype
 from optalr.phases.momentum import hand_over_momentum
 from optalr.phases.schedulers import phase_schedule
 from optalr.states import count_up, settle, settle_like, update_when
@@ -194,6 +195,6 @@ def _run(stage: Any, state: Any, updates: Any, params: Any, extras: Any) -> tupl
 
 
 def _blend(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    dtype = wide_dtype(a)
     share = weight.astype(jnp.finfo(dtype).dtype)
     return ((1 - share) * a.astype(dtype) + share * b.astype(dtype)).astype(a.dtype)

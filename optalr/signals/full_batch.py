@@ -16,6 +16,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from optalr.arguments import check_choice, check_count
+from optalr.arrays import wide_dtype
 from optalr.signals.problem import Bound, CompositeLoss, Problem, bind
 
 
@@ -173,7 +174,7 @@ class _Chunks:
                 return jax.tree.map(jnp.add, carry, _weighted(new, self.size / total)), None
 
             like = jax.eval_shape(lambda: term(loss_fn, self._chunk(args, 0, self.size), *operands))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype)), like)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), like)
             parts.append(jax.lax.scan(body, zeros, jnp.arange(whole))[0])
         if rest := total - whole * self.size:
             last = term(loss_fn, self._chunk(args, whole * self.size, rest), *operands)
@@ -235,12 +236,7 @@ def _sum(parts: Iterator[Any]) -> Any:
 
 
 def _weighted(tree: Any, weight: float) -> Any:
-    return jax.tree.map(lambda x: jnp.asarray(x, _wide(x.dtype)) * weight, tree)
-
-
-def _wide(dtype: Any) -> Any:
-    # In bfloat16 a sum stops growing once it is 256 times a term.
-    return jnp.promote_types(dtype, jnp.float32)
+    return jax.tree.map(lambda x: jnp.asarray(x, wide_dtype(x.dtype)) * weight, tree)
 
 
 def _cast_like(tree: Any, params: Any) -> Any:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_interval
+from optalr.arrays import wide_dtype
 
 Ray = Callable[[jax.Array], jax.Array]
 
@@ -156,7 +157,7 @@ def loss_along(value_fn: Callable[[Any], jax.Array], point: Any, direction: Any)
             for path, (_, leaf) in zip(paths, leaves, strict=True)
         ]
         value = value_fn(jax.tree_util.tree_unflatten(treedef, moved))
-        return jnp.asarray(value).astype(jnp.promote_types(jnp.result_type(value), jnp.float32))
+        return jnp.asarray(value).astype(wide_dtype(value))
 
     return ray
 
@@ -170,7 +171,7 @@ def inner_product(a: Any, b: Any) -> jax.Array:
     total = jnp.zeros((), jnp.float32)
     for path, leaf in by_path(a).items():
         other = others[path]
-        dtype = jnp.promote_types(jnp.promote_types(leaf.dtype, other.dtype), jnp.float32)
+        dtype = wide_dtype(leaf, other)
         total = total + jnp.vdot(leaf.astype(dtype), other.astype(dtype)).real
     return total
 
@@ -190,5 +191,5 @@ def _move(leaf: Any, move: jax.Array | None, eta: jax.Array, path: str) -> Any:
             f"updates has shape {move.shape} at {path}, where point has {leaf.shape}. Pass the "
             "full parameters as point."
         )
-    dtype = jnp.promote_types(jnp.promote_types(leaf.dtype, move.dtype), eta.dtype)
+    dtype = jnp.result_type(leaf, move, eta)
     return (leaf.astype(dtype) - eta.astype(dtype) * move.astype(dtype)).astype(leaf.dtype)

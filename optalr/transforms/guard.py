@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optalr.arrays import all_finite, at_least_float32
 from optalr.states import count_up, settle, settle_like, update_when
 
 
@@ -53,19 +54,19 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
-        return GuardState(jnp.zeros((), jnp.int32), settle(inner.init(_widen(params))))
+        return GuardState(jnp.zeros((), jnp.int32), settle(inner.init(at_least_float32(params))))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
-        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
-        usable = jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
+        usable = all_finite(updates)
 
         def run(carry: Any, inputs: Any) -> Any:
             wide, inner_state = carry
             new_updates, new_state = inner.update(wide, inner_state, inputs[0], **inputs[1])
             return settle_like(new_updates, wide), settle_like(new_state, inner_state)
 
-        carry = (_widen(updates), state.inner_state)
-        new_updates, inner_state = update_when(usable, run, carry, (_widen(params), extras))
+        inputs = (at_least_float32(params), extras)
+        carry = (at_least_float32(updates), state.inner_state)
+        new_updates, inner_state = update_when(usable, run, carry, inputs)
         new_updates = jax.tree.map(
             lambda new, old: jnp.where(usable, new, 0).astype(old.dtype), new_updates, updates
         )
@@ -73,12 +74,3 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
         return new_updates, GuardState(failures, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _widen(tree: Any) -> Any:
-    def widen(leaf: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-    return jax.tree.map(widen, tree)

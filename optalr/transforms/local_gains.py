@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval
+from optalr.arrays import all_finite, wide_dtype
 from optalr.states import count_up
 
 
@@ -74,15 +75,14 @@ def scale_by_local_gains(
 
     def init_fn(params: Any) -> LocalGainsState:
         return LocalGainsState(
-            gains=jax.tree.map(lambda p: jnp.ones(p.shape, _gain_dtype(p)), params),
+            gains=jax.tree.map(lambda p: jnp.ones(p.shape, wide_dtype(p)), params),
             signs=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int8), params),
             failures=jnp.zeros((), jnp.int32),
         )
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras
-        finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(updates)]
-        usable = jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
+        usable = all_finite(updates)
 
         def next_gain(g: jax.Array, gain: jax.Array, sign: jax.Array) -> jax.Array:
             agreement = jnp.sign(g).astype(jnp.int8) * sign
@@ -102,7 +102,3 @@ def scale_by_local_gains(
         return jax.tree.map(scaled, updates, gains), LocalGainsState(gains, signs, failures)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _gain_dtype(param: jax.Array) -> Any:
-    return jnp.promote_types(param.dtype, jnp.float32)

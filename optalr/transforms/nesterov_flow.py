@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval
+from optalr.arrays import all_finite, wide_dtype
 from optalr.states import count_up
 
 
@@ -76,7 +77,7 @@ def accelerate_by_nesterov_flow(
 
     def init_fn(params: Any) -> NesterovFlowState:
         def zeros(p: Any) -> jax.Array:
-            return jnp.zeros(jnp.shape(p), jnp.promote_types(jnp.result_type(p), jnp.float32))
+            return jnp.zeros(jnp.shape(p), wide_dtype(p))
 
         velocity = jax.tree.map(zeros, params)
         zero = jnp.zeros((), jnp.int32)
@@ -85,9 +86,7 @@ def accelerate_by_nesterov_flow(
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras
         before, now = weight(state.count), weight(state.count + 1)
-        finite = jnp.all(
-            jnp.stack([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)] or [True])
-        )
+        finite = all_finite(updates)
         velocity = jax.tree.map(
             lambda m, u: jnp.where(finite, before * m + u.astype(m.dtype), m),
             state.velocity,

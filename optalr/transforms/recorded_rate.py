@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval
+from optalr.arrays import wide_dtype
 from optalr.states import count_up
 
 # A learning rate: a number, or a schedule of the updates so far.
@@ -75,7 +76,7 @@ def scale_by_recorded_rate(
         rate = rate_at(state.count)
 
         def scale(update: jax.Array) -> jax.Array:
-            dtype = jnp.promote_types(update.dtype, jnp.float32)
+            dtype = wide_dtype(update)
             return (-rate.astype(jnp.finfo(dtype).dtype) * update).astype(update.dtype)
 
         return jax.tree.map(scale, updates), RecordedRateState(count_up(state.count), rate)

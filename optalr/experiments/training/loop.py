@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import optalr
+from optalr.arrays import all_finite
 from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
@@ -119,7 +119,7 @@ class _Run:
         due = within == 0 and (epoch % self.record.checkpoint_every == 0 or step == total)
         waited = time.monotonic() - self.saved_at
         if due or waited > 60 * self.record.checkpoint_minutes:
-            if not bool(_all_finite(state.params)):
+            if not bool(jax.jit(all_finite)(state.params)):
                 self._diverged(step)
             self.folder.sync()
             settings = _configuration(self.trainer.config)
@@ -205,8 +205,3 @@ def _configuration(config: Config) -> dict[str, str]:
     decisive = {key: table[key] for key in ("data", "model", "method", "schedule", "phase")}
     train = {key: value for key, value in table["train"].items() if key != "seed"}
     return optalr.configuration(**decisive, train=train)
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from optalr.arrays import wide_dtype
 from optalr.signals.curvature.pooling import with_light_pooling
 
 
@@ -157,7 +158,7 @@ def softmax_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
       >>> softmax_product(jnp.zeros(2), jnp.array([1.0, 0.0])).tolist()
       [0.25, -0.25]
     """
-    theta = jax.nn.softmax(outputs.astype(_at_least_float32(outputs)), axis=-1)
+    theta = jax.nn.softmax(outputs.astype(wide_dtype(outputs)), axis=-1)
     weighted = theta * u
     product = weighted - theta * jnp.sum(weighted, axis=-1, keepdims=True)
     return (scale * product).astype(outputs.dtype)
@@ -182,7 +183,7 @@ def sigmoid_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
       >>> sigmoid_product(jnp.zeros(2), jnp.array([1.0, 2.0])).tolist()
       [0.25, 0.5]
     """
-    scores = outputs.astype(_at_least_float32(outputs))
+    scores = outputs.astype(wide_dtype(outputs))
     # σ(−x) is 1 − σ(x) without the cancellation that large scores would suffer.
     return (scale * jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores) * u).astype(outputs.dtype)
 
@@ -223,7 +224,3 @@ def _as_partial(fn: Any, *bound: Any) -> Partial:
 
 def _cast_like(v: Any, params: Any) -> Any:
     return jax.tree.map(lambda x, p: jnp.asarray(x).astype(p.dtype), v, params)
-
-
-def _at_least_float32(array: jax.Array) -> Any:
-    return jnp.promote_types(array.dtype, jnp.float32)

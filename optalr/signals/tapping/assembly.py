@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optalr.arrays import wide_dtype
 from optalr.signals.moments import LayerMoments
 from optalr.signals.problem import Traced
 from optalr.signals.tapping.measuring import (
@@ -36,7 +37,7 @@ def slot_chooser(layers: Layers) -> Callable[[Site], Any]:
 def leaf_sums(traced: Traced, site: Site) -> Sums:
     """Return shapes and dtypes of the sums of a site's leaf."""
     leaf = traced.leaves[site.leaf]
-    dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+    dtype = wide_dtype(leaf)
     return sums_like(site, jnp.shape(leaf), dtype)
 
 

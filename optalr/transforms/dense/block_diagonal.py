@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count
+from optalr.arrays import all_finite, wide_dtype
 from optalr.states import count_up
 from optalr.transforms.dense import moments as dense
 
@@ -99,17 +100,15 @@ def scale_by_block_diagonal(
             failures=jnp.zeros([], jnp.int32),
             damping=jnp.asarray(damping, jnp.float32),
             update_norm=jnp.zeros([], jnp.float32),
-            moments=jax.tree.map(
-                lambda x: jnp.zeros((x.size,) * 2, dense.working_dtype(x)), params
-            ),
+            moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),
             root_residual=jnp.zeros([], jnp.float32),
-            roots=jax.tree.map(lambda x: jnp.eye(x.size, dtype=dense.working_dtype(x)), params),
+            roots=jax.tree.map(lambda x: jnp.eye(x.size, dtype=wide_dtype(x)), params),
         )
 
     def update_fn(updates, state, params=None, **extras):
         del params, extras
         leaves, structure = jax.tree.flatten(updates)
-        vectors = [leaf.astype(dense.working_dtype(leaf)).reshape(-1) for leaf in leaves]
+        vectors = [leaf.astype(wide_dtype(leaf)).reshape(-1) for leaf in leaves]
 
         moments = jax.tree.leaves(state.moments)
         moments, weight, good = dense.fold_vectors(rule, moments, vectors, state.weight)
@@ -120,7 +119,7 @@ def scale_by_block_diagonal(
         roots, residual, failed = dense.refresh_roots(rule, due, moments, weight, kept)
 
         new = [dense.multiply(root, x) for root, x in zip(roots, vectors, strict=True)]
-        safe = good & dense.all_finite(new)
+        safe = good & all_finite(new)
         new = [jnp.where(safe, u, 0) for u in new]
         new_state = BlockDiagonalState(
             count=count_up(state.count),
@@ -142,7 +141,7 @@ def scale_by_block_diagonal(
 def _refuse_large(path: Any, leaf: Any, max_size: int) -> None:
     if leaf.size <= max_size:
         return
-    needed = 2 * leaf.size**2 * jnp.dtype(dense.working_dtype(leaf)).itemsize
+    needed = 2 * leaf.size**2 * jnp.dtype(wide_dtype(leaf)).itemsize
     raise ValueError(
         f"The block of leaf {jax.tree_util.keystr(path)} with {leaf.size:,} numbers would take "
         f"{needed:,} bytes, and max_size={max_size:,} numbers are accepted. Use "

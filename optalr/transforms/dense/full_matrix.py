@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count
+from optalr.arrays import all_finite, wide_dtype
 from optalr.linalg import lapack
 from optalr.states import count_up
 from optalr.transforms.dense import moments as dense
@@ -158,7 +159,7 @@ def _whole(rule, update_every, max_size):
         (root,), residual, failed = dense.refresh_roots(rule, due, moments, weight, kept)
 
         new = dense.multiply(root, vector)
-        safe = good & dense.all_finite(new)
+        safe = good & all_finite(new)
         new = jnp.where(safe, new, 0)
         ends = [0]
         for leaf in leaves:
@@ -193,9 +194,7 @@ def _windowed(rule, size, max_size):
             damping=jnp.asarray(rule.damping, jnp.float32),
             update_norm=jnp.zeros([], jnp.float32),
             gram=jnp.zeros((size, size), _working_dtype(leaves)),
-            gradients=jax.tree.map(
-                lambda x: jnp.zeros((size, *x.shape), dense.working_dtype(x)), params
-            ),
+            gradients=jax.tree.map(lambda x: jnp.zeros((size, *x.shape), wide_dtype(x)), params),
         )
 
     def update_fn(updates, state, params=None, **extras):
@@ -221,7 +220,7 @@ def _windowed(rule, size, max_size):
             + dense.multiply(coefficients.astype(g.dtype), k.reshape(size, g.size)).reshape(g.shape)
             for k, g in zip(kept, grads, strict=True)
         ]
-        safe = good & dense.all_finite(new)
+        safe = good & all_finite(new)
         new = [jnp.where(safe, u, 0).astype(x.dtype) for u, x in zip(new, leaves, strict=True)]
         return structure.unflatten(new), WindowedState(
             count=count_up(state.count),
@@ -248,7 +247,7 @@ def _refuse_large(leaves: list[Any], size: int, max_size: int) -> None:
         return
     itemsize = jnp.dtype(_working_dtype(leaves)).itemsize
     needed = size**2 * itemsize
-    needed += sum(size * x.size * jnp.dtype(dense.working_dtype(x)).itemsize for x in leaves)
+    needed += sum(size * x.size * jnp.dtype(wide_dtype(x)).itemsize for x in leaves)
     raise ValueError(
         f"window={size:,} gradients of {count:,} parameters would take {needed:,} bytes, and "
         f"max_size={max_size:,} accepts {2 * max_size**2 * itemsize:,}. Pass a smaller window=, "

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_choice, check_count, check_interval, is_concrete
+from optalr.arrays import all_finite
 from optalr.linalg import inverse_root
 from optalr.states import update_when
 
@@ -66,12 +67,6 @@ def is_due(count: jax.Array, root_age: jax.Array, update_every: Any) -> jax.Arra
     """Tell whether roots are due: at half the updates so far, up to every ``update_every``."""
     interval = jnp.clip(count // 2, 1, jnp.asarray(update_every, jnp.int32))
     return (count == 0) | (root_age >= interval)
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Tell whether every number of a pytree is finite."""
-    parts = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(parts).all() if parts else jnp.bool_(True)
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -145,8 +140,3 @@ def take_roots(
         residual = jnp.maximum(residual, jnp.max(in_use))
         failed += jnp.sum(~result.success, dtype=jnp.int32)
     return new, residual, failed
-
-
-def working_dtype(leaf: Any) -> Any:
-    """Return float32, or float64 where the leaf is."""
-    return jnp.promote_types(leaf.dtype, jnp.float32)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_interval
+from optalr.arrays import wide_dtype
 from optalr.linalg.minres.solver import MinresResult
 from optalr.linalg.minres.vectors import dot, where
 from optalr.transforms.subtrees import embed
@@ -135,7 +136,7 @@ def judge(
     """
     step = rule.step_size
     moved = jax.tree.map(
-        lambda p, v: (p - step * v.astype(jnp.promote_types(p.dtype, jnp.float32))).astype(p.dtype),
+        lambda p, v: (p - step * v.astype(wide_dtype(p))).astype(p.dtype),
         extras["point"],
         embed(direction, extras["point"]),
     )

@@ -23,6 +23,7 @@ from optalr.arguments import (
     from_fields,
     require_extra,
 )
+from optalr.arrays import wide_dtype
 from optalr.linalg.minres.solver import MinresResult, minres, minres_step
 from optalr.linalg.minres.vectors import divide, dot, largest, where
 from optalr.states import count_up
@@ -183,7 +184,7 @@ def scale_by_krylov_flow(
         if not jax.tree.leaves(updates):
             return updates, _idle(state, rule)
 
-        gradient = jax.tree.map(lambda u: u.astype(_at_least_float32(u)), updates)
+        gradient = jax.tree.map(lambda u: u.astype(wide_dtype(u)), updates)
         wanted = rule(state.count, _norm(gradient), state.next_damping)
         shift = jnp.where(jnp.isfinite(wanted), wanted, state.damping)
         matvec = restrict(product, updates, point)
@@ -264,10 +265,6 @@ def _measured(
         + solved.nonpositive_curvature.astype(jnp.int32),
         failures=state.failures + (solved.failed | ~has_damping).astype(jnp.int32),
     )
-
-
-def _at_least_float32(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 def _norm(gradient: Any) -> jax.Array:

@@ -21,6 +21,7 @@ from optalr.arguments import (
     is_concrete,
     require_extra,
 )
+from optalr.arrays import all_finite, wide_dtype
 from optalr.signals.ray import (
     ExactDerivatives,
     FiniteDifferences,
@@ -236,7 +237,7 @@ def scale_by_learned_rate(
         outcome = outcome.unless(~due, keep(rate, velocity, move=True, failed=False))
         if safeguards.nonfinite is not None:
             refused = keep(rate, velocity, move=False, failed=True)
-            outcome = outcome.unless(~_all_finite(updates), refused)
+            outcome = outcome.unless(~all_finite(updates), refused)
 
         if safeguards.max_step is not None:
             watch = watch_loss(state.watch, extras.get("value"), safeguards.max_rise)
@@ -349,13 +350,8 @@ def _advance(
     )
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
-
-
 def _scale(update: jax.Array, rate: jax.Array) -> jax.Array:
     """Return ``−rate · update`` in its dtype; zero where the rate is, finite update or not."""
-    dtype = jnp.promote_types(update.dtype, jnp.float32)
+    dtype = wide_dtype(update)
     scaled = -rate.astype(jnp.finfo(dtype).dtype) * update.astype(dtype)
     return jnp.where(rate == 0, 0, scaled).astype(update.dtype)

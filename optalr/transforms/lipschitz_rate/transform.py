@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count, check_interval, is_concrete, require_extra
+from optalr.arrays import all_finite, wide_dtype
 from optalr.signals.lipschitz import (
     canonical_loss,
     largest_weight_norm,
@@ -199,7 +200,7 @@ def scale_by_lipschitz_rate(
     ) -> tuple[Any, LipschitzRateState]:
         # Measure.
         measured = _measure(formula, extras)
-        finite = _all_finite(updates)
+        finite = all_finite(updates)
         failed = (measured.present & ~measured.finite) | ~finite
 
         # Refresh.
@@ -351,13 +352,8 @@ def _rate(
     return rate.astype(jnp.float32), early | (rate != raw)
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
-
-
 def _scale(update: jax.Array, rate: jax.Array) -> jax.Array:
     """Return ``−rate · update`` in its dtype; zero where the rate is, finite update or not."""
-    dtype = jnp.promote_types(update.dtype, jnp.float32)
+    dtype = wide_dtype(update)
     scaled = -rate.astype(jnp.finfo(dtype).dtype) * update.astype(dtype)
     return jnp.where(rate == 0, 0, scaled).astype(update.dtype)

@@ -1,0 +1,30 @@
+"""What every room asks of arrays: are they finite, and are they wide enough to sum in?"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Tell whether every number of a pytree is finite; True for a tree without leaves."""
+    parts = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(parts).all() if parts else jnp.bool_(True)
+
+
+def wide_dtype(*values: Any) -> Any:
+    """Return the dtype that holds all of ``values`` (arrays or dtypes), float32 or wider.
+
+    Half precision is for storing. In bfloat16 a sum stops growing once it is 256 times a term, and
+    a decay of 0.999 is 1.
+    """
+    return jnp.promote_types(jnp.result_type(*values), jnp.float32)
+
+
+def at_least_float32(tree: Any) -> Any:
+    """Return a pytree with its floating leaves in float32 or wider, and all others as they are."""
+
+    def widen(leaf: Any) -> Any:
+        return leaf.astype(wide_dtype(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(widen, tree)
