@@ -68,10 +68,8 @@ def history(update_every, num_steps):
             weight = kronecker.weight
             found.append(
                 [
-                    (kronecker.row_factors[i]["w"] / weight, grad["w"], factor["w"] / weight)
-                    for i, (grad, factor) in enumerate(
-                        zip(grads, kronecker.col_factors, strict=True)
-                    )
+                    (leaf["w"].rows.factor / weight, grad["w"], leaf["w"].cols.factor / weight)
+                    for grad, leaf in zip(grads, kronecker.leaves, strict=True)
                 ]
             )
     return found, float(loss)

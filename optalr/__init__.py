@@ -15,6 +15,7 @@ from optalr.reading.geometry import factor_spectra, geodesic, noise_spectrum
 from optalr.reading.metrics import metrics, state_bytes, wants_signals
 from optalr.reading.monitoring import monitor
 from optalr.reading.resuming import configuration, warn_if_changed
+from optalr.reading.upgrading import upgrade_state
 from optalr.recipes import (
     CLASSICAL_RULES,
     classical,
@@ -140,6 +141,7 @@ __all__ = [
     # Resuming with the settings a run was saved with.
     "configuration",
     "warn_if_changed",
+    "upgrade_state",
     # Linear algebra that is true without an optimizer.
     "linalg",
 ]

@@ -55,10 +55,10 @@ def update_when(
     Args:
       condition: boolean scalar.
       update: a function that keeps structure, shapes and dtypes of ``state``.
-      state: a pytree of arrays.
-      inputs: a pytree of all else that ``update`` reads. Its arrays are tied to the loop's
-        counter, so that no compiler moves the work on them out of the loop; leaves that are not
-        arrays are passed on as they are.
+      state: a pytree of arrays. What ``update`` returns as it was is left in place too.
+      inputs: a pytree of all else that ``update`` reads. Leaves that are not arrays are passed on
+        as they are. All arrays, also those of ``state``, are tied to the loop's counter, so that no
+        compiler moves work on those that stay the same out of the loop.
     """
 
     def turn(carry: Any) -> Any:
@@ -70,7 +70,8 @@ def update_when(
             return jax.lax.optimization_barrier((leaf, pending))[0]
 
         # One barrier a leaf: a leaf that update does not read must stay free to be pruned.
-        return jnp.zeros_like(pending), update(current, jax.tree.map(tie, inputs))
+        tied = jax.tree.map(tie, current), jax.tree.map(tie, inputs)
+        return jnp.zeros_like(pending), update(*tied)
 
     return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, state))[1]
 

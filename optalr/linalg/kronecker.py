@@ -20,16 +20,19 @@ from optalr.arrays import at_least_float32
 from optalr.linalg import spd
 from optalr.linalg.roots.bases import EigenBasis
 from optalr.linalg.roots.eigh import floor_spectrum
+from optalr.linalg.structured import Matrices, Structured, as_structured
+
+# A matrix, a stack of them, or a form that stores a part of each.
+Factor = jax.Array | Structured
 
 
-def apply_kronecker(
-    matrix: jax.Array, left: jax.Array | None, right: jax.Array | None
-) -> jax.Array:
+def apply_kronecker(matrix: jax.Array, left: Factor | None, right: Factor | None) -> jax.Array:
     """Return ``left · G · right``, which is ``(right ⊗ left) vec(G)`` for symmetric factors.
 
     Args:
       matrix: ``(..., m, n)``, the gradient's matrix view.
-      left: ``(..., m, m)``, for instance ``A^{-1/2}``; None for the identity.
+      left: ``(..., m, m)``, for instance ``A^{-1/2}``; None for the identity. It may be one of the
+        forms of ``optalr.linalg.structured``.
       right: ``(..., n, n)``, for instance ``B^{-1/2}``; None for the identity.
 
     Returns:
@@ -41,24 +44,22 @@ def apply_kronecker(
       >>> apply_kronecker(jnp.ones((2, 1)), jnp.diag(jnp.array([2.0, 3.0])), None).tolist()
       [[2.0], [3.0]]
     """
-    matrix = at_least_float32(matrix)
+    product = at_least_float32(matrix)
     if left is not None:
-        matrix = spd.matmul(left, matrix)
+        product = as_structured(left) @ product
     if right is not None:
-        matrix = spd.matmul(matrix, right)
-    return matrix
+        product = product @ as_structured(right)
+    return product
 
 
-def to_eigenbasis(matrix: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+def to_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None) -> jax.Array:
     """Return ``Q_Aᵀ G Q_B``, the coordinates of G in the factors' eigenbases (vectors)."""
-    return apply_kronecker(matrix, None if left is None else spd.transpose(left), right)
+    return apply_kronecker(matrix, None if left is None else as_structured(left).T, right)
 
 
-def from_eigenbasis(
-    matrix: jax.Array, left: jax.Array | None, right: jax.Array | None
-) -> jax.Array:
+def from_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None) -> jax.Array:
     """Return ``Q_A G Q_Bᵀ``, undoing ``to_eigenbasis``."""
-    return apply_kronecker(matrix, left, None if right is None else spd.transpose(right))
+    return apply_kronecker(matrix, left, None if right is None else as_structured(right).T)
 
 
 def eigenbasis_power(
@@ -150,13 +151,13 @@ def apply_eigenbasis_power(
     return from_eigenbasis(coordinates * relative * factor, *bases)
 
 
-def mean_eigenvalue(matrix: jax.Array) -> jax.Array:
+def mean_eigenvalue(matrix: Factor) -> jax.Array:
     """Return ``tr(A)/n`` of each matrix in a stack, the unit of a relative damping."""
-    return jnp.mean(jnp.diagonal(matrix, axis1=-2, axis2=-1), -1)
+    return as_structured(matrix).mean()
 
 
 @jax.jit
-def split_damping(left: jax.Array, right: jax.Array, damping: Any) -> tuple[jax.Array, jax.Array]:
+def split_damping(left: Factor, right: Factor, damping: Any) -> tuple[jax.Array, jax.Array]:
     """Share the damping λ of ``B ⊗ A`` out between the factors, ``(π√λ, √λ/π)``.
 
     ``π² = (tr(A)/m) / (tr(B)/n)``, which minimizes (a bound on) the cross terms that damping each
@@ -191,8 +192,8 @@ def split_damping(left: jax.Array, right: jax.Array, damping: Any) -> tuple[jax.
 @jax.jit
 def carry_first_moments(
     moment: jax.Array,
-    old: tuple[jax.Array | None, jax.Array | None],
-    new: tuple[jax.Array | None, jax.Array | None],
+    old: tuple[Factor | None, Factor | None],
+    new: tuple[Factor | None, Factor | None],
 ) -> jax.Array:
     """Return coordinates held in an ``old`` pair of bases in a ``new`` pair, exactly.
 
@@ -202,14 +203,14 @@ def carry_first_moments(
       new: vectors of the bases wanted, None where ``old`` is.
     """
     left, right = (_rotation(*pair) for pair in zip(old, new, strict=True))
-    return apply_kronecker(moment, left, None if right is None else spd.transpose(right))
+    return from_eigenbasis(moment, left, right)
 
 
 @jax.jit
 def carry_second_moments(
     moment: jax.Array,
-    old: tuple[jax.Array | None, jax.Array | None],
-    new: tuple[jax.Array | None, jax.Array | None],
+    old: tuple[Factor | None, Factor | None],
+    new: tuple[Factor | None, Factor | None],
 ) -> jax.Array:
     """Return second moments held in an ``old`` pair of bases in a ``new`` pair.
 
@@ -235,17 +236,20 @@ def carry_second_moments(
       [[5.0], [1.0]]
     """
     left, right = (_rotation(*pair) for pair in zip(old, new, strict=True))
-    return apply_kronecker(
+    return from_eigenbasis(
         moment,
-        None if left is None else jnp.square(left),
-        None if right is None else spd.transpose(jnp.square(right)),
+        None if left is None else left.squared_entries(),
+        None if right is None else right.squared_entries(),
     )
 
 
-def _rotation(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
-    """Return ``Q_newᵀ Q_old``."""
+def _rotation(old: Factor | None, new: Factor | None) -> Matrices | None:
+    """Return ``Q_newᵀ Q_old``, or None where both are the identity (that of a diagonal, too)."""
+    if (old is None) is not (new is None):
+        raise ValueError("old and new must leave out (None) the same side.")
     if old is None or new is None:
-        if old is not new:
-            raise ValueError("old and new must leave out (None) the same side.")
         return None
-    return spd.matmul(spd.transpose(new), old)
+    before, after = as_structured(old), as_structured(new)
+    if isinstance(before, Matrices) and isinstance(after, Matrices):
+        return after.T.times(before)
+    return None

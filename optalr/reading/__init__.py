@@ -4,6 +4,7 @@ from optalr.reading.geometry import factor_spectra, geodesic, noise_spectrum
 from optalr.reading.metrics import metrics, state_bytes, wants_signals
 from optalr.reading.monitoring import monitor
 from optalr.reading.resuming import configuration, warn_if_changed
+from optalr.reading.upgrading import upgrade_state
 
 __all__ = [
     "configuration",
@@ -13,6 +14,7 @@ __all__ = [
     "monitor",
     "noise_spectrum",
     "state_bytes",
+    "upgrade_state",
     "wants_signals",
     "warn_if_changed",
 ]

@@ -15,8 +15,8 @@ import numpy as np
 
 from optalr.arguments import check_count, check_interval
 from optalr.signals.moments import Coverage
-from optalr.signals.storage import Side
-from optalr.transforms.kronecker.leaves import LeafPlan, plan_leaves
+from optalr.transforms.kronecker.leaves import Kernel, plan_leaves
+from optalr.transforms.kronecker.memory import KernelMemory
 from optalr.transforms.kronecker.options import KroneckerOptions, resolve_options
 from optalr.transforms.kronecker.transform import KroneckerState
 
@@ -260,25 +260,29 @@ def factor_spectra(
     """
     plans = None
     if params is not None:
-        storage = resolve_options(options)
-        bias = "joint" if storage.joint_bias else "shared"
-        plans = {plan.path: plan for plan in plan_leaves(params, layout, storage, bias)}
+        planned = plan_leaves(params, layout, resolve_options(options))
+        plans = {plan.path: plan for plan in planned if isinstance(plan, Kernel)}
     found = {}
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, KroneckerState))
     for state in (node for node in nodes if isinstance(node, KroneckerState)):
         weight = float(state.weight)
         if weight == 0:
             continue
-        rows = jax.tree_util.tree_flatten_with_path(state.row_factors)[0]
-        cols = jax.tree.leaves(state.col_factors)
-        for (path, row), col in zip(rows, cols, strict=True):
+        leaves = jax.tree_util.tree_flatten_with_path(state.leaves, is_leaf=_is_kernel)[0]
+        for path, memory in leaves:
+            if not _is_kernel(memory):
+                continue
             name = jax.tree_util.keystr(path)
-            row, col = (np.asarray(x, np.float64) / weight for x in (row, col))
+            row, col = (np.asarray(side.factor, np.float64) / weight for side in memory.sides)
             if plans is None:
                 found[name] = _eigenvalues(row, col), _eigenvalues(col, row)
             else:
                 found[name] = _planned_eigenvalues(name, plans.get(name), row, col)
     return found
+
+
+def _is_kernel(node: Any) -> bool:
+    return isinstance(node, KernelMemory)
 
 
 def _eigenvalues(factor: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -299,7 +303,7 @@ def _is_diagonal(factor: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _planned_eigenvalues(
-    name: str, plan: LeafPlan | None, row: np.ndarray, col: np.ndarray
+    name: str, plan: Kernel | None, row: np.ndarray, col: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the eigenvalues of both factors of a leaf whose storage is known."""
     shapes = [(*plan.stack, *side.shape) for side in plan.sides] if plan is not None else []
@@ -308,16 +312,4 @@ def _planned_eigenvalues(
             f"params, layout and options tell of other factors for {name} than opt_state has: "
             f"{shapes} against {[row.shape, col.shape]}. Pass what scale_by_kronecker got."
         )
-    return _side_eigenvalues(plan.rows, row), _side_eigenvalues(plan.cols, col)
-
-
-def _side_eigenvalues(side: Side, factor: np.ndarray) -> np.ndarray:
-    if side.form == "diagonal":
-        return np.sort(factor, -1)
-    if side.form == "full":
-        return np.linalg.eigvalsh(factor)
-    parts = []
-    for i in range(side.num_blocks):
-        filled = min(side.block, side.size - i * side.block)  # the last block may be padded
-        parts.append(np.linalg.eigvalsh(factor[..., i, :filled, :filled]))
-    return np.sort(np.concatenate(parts, -1), -1)
+    return plan.rows.holding(row).eigenvalues(), plan.cols.holding(col).eigenvalues()

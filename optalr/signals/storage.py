@@ -7,39 +7,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from optalr.linalg.structured import Blocks, Diagonal, Full
 
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """How the factor of one side of a leaf's matrix view is stored.
-
-    Attributes:
-      size: rows (or columns) of the matrix view, one more where it holds a joint bias.
-      form: ``"full"``; ``"blocks"``, a block-diagonal factor; ``"diagonal"``, its diagonal.
-      num_blocks: blocks of a ``"blocks"`` side.
-    """
-
-    size: int
-    form: str = "full"
-    num_blocks: int = 1
-
-    @property
-    def block(self) -> int:
-        """Rows of a block; the last block may be padded."""
-        return math.ceil(self.size / self.num_blocks)
-
-    @property
-    def padded_size(self) -> int:
-        """Rows of all blocks together."""
-        return self.num_blocks * self.block
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the stored factor, without stack axes."""
-        if self.form == "diagonal":
-            return (self.size,)
-        if self.form == "blocks":
-            return (self.num_blocks, self.block, self.block)
-        return (self.size, self.size)
+# What a side stores.
+Form = Full | Blocks | Diagonal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,39 +32,37 @@ class FactorStorage:
     joint_bias: bool = False
     root_method: str = "auto"
 
-    def side(self, size: int) -> Side:
-        """Say how a side of this size is stored."""
+    def side(self, size: int) -> Form:
+        """Return how the factor of a side of this size is stored."""
         if self.block_size is not None and size > self.block_size:
-            return Side(size, "blocks", math.ceil(size / self.block_size))
+            return Blocks(size, num_blocks=math.ceil(size / self.block_size))
         if size > self.max_factor_size:
-            return Side(size, "diagonal")
-        return Side(size)
+            return Diagonal(size)
+        return Full(size)
 
-    @property
-    def keeps_bases(self) -> bool:
-        """Tell whether bases are kept beside the roots, to be refreshed."""
-        return self.spectrum == "factored" and self.root_method == "eigenbasis"
-
-    def count_numbers(self, stack: Sequence[int], sides: tuple[Side, Side]) -> int:
-        """Count what is kept for a kernel: factors, roots and what goes with them."""
+    def count_numbers(self, stack: Sequence[int], sides: Sequence[Form]) -> int:
+        """Return how many numbers are kept for a kernel: factors, roots and what goes with them."""
+        keeps_roots = self.spectrum == "factored"
+        keeps_bases = keeps_roots and self.root_method == "eigenbasis"
         total = 0
         for side in sides:
-            copies = 3 if self.keeps_bases and side.form != "diagonal" else 2
-            total += copies * math.prod(side.shape)
-            if self.spectrum != "factored":
+            total += 2 * side.count
+            if keeps_bases and not isinstance(side, Diagonal):
+                total += side.count
+            if not keeps_roots:
                 total += side.padded_size
         if self.spectrum == "measured":
-            total += sides[0].padded_size * sides[1].padded_size
+            total += math.prod(side.padded_size for side in sides)
         return math.prod(stack) * total
 
-    def notes(self, sides: tuple[Side, Side]) -> list[str]:
-        """Say which sides are not stored whole, and why."""
-        said = []
+    def notes(self, sides: Sequence[Form]) -> list[str]:
+        """Return which sides are not stored whole, and why."""
+        notes = []
         for name, side in zip(("rows", "cols"), sides, strict=True):
-            if side.form == "diagonal":
+            if isinstance(side, Diagonal):
                 limit = f"{side.size} > max_factor_size={self.max_factor_size}"
-                said.append(f"{name} keep a diagonal ({limit})")
-            elif side.form == "blocks":
+                notes.append(f"{name} keep a diagonal ({limit})")
+            elif isinstance(side, Blocks):
                 limit = f"{side.size} > block_size={self.block_size}"
-                said.append(f"{name} in {side.num_blocks} blocks of {side.block} ({limit})")
-        return said
+                notes.append(f"{name} in {side.num_blocks} blocks of {side.block} ({limit})")
+        return notes

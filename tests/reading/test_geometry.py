@@ -289,11 +289,13 @@ def test_a_geodesic_that_stays_where_it_is_has_no_gap():
 def spectra_of(rows, cols, **arguments):
     """Return what is found in a state that holds these factors of a kernel."""
     tx = optalr.scale_by_kronecker()
-    state = tx.init({"w": jnp.ones((2, 2))})._replace(
-        weight=jnp.float32(0.5),
-        row_factors={"w": 0.5 * jnp.asarray(rows, jnp.float32)},
-        col_factors={"w": 0.5 * jnp.asarray(cols, jnp.float32)},
+    state = tx.init({"w": jnp.ones((2, 2))})
+    row_side, col_side = (
+        side._replace(factor=0.5 * jnp.asarray(factor, jnp.float32))
+        for side, factor in zip(state.leaves["w"].sides, (rows, cols), strict=True)
     )
+    memory = state.leaves["w"]._replace(rows=row_side, cols=col_side)
+    state = state._replace(weight=jnp.float32(0.5), leaves={"w": memory})
     return factor_spectra(state, **arguments)["['w']"]
 
 

@@ -19,6 +19,20 @@ from tests.transforms.kronecker_layers import (
 )
 
 
+def poisoned(state):
+    """The state with a factor of the kernel's rows that is not finite."""
+    kernel = state.leaves["kernel"]
+    rows = kernel.rows._replace(factor=jnp.full((5, 5), jnp.nan))
+    return state._replace(leaves={**state.leaves, "kernel": kernel._replace(rows=rows)})
+
+
+def assert_same_factors(state, other):
+    for side, before in zip(
+        state.leaves["kernel"].sides, other.leaves["kernel"].sides, strict=True
+    ):
+        np.testing.assert_array_equal(side.factor, before.factor)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_nothing_that_is_not_finite_reaches_factors_or_updates(layer, bad):
     grads, signals, *_ = layer
@@ -29,7 +43,7 @@ def test_nothing_that_is_not_finite_reaches_factors_or_updates(layer, bad):
     updates, after = run(tx, broken, {**signals, "kernel": kernel}, state)
     assert all(float(jnp.abs(u).max()) == 0 for u in jax.tree.leaves(updates))
     assert int(after.failures) == 2  # the measurement and the update
-    np.testing.assert_array_equal(after.row_factors["kernel"], state.row_factors["kernel"])
+    assert_same_factors(after, state)
     again, _ = run(tx, grads, signals, after)
     scale = float(jnp.abs(good["kernel"]).max())
     np.testing.assert_allclose(again["kernel"], good["kernel"], rtol=1e-4, atol=1e-5 * scale)
@@ -39,13 +53,11 @@ def test_a_failed_root_keeps_the_last_good_pair(layer):
     grads, signals, *_ = layer
     tx = scale_by_kronecker(options=BARE)
     _, state = run(tx, grads, signals)
-    poisoned = {**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)}
-    updates, after = run(tx, grads, signals, state._replace(row_factors=poisoned))
+    updates, after = run(tx, grads, signals, poisoned(state))
     assert int(after.failures) == 1
-    for name in ("row_roots", "col_roots"):
-        np.testing.assert_array_equal(
-            getattr(after, name)["kernel"], getattr(state, name)["kernel"]
-        )
+    sides = zip(after.leaves["kernel"].sides, state.leaves["kernel"].sides, strict=True)
+    for side, before in sides:
+        np.testing.assert_array_equal(side.root, before.root)
     assert bool(jnp.isfinite(updates["kernel"]).all())
 
 
@@ -53,8 +65,7 @@ def test_the_residual_of_a_kept_pair_still_counts(layer):
     grads, signals, *_ = layer
     tx = scale_by_kronecker(options=BARE)
     _, state = run(tx, grads, signals)
-    poisoned = {**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)}
-    state = state._replace(row_factors=poisoned, root_residual=jnp.float32(0.25))
+    state = poisoned(state)._replace(root_residual=jnp.float32(0.25))
     _, after = run(tx, grads, signals, state)
     assert float(after.root_residual) == 0.25
     assert int(after.root_age) == 0  # the next try waits its turn
@@ -67,11 +78,10 @@ def test_the_residual_of_a_discarded_partner_does_not_count(layer):
     _, state = run(tx, grads, signals)
     # The columns' basis is only near, so that its residual is above the old pair's.
     turn = np.linalg.qr(np.eye(3) + 0.02 * np.random.default_rng(1).standard_normal((3, 3)))[0]
-    state = state._replace(
-        row_factors={**state.row_factors, "kernel": jnp.full((5, 5), jnp.nan)},
-        col_roots={**state.col_roots, "kernel": state.col_roots["kernel"] @ turn},
-        root_residual=jnp.float32(1e-9),
-    )
+    kernel = state.leaves["kernel"]
+    kernel = kernel._replace(cols=kernel.cols._replace(root=kernel.cols.root @ turn))
+    state = poisoned(state._replace(leaves={**state.leaves, "kernel": kernel}))
+    state = state._replace(root_residual=jnp.float32(1e-9))
     _, after = run(tx, grads, signals, state)
     assert int(after.failures) >= 1
     assert float(after.root_residual) == float(state.root_residual)

@@ -147,11 +147,13 @@ def test_measured_moments_survive_a_change_of_basis():
 
 def _diagonal_of(state):
     """The second moments of the gradient's own entries that a state stands for."""
-    return jnp.square(state.row_roots) @ _moments_of(state) @ jnp.square(state.col_roots).T
+    rows, cols = (jnp.square(side.root) for side in state.leaves.sides)
+    return rows @ _moments_of(state) @ cols.T
 
 
 def _moments_of(state):
-    return state.second_moments * state.row_eigenvalues.max() * state.col_eigenvalues.max()
+    rows, cols = (side.eigenvalues.max() for side in state.leaves.sides)
+    return state.leaves.second_moment * rows * cols
 
 
 @pytest.mark.parametrize("spectrum", ["exact", "measured"])
@@ -249,7 +251,7 @@ def test_blocks_are_the_diagonal_blocks_of_the_factor(spectrum, size):
     blocked = dataclasses.replace(options, block_size=4)
     updates, state = run(scale_by_kronecker(damping=1e-2, options=blocked), g, moments(rows, cols))
     expected, _ = run(scale_by_kronecker(damping=1e-2, options=options), g, moments(masked, cols))
-    assert state.row_factors.shape == (2, 4, 4)
+    assert state.leaves.rows.factor.shape == (2, 4, 4)
     np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -319,7 +321,7 @@ def test_a_step_without_refresh_pays_nothing_for_roots(leaf, monkeypatch, spectr
         return jaxpr(g, state, signals).eqns
 
     with_refresh = equations()
-    monkeypatch.setattr(kronecker, "_refresh", lambda setup, clock, memory, state: (memory, state))
+    monkeypatch.setattr(kronecker, "refresh", lambda step, memories, state: (memories, state))
     without = equations()
 
     def arrays(eqns):

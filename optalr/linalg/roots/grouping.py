@@ -1,6 +1,6 @@
 """Roots of many matrices of different sizes in few batched calls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from optalr.arguments import check_interval
 from optalr.linalg import spd
-from optalr.linalg.kronecker import mean_eigenvalue
 from optalr.linalg.roots.inverse_root import InverseRoot, inverse_root
 
 
@@ -67,39 +66,61 @@ def inverse_roots(
         raise ValueError(
             f"damping must be a number or one a matrix, got {len(dampings)} for {len(arrays)}."
         )
-    results: list[InverseRoot | None] = [None] * len(arrays)
-    for size, members in _group(arrays, padding):
-        stack = jnp.concatenate([_padded_stack(arrays[i], size) for i in members])
-        together = jnp.concatenate(
-            [
-                spd.broadcast_damping(f"damping[{i}]", dampings[i], arrays[i]).reshape(-1)
-                for i in members
-            ]
+    dampings = [
+        spd.broadcast_damping(f"damping[{i}]", each, array).reshape(-1)
+        for i, (each, array) in enumerate(zip(dampings, arrays, strict=True))
+    ]
+
+    def take(stack: jax.Array, damping: jax.Array) -> InverseRoot:
+        return inverse_root(
+            stack, p, damping=damping, method=method, order=order, tolerance=tolerance
         )
-        solved = inverse_root(
-            stack, p, damping=together, method=method, order=order, tolerance=tolerance
-        )
-        start = 0
+
+    sizes = _joined_sizes(arrays, padding)
+    stacks = [_padded_stack(array, size) for array, size in zip(arrays, sizes, strict=True)]
+    solved = solve_by_size(take, list(zip(stacks, dampings, strict=True)))
+    return [_unpad(result, array.shape) for result, array in zip(solved, arrays, strict=True)]
+
+
+def solve_by_size(solve: Callable[..., Any], requests: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Call ``solve`` once a size and dtype, for all requests of that kind together.
+
+    Args:
+      solve: takes the parts of a request, joined along their first axis, and returns a pytree of
+        arrays with that axis.
+      requests: tuples of arrays with one first axis, the first of them ``(k, n, n)``; a part that
+        is None must be None in all requests of its kind.
+
+    Returns:
+      One pytree a request, in the given order.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, (stack, *_) in enumerate(requests):
+        kinds.setdefault((stack.shape[-1], stack.dtype), []).append(i)
+    results: dict[int, Any] = {}
+    for members in kinds.values():
+        parts = zip(*(requests[i] for i in members), strict=True)
+        joined = [None if part[0] is None else jnp.concatenate(part) for part in parts]
+        whole, start = solve(*joined), 0
         for i in members:
-            stop = start + arrays[i].size // arrays[i].shape[-1] ** 2
-            part = jax.tree.map(lambda x, a=start, b=stop: x[a:b], solved)
-            results[i] = _unpad(part, arrays[i].shape)
+            stop = start + requests[i][0].shape[0]
+            results[i] = jax.tree.map(lambda part, a=start, b=stop: part[a:b], whole)
             start = stop
-    return [result for result in results if result is not None]
+    return [results[i] for i in range(len(requests))]
 
 
-def _group(arrays: list[jax.Array], padding: float) -> list[tuple[int, list[int]]]:
-    """Return ``(size, members)`` of each batch: a size joins the smallest one that is in reach."""
-    groups: list[tuple[int, Any, list[int]]] = []
-    for i in sorted(range(len(arrays)), key=lambda i: -arrays[i].shape[-1]):
-        n, dtype = arrays[i].shape[-1], arrays[i].dtype
-        for size, group_dtype, members in reversed(groups):
-            if group_dtype == dtype and size <= n * (1 + padding):
-                members.append(i)
-                break
+def _joined_sizes(arrays: Sequence[jax.Array], padding: float) -> list[int]:
+    """Return the rows each array is padded to: a size joins the smallest one that is in reach."""
+    kept: list[tuple[int, Any]] = []
+    sizes = [array.shape[-1] for array in arrays]
+    for i in sorted(range(len(arrays)), key=lambda i: -sizes[i]):
+        reach = sizes[i] * (1 + padding)
+        near = [size for size, dtype in kept if dtype == arrays[i].dtype and size <= reach]
+        if near:
+            sizes[i] = min(near)
         else:
-            groups.append((n, dtype, [i]))
-    return [(size, members) for size, _, members in groups]
+            kept.append((sizes[i], arrays[i].dtype))
+    return sizes
 
 
 def _padded_stack(matrix: jax.Array, size: int) -> jax.Array:
@@ -110,7 +131,7 @@ def _padded_stack(matrix: jax.Array, size: int) -> jax.Array:
         return stack
     stack = jnp.pad(stack, ((0, 0), (0, size - n), (0, size - n)))
     added = jnp.diag(jnp.arange(size) >= n).astype(stack.dtype)
-    mean = mean_eigenvalue(stack) * (size / n)
+    mean = jnp.trace(stack, axis1=-2, axis2=-1) / n
     return stack + spd.column(mean) * added[None]
 
 

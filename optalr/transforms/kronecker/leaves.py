@@ -1,114 +1,159 @@
 """What the Kronecker form does with each leaf: decided from shapes, the layout and the signals.
 
-Everything here is static: it is worked out at trace time and holds no arrays.
+Everything here is static: it is worked out while tracing and holds no arrays but the moments that a
+batch captured. A leaf is one of four things:
+
+* a ``Kernel`` keeps two factors, one a side of its matrix view;
+* a ``Bias`` keeps nothing: it takes the factor of its kernel's output side;
+* a ``JointBias`` keeps nothing: it is one more row (or column) of its kernel's matrix;
+* ``Elementwise`` leaves keep a second moment a number.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from optalr.linalg.structured import Structured
 from optalr.signals.moments import Coverage, LayerMoments, LeafView, default_view, is_moments
-from optalr.signals.storage import FactorStorage, Side
-
-# Said wherever captured signals do not fit the state.
-LAYOUT_REMEDY = (
-    "Pass layout=optalr.coverage(loss_fn, params, *args), which tells how each leaf is a matrix."
-)
-
-
-_NO_SIDE = Side(0)
+from optalr.signals.storage import FactorStorage
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafPlan:
-    """What is kept for one leaf.
+class Leaf:
+    """What all leaves have.
 
     Attributes:
-      path: key path of the leaf.
-      shape: its shape.
-      treatment: ``"kronecker"`` (two factors), ``"bias"`` (the output-side factor of its kernel),
-        ``"joint"`` (a row of its kernel's matrix) or ``"diagonal"``.
-      view: how the leaf is a matrix, for ``"kronecker"``.
-      rows: the rows' side, for ``"kronecker"``.
-      cols: the columns' side, for ``"kronecker"``.
-      partner: index of the kernel of a ``"bias"`` or ``"joint"`` leaf, or of the joint bias of a
-        ``"kronecker"`` leaf.
-      captured: whether a layout says that signals of the leaf are captured.
-      layer: index of the kernel of a bias that keeps a diagonal of its own beside it.
+      path: key path, ``jax.tree_util.keystr``.
+      shape: the leaf's shape.
     """
 
     path: str
     shape: tuple[int, ...]
-    treatment: str
-    view: LeafView | None = None
-    rows: Side = _NO_SIDE
-    cols: Side = _NO_SIDE
-    partner: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise(Leaf):
+    """A leaf with a second moment a number.
+
+    Attributes:
+      layer: the kernel whose outputs the leaf is added to, where the layout says so.
+    """
+
+    layer: "Kernel | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel(Leaf):
+    """A leaf with two factors.
+
+    Attributes:
+      view: how the leaf is a (stack of) matrices.
+      rows: what is kept of the rows' factor.
+      cols: what is kept of the columns' factor.
+      joint_bias: index of the leaf that is one more row of the matrix, on the input's side.
+      captured: whether a layout says that signals of the leaf are captured.
+      moments: what this batch captured of the layer; None where its gradient must do.
+    """
+
+    view: LeafView
+    rows: Structured
+    cols: Structured
+    joint_bias: int | None = None
     captured: bool = False
-    layer: int | None = None
+    moments: LayerMoments | None = None
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the stack axes."""
-        return self.view.matrix_shape(self.shape)[0] if self.view else ()
+        return self.view.matrix_shape(self.shape)[0]
 
     @property
-    def sides(self) -> tuple[Side, Side]:
+    def sides(self) -> tuple[Structured, Structured]:
         """Rows and columns."""
         return self.rows, self.cols
 
     @property
     def output_side(self) -> int:
         """Index in ``sides`` of the side that meets the layer's output."""
-        assert self.view is not None
-        return 1 if self.view.input_side == "rows" else 0
+        side = self.view.input_side if self.moments is None else self.moments.input_side
+        return 1 if side == "rows" else 0
 
-    @property
-    def num_outputs(self) -> int:
-        """Units the leaf feeds: squared Frobenius norm of an ordinary initialisation."""
-        view = self.view or default_view(self.shape)
-        if view is None:
-            return max(1, math.prod(self.shape))
-        return max(1, *view.matrix_shape(self.shape)[1:])
+    def to_matrix(self, grads: Sequence[jax.Array], index: int) -> jax.Array:
+        """Return the matrix view of this leaf, the ``index``-th, its joint bias included."""
+        matrix = self.view.to_matrix(grads[index])
+        if self.joint_bias is None:
+            return matrix
+        axis = -2 if self.output_side == 1 else -1
+        bias = grads[self.joint_bias].reshape(*self.stack, -1).astype(matrix.dtype)
+        return jnp.concatenate([matrix, jnp.expand_dims(bias, axis)], axis)
+
+    def from_matrix(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Undo ``to_matrix`` and ``pad``: return the leaf, and the flat joint bias."""
+        matrix = matrix[..., : self.rows.size, : self.cols.size]
+        bias = None
+        if self.joint_bias is not None and self.output_side == 1:
+            matrix, bias = matrix[..., :-1, :], matrix[..., -1, :]
+        elif self.joint_bias is not None:
+            matrix, bias = matrix[..., :-1], matrix[..., -1]
+        return self.view.from_matrix(matrix, self.shape), bias
+
+    def pad(self, matrix: jax.Array) -> jax.Array:
+        """Pad a matrix view to whole blocks on both sides."""
+        return self.cols.pad(self.rows.pad(matrix, -2), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bias(Leaf):
+    """A leaf that is preconditioned by the output side of its kernel.
+
+    Attributes:
+      kernel: index of the kernel.
+      layer: the kernel.
+    """
+
+    kernel: int
+    layer: Kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class JointBias(Bias):
+    """A leaf that is a row of its kernel's matrix."""
 
 
 def plan_leaves(
-    tree: Any,
-    layout: Coverage | None,
-    storage: FactorStorage,
-    bias: str,
-) -> list[LeafPlan]:
-    """Return a plan for each leaf of ``tree``, in the order of its leaves.
+    tree: Any, layout: Coverage | None, storage: FactorStorage, *, own_biases: bool = False
+) -> list[Leaf]:
+    """Return what each leaf of ``tree`` is, in the order of its leaves.
 
-    ``bias`` says what a layout's biases get: ``"shared"``, the output-side factor of their kernel,
-    ``"joint"``, a row of their kernel's matrix, or ``"own"``, a diagonal of their own.
+    Args:
+      tree: parameters or gradients.
+      layout: what ``optalr.coverage`` returned, or None to judge by shapes.
+      storage: how a side of a given size is kept, and whether biases are joint.
+      own_biases: whether biases that the layout knows keep second moments of their own all the
+        same, as they must where no signals are captured.
     """
     leaves = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves_with_path(tree)]
-    index = {path: i for i, (path, _) in enumerate(leaves)}
     if layout is None:
         return [_plan_by_shape(path, shape, storage) for path, shape in leaves]
     plans = [_plan_by_layout(path, shape, layout, storage) for path, shape in leaves]
+    index = {path: i for i, (path, _) in enumerate(leaves)}
     for i, plan in enumerate(plans):
-        partner = index.get(plan.view.bias) if plan.view and plan.view.bias else None
-        if partner is None:
+        # A bias whose kernel another transformation has (masked, partition) stands alone.
+        if not isinstance(plan, Kernel) or plan.view.bias not in index:
             continue
-        if bias == "own":
-            plans[partner] = dataclasses.replace(plans[partner], layer=i)
-        elif bias == "joint":
-            plans[i] = _with_joint_bias(plan, partner, storage)
-            plans[partner] = dataclasses.replace(plans[partner], treatment="joint", partner=i)
+        bias = index[plan.view.bias]
+        if storage.joint_bias:
+            plans[i] = plan = _with_joint_bias(plan, bias, storage)
+            plans[bias] = JointBias(*leaves[bias], kernel=i, layer=plan)
+        elif own_biases:
+            plans[bias] = Elementwise(*leaves[bias], layer=plan)
         else:
-            plans[partner] = dataclasses.replace(plans[partner], treatment="bias", partner=i)
-    # A bias whose kernel another transformation has (masked, partition) stands alone.
-    return [
-        dataclasses.replace(plan, treatment="diagonal")
-        if plan.treatment == "bias" and plan.partner is None
-        else plan
-        for plan in plans
-    ]
+            plans[bias] = Bias(*leaves[bias], kernel=i, layer=plan)
+    return plans
 
 
 def leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
@@ -116,96 +161,91 @@ def leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def _plan_by_shape(path: str, shape: tuple[int, ...], storage: FactorStorage) -> LeafPlan:
+def _plan_by_shape(path: str, shape: tuple[int, ...], storage: FactorStorage) -> Leaf:
     view = default_view(shape)
     if view is None or math.prod(shape) == 0:
-        return LeafPlan(path, shape, "diagonal")
+        return Elementwise(path, shape)
     _, m, n = view.matrix_shape(shape)
-    return LeafPlan(path, shape, "kronecker", view, storage.side(m), storage.side(n))
+    return Kernel(path, shape, view, storage.side(m), storage.side(n))
 
 
 def _plan_by_layout(
     path: str, shape: tuple[int, ...], layout: Coverage, storage: FactorStorage
-) -> LeafPlan:
+) -> Leaf:
     try:
-        leaf = layout[path]
+        known = layout[path]
     except KeyError:
         raise ValueError(
             f"layout has no leaf {path}: it describes other parameters. Make it from these with "
             "optalr.coverage(loss_fn, params, *args)."
         ) from None
-    if tuple(leaf.shape) != tuple(shape):
+    if tuple(known.shape) != tuple(shape):
         raise ValueError(
-            f"layout describes {path} with shape {tuple(leaf.shape)}, but it has {tuple(shape)}. "
+            f"layout describes {path} with shape {tuple(known.shape)}, but it has {tuple(shape)}. "
             "Make the layout from these parameters with optalr.coverage(loss_fn, params, *args)."
         )
-    if leaf.treatment != "kronecker" or leaf.view is None:
-        return LeafPlan(path, shape, "bias" if leaf.treatment == "bias" else "diagonal")
-    _, m, n = leaf.view.matrix_shape(shape)
-    sides = storage.side(m), storage.side(n)
-    return LeafPlan(path, shape, "kronecker", leaf.view, *sides, captured=True)
+    if known.treatment != "kronecker" or known.view is None:
+        return Elementwise(path, shape)
+    _, m, n = known.view.matrix_shape(shape)
+    return Kernel(path, shape, known.view, storage.side(m), storage.side(n), captured=True)
 
 
-def _with_joint_bias(plan: LeafPlan, bias: int, storage: FactorStorage) -> LeafPlan:
+def _with_joint_bias(plan: Kernel, bias: int, storage: FactorStorage) -> Kernel:
     rows, cols = plan.rows.size, plan.cols.size
     if plan.output_side == 1:
         rows += 1
     else:
         cols += 1
-    return dataclasses.replace(plan, rows=storage.side(rows), cols=storage.side(cols), partner=bias)
+    return dataclasses.replace(
+        plan, rows=storage.side(rows), cols=storage.side(cols), joint_bias=bias
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where the statistics of one leaf come from in this trace.
+def with_signals(plans: Sequence[Leaf], signals: Any) -> list[Leaf]:
+    """Give each leaf what ``signals`` say of it, paired by key path.
 
-    Attributes:
-      kind: ``"signals"``, ``"gradient"``, ``"bias"``, ``"joint"`` or ``"diagonal"``.
-      moments: the captured moments, for ``"signals"``.
-      kernel: index of the kernel, where the leaf is the bias of one.
-      output_side: which side of the kernel is its output's.
+    Kernels get their moments. A leaf that the signals name as the bias of a kernel becomes its
+    ``Bias``, whatever memory it keeps beside. ``signals=None`` leaves every leaf as it is.
+
+    Raises:
+      ValueError: moments do not fit their leaf, or those are missing that a layout promised.
     """
-
-    kind: str
-    moments: LayerMoments | None = None
-    kernel: int | None = None
-    output_side: int = 1
-
-
-def find_sources(plans: Sequence[LeafPlan], signals: Any) -> list[Source]:
-    """Pair each leaf with its signals by key path; ``signals=None`` means gradients only."""
+    if signals is None:
+        return list(plans)
     pairs = jax.tree_util.tree_flatten_with_path(signals, is_leaf=is_moments)[0]
     moments = {jax.tree_util.keystr(path): node for path, node in pairs if is_moments(node)}
-    index = {plan.path: i for i, plan in enumerate(plans)}
-    kernel_of = {
-        node.bias: index[path] for path, node in moments.items() if node.bias and path in index
-    }
-    sources = []
-    for plan in plans:
-        if plan.treatment in ("bias", "joint"):
-            assert plan.partner is not None
-            side = plans[plan.partner].output_side
-            sources.append(Source(plan.treatment, kernel=plan.partner, output_side=side))
-        elif plan.path in kernel_of and _is_bias_of(plan, plans, kernel_of, moments):
-            kernel = kernel_of[plan.path]
-            side = 1 if moments[plans[kernel].path].row_mean is not None else 0
-            sources.append(Source("bias", kernel=kernel, output_side=side))
-        elif plan.treatment == "diagonal":
-            side = 1 if plan.layer is None else plans[plan.layer].output_side
-            sources.append(Source("diagonal", kernel=plan.layer, output_side=side))
-        elif plan.path in moments:
-            check_fit(plan, moments[plan.path])
-            side = 1 if moments[plan.path].row_mean is not None else 0
-            sources.append(Source("signals", moments[plan.path], output_side=side))
-        elif plan.captured and signals is not None:
-            raise ValueError(_missing(plan, moments))
-        else:
-            sources.append(Source("gradient", output_side=plan.output_side))
-    return sources
+    leaves = [_with_moments(plan, moments) for plan in plans]
+    index = {leaf.path: i for i, leaf in enumerate(leaves)}
+    for path, node in moments.items():
+        if path not in index or node.bias not in index:
+            continue
+        kernel, bias = leaves[index[path]], leaves[index[node.bias]]
+        if _is_bias_of(bias, kernel) and isinstance(kernel, Kernel):
+            leaves[index[node.bias]] = Bias(bias.path, bias.shape, index[path], kernel)
+    return leaves
 
 
-def _missing(plan: LeafPlan, moments: dict[str, LayerMoments]) -> str:
-    """Say that the layout promises signals which did not come."""
+def _with_moments(plan: Leaf, moments: Mapping[str, LayerMoments]) -> Leaf:
+    if not isinstance(plan, Kernel):
+        return plan
+    if plan.path in moments:
+        _check_fit(plan, moments[plan.path])
+        return dataclasses.replace(plan, moments=moments[plan.path])
+    if plan.captured:
+        raise ValueError(_missing(plan, moments))
+    return plan
+
+
+def _is_bias_of(bias: Leaf, kernel: Leaf) -> bool:
+    """Return whether a leaf can take the output side's factor of a kernel."""
+    if isinstance(bias, Bias) or not isinstance(kernel, Kernel) or kernel.joint_bias is not None:
+        return False
+    outputs = kernel.sides[kernel.output_side].size
+    return math.prod(bias.shape) == math.prod(kernel.stack) * outputs
+
+
+def _missing(plan: Kernel, moments: Mapping[str, LayerMoments]) -> str:
+    """Describe signals that a layout promised and that did not come."""
     others = ", ".join([*list(moments)[:3], *(["..."] if len(moments) > 3 else [])])
     return (
         f"layout says that leaf {plan.path} is captured, but signals has no moments for it "
@@ -215,22 +255,8 @@ def _missing(plan: LeafPlan, moments: dict[str, LayerMoments]) -> str:
     )
 
 
-def _is_bias_of(
-    plan: LeafPlan,
-    plans: Sequence[LeafPlan],
-    kernel_of: dict[str, int],
-    moments: dict[str, LayerMoments],
-) -> bool:
-    kernel = plans[kernel_of[plan.path]]
-    if kernel.treatment != "kronecker" or kernel.partner is not None:
-        return False
-    side = kernel.sides[1 if moments[kernel.path].row_mean is not None else 0]
-    return math.prod(plan.shape) == math.prod(kernel.stack) * side.size
-
-
-def check_fit(plan: LeafPlan, moments: LayerMoments) -> None:
+def _check_fit(plan: Kernel, moments: LayerMoments) -> None:
     """Raise unless the moments' Gram matrices are those of the leaf's matrix view."""
-    assert plan.view is not None
     stack, m, n = plan.view.matrix_shape(plan.shape)
     wanted = ((*stack, m, m), (*stack, n, n))
     got = (tuple(moments.rows.shape), tuple(moments.cols.shape))
@@ -238,5 +264,6 @@ def check_fit(plan: LeafPlan, moments: LayerMoments) -> None:
         raise ValueError(
             f"The signals of leaf {plan.path} (shape {plan.shape}) have Gram matrices of shapes "
             f"{got[0]} and {got[1]}, but its state was made for {wanted[0]} and {wanted[1]}. "
-            f"{LAYOUT_REMEDY}"
+            "Pass layout=optalr.coverage(loss_fn, params, *args), which tells how each leaf is a "
+            "matrix."
         )

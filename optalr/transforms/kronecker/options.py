@@ -1,11 +1,9 @@
-"""Options of the Kronecker form, and the clock that says when it measures and takes roots."""
+"""Options of the Kronecker form."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from optalr.arguments import (
@@ -17,16 +15,13 @@ from optalr.arguments import (
 )
 from optalr.linalg.roots.inverse_root import METHODS
 from optalr.signals.storage import FactorStorage
-
-# How many measurements a refresh interval holds where signals_every is not given.
-_MEASUREMENTS_PER_ROOT = 10
-# An interval may not exceed this part of the steps taken: roots age fast in early training.
-_GROWTH = 2
+from optalr.transforms.kronecker.rule import DAMPING_FORMS
+from optalr.transforms.kronecker.spectra import SPECTRA
 
 
 @dataclasses.dataclass(frozen=True)
 class KroneckerOptions(FactorStorage):
-    """Everything about ``scale_by_kronecker`` that its defaults usually settle.
+    """What can be set about ``scale_by_kronecker`` and seldom needs to be.
 
     Attributes:
       warmup: samples a dimension that every factor must have seen before the first roots, >= 0.
@@ -45,11 +40,11 @@ class KroneckerOptions(FactorStorage):
       block_size: sides longer than this get block-diagonal factors of at most this size.
       max_factor_size: sides longer than this, and not blocked, keep only their factor's diagonal.
       joint_bias: treat a bias as one more row of its kernel; needs a layout.
-      root_method: ``method`` of ``optalr.linalg.inverse_root``; the spectra ``"exact"`` and
-        ``"measured"`` take no roots but eigenbases, and heed only ``"eigenbasis"``. With that every
-        spectrum refreshes the last basis by one QR step, and decomposes anew (all sides of that
-        size) only at the start and where the basis has fallen too far behind; a factored spectrum
-        then keeps its bases beside the roots, ``m² + n²`` numbers more a kernel.
+      root_method: the ``method`` of ``optalr.linalg.inverse_root``. The spectra ``"exact"`` and
+        ``"measured"`` keep eigenbases instead of roots, and heed only ``"eigenbasis"``. With
+        ``"eigenbasis"`` a refresh improves the last basis by one QR step. It decomposes anew (all
+        sides of that size) only at the start and where a basis has fallen too far behind. A
+        factored spectrum then keeps its bases beside the roots, ``m² + n²`` numbers more a kernel.
     """
 
     warmup: float = 2.0
@@ -69,8 +64,8 @@ class KroneckerOptions(FactorStorage):
                 "graft must be an optax.GradientTransformation such as optax.scale_by_adam(), or "
                 f"None, got {self.graft!r}."
             )
-        check_choice("damping_form", self.damping_form, ("relative", "absolute", "balanced"))
-        check_choice("spectrum", self.spectrum, ("factored", "exact", "measured"))
+        check_choice("damping_form", self.damping_form, tuple(DAMPING_FORMS))
+        check_choice("spectrum", self.spectrum, tuple(SPECTRA))
         check_choice("root_method", self.root_method, METHODS)
         if self.spectrum != "factored" and self.damping_form == "balanced":
             raise ValueError(
@@ -112,37 +107,3 @@ def check_root_method(options: KroneckerOptions, power: Any, statistics: str) ->
             f"power={power!r} with root_method={method!r} and statistics={statistics!r} asks for "
             f"roots of order -{halves}/power = {root:.4g}, which must be {wanted}. {remedy}"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Clock:
-    """When to measure and when to take roots. Numbers may be traced."""
-
-    update_every: Any
-    signals_every: Any
-    decay: Any
-    options: KroneckerOptions
-
-    def _interval(self, count: jax.Array) -> jax.Array:
-        """Updates between two roots: half the updates so far, up to ``update_every``."""
-        return jnp.clip(count // _GROWTH, 1, jnp.asarray(self.update_every, jnp.int32))
-
-    def measures(self, signal_age: jax.Array, count: jax.Array) -> jax.Array:
-        """Tell whether the update after ``count`` others measures."""
-        longest = self.signals_every
-        if longest is None:
-            longest = jnp.asarray(self.update_every, jnp.int32) // _MEASUREMENTS_PER_ROOT
-        spacing = self._interval(count) // _MEASUREMENTS_PER_ROOT
-        steady = count // _GROWTH >= jnp.asarray(self.update_every, jnp.int32)
-        longest = jnp.asarray(longest, jnp.int32)
-        spacing = jnp.where(steady, longest, jnp.minimum(spacing, longest))
-        return signal_age >= jnp.maximum(spacing, 1)
-
-    def refreshes(self, state: Any) -> jax.Array:
-        """Tell whether this update takes roots."""
-        longest_memory = 1 / (1 - jnp.asarray(self.decay, jnp.float32))
-        seen = state.measurements.astype(jnp.float32)
-        enough = (state.samples >= self.options.warmup) | (seen >= 2 * longest_memory)
-        trusted = enough & (state.measurements >= self.options.min_batches)
-        due = (state.num_refreshes == 0) | (state.root_age >= self._interval(state.count))
-        return trusted & due

@@ -1,0 +1,317 @@
+"""Symmetric matrices of which a part is stored: all of it, its diagonal blocks or its diagonal.
+
+A Kronecker factor has as many rows as its side of a layer. Up to some thousand rows it is kept and
+decomposed whole; beyond that its diagonal blocks, or its diagonal, stand for it. The three forms
+here share one interface, so that nobody else needs to know which one a side has:
+
+    A = Full(5).zeros()                                what is kept of a 5 × 5 matrix
+    A = A.fold(A.of_gram(gram), decay)                 A ← decay·A + (1 − decay)·gram
+    A.root(2, damping) @ G @ B.root(2, damping)        (A + λ)^{-1/2} G (B + λ)^{-1/2}
+
+A form without an array (``stored=None``) is a description: it knows shapes and makes arrays.
+``A.holding(array)`` is a view of an array that rests elsewhere, for instance in an optimizer's
+state. Arrays may have leading stack axes, those of independent layers.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optalr.linalg import spd
+from optalr.linalg.roots.inverse_root import inverse_root
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structured:
+    """What the three forms share.
+
+    Attributes:
+      size: n, the rows of the matrix.
+      stored: what is kept of it, ``(*stack, *shape)``, or None in a description.
+    """
+
+    size: int
+    stored: Any = None
+
+    # Trailing axes of the stored array.
+    rank: ClassVar[int] = 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored array, without stack axes."""
+        raise NotImplementedError
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of what is applied: more than ``size`` where the last block is padded."""
+        return self.size
+
+    @property
+    def count(self) -> int:
+        """Numbers that are stored, a layer of the stack."""
+        return math.prod(self.shape)
+
+    @property
+    def block(self) -> int:
+        """Rows of each matrix that a decomposition sees; 0 where there is none to decompose."""
+        return 0
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the stack axes of the stored array."""
+        return self.stored.shape[: self.stored.ndim - self.rank]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored array."""
+        return self.stored.size * self.stored.dtype.itemsize
+
+    def holding(self, stored: Any) -> Self:
+        """Return a view of ``stored`` in this form."""
+        return dataclasses.replace(self, stored=stored)
+
+    def zeros(self, stack: tuple[int, ...] = (), dtype: Any = jnp.float32) -> Self:
+        """Return the zero matrix."""
+        return self.holding(jnp.zeros((*stack, *self.shape), dtype))
+
+    def fold(self, new: Self, decay: Any) -> Self:
+        """Return ``decay · self + (1 − decay) · new``, the moving average after one more batch."""
+        return self.holding(moving_average(self.stored, new.stored, decay))
+
+    def scaled(self, factor: jax.Array) -> Self:
+        """Return ``factor · self``, with one number for all matrices or one a layer."""
+        factor = jnp.asarray(factor, self.stored.dtype)
+        return self.holding(self.stored * spd.align(factor, self.stored))
+
+    def mean(self) -> jax.Array:
+        """Return the mean eigenvalue ``tr(A)/n`` of each layer, ``(*stack,)``."""
+        diagonal = self.diagonal()
+        return jnp.mean(diagonal, tuple(range(len(self.stack), diagonal.ndim)))
+
+    def pad(self, matrix: jax.Array, axis: int) -> jax.Array:
+        """Pad an axis of ``matrix`` with zeros to whole blocks."""
+        missing = self.padded_size - self.size
+        if not missing:
+            return matrix
+        widths = [(0, 0)] * matrix.ndim
+        widths[axis] = (0, missing)
+        return jnp.pad(matrix, widths)
+
+    def __rmatmul__(self, matrix: jax.Array) -> jax.Array:
+        """Return ``matrix @ self``, ``(*stack, m, padded size)``."""
+        return spd.transpose(self.T @ spd.transpose(matrix))
+
+    # What each form says for itself.
+
+    def identity(self, stack: tuple[int, ...] = (), dtype: Any = jnp.float32) -> Self:
+        """Return the matrix that changes nothing."""
+        raise NotImplementedError
+
+    def gram(self, matrix: jax.Array) -> Self:
+        """Return what is kept of ``M Mᵀ`` for ``(*stack, n, columns)``."""
+        raise NotImplementedError
+
+    def of_gram(self, gram: jax.Array) -> Self:
+        """Return what is kept of a whole symmetric matrix ``(*stack, n, n)``."""
+        raise NotImplementedError
+
+    def eigenvalues(self) -> np.ndarray:
+        """Return the eigenvalues, rising, in NumPy's float64: for reading, outside ``jit``."""
+        raise NotImplementedError
+
+    def diagonal(self) -> jax.Array:
+        """Return the diagonal, ``(*stack, n)`` or ``(*stack, blocks, rows of a block)``."""
+        raise NotImplementedError
+
+    @property
+    def T(self) -> Self:  # noqa: N802  (as in NumPy)
+        """The transpose. Stored eigenvectors are no symmetric matrix."""
+        return self.holding(spd.transpose(self.stored))
+
+    def __matmul__(self, matrix: jax.Array) -> jax.Array:
+        """Return ``self @ matrix`` for ``(*stack, padded size, n)``."""
+        raise NotImplementedError
+
+
+class Matrices(Structured):
+    """Forms that hold matrices to decompose: a whole one, or blocks."""
+
+    def identity(self, stack: tuple[int, ...] = (), dtype: Any = jnp.float32) -> Self:  # noqa: D102
+        eye = jnp.eye(self.block, dtype=dtype)
+        # The sum makes an array of its own: a broadcast one shares its buffer.
+        return self.holding(jnp.broadcast_to(eye, (*stack, *self.shape)) + 0)
+
+    def gram(self, matrix: jax.Array) -> Self:  # noqa: D102
+        return self.of_gram(spd.matmul(matrix, spd.transpose(matrix)))
+
+    def diagonal(self) -> jax.Array:  # noqa: D102
+        return jnp.diagonal(self.stored, axis1=-2, axis2=-1)
+
+    def matrices(self) -> jax.Array:
+        """Return all that is to be decomposed, ``(k, block, block)``."""
+        return self.stored.reshape(-1, self.block, self.block)
+
+    def spread(self, values: jax.Array) -> jax.Array:
+        """Return one number a layer as one a matrix of ``matrices()``, ``(k,)``."""
+        lead = self.stored.shape[:-2]
+        values = values.reshape(values.shape + (1,) * (len(lead) - values.ndim))
+        return jnp.broadcast_to(values, lead).reshape(-1)
+
+    def times(self, other: Self) -> Self:
+        """Return the product of two matrices of one form."""
+        return self.holding(spd.matmul(self.stored, other.stored))
+
+    def squared_entries(self) -> Self:
+        """Return the matrix of squared entries."""
+        return self.holding(jnp.square(self.stored))
+
+    def root(self, p: Any = 2, damping: Any = 0.0, **how: Any) -> Self:
+        """Return ``(A + damping·I)^{-1/p}``; ``how`` goes to ``inverse_root``.
+
+        To take the roots of many factors, gather ``matrices()`` of equal size in one call
+        (``optalr.linalg.inverse_roots``).
+        """
+        damping = jnp.broadcast_to(jnp.asarray(damping, self.stored.dtype), self.stack)
+        result = inverse_root(self.matrices(), p, damping=self.spread(damping), **how)
+        return self.holding(result.root.reshape(self.stored.shape))
+
+
+class Full(Matrices):
+    """All of the matrix."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return (self.size, self.size)
+
+    @property
+    def block(self) -> int:  # noqa: D102
+        return self.size
+
+    def of_gram(self, gram: jax.Array) -> Self:  # noqa: D102
+        return self.holding(gram)
+
+    def __matmul__(self, matrix: jax.Array) -> jax.Array:
+        return spd.matmul(self.stored, matrix)
+
+    def __rmatmul__(self, matrix: jax.Array) -> jax.Array:
+        return spd.matmul(matrix, self.stored)
+
+    def eigenvalues(self) -> np.ndarray:  # noqa: D102
+        return np.linalg.eigvalsh(np.asarray(self.stored, np.float64))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks(Matrices):
+    """Diagonal blocks of equal size; the last one is padded where they don't divide the rows.
+
+    Padded rows of a Gram matrix get the mean eigenvalue: they stay apart from the others and change
+    neither the mean nor the condition. The matrices that blocks are applied to are padded too, so
+    that coordinates in the eigenbasis of a padded block lose nothing.
+
+    Attributes:
+      num_blocks: how many.
+    """
+
+    num_blocks: int = 1
+    rank: ClassVar[int] = 3
+
+    @property
+    def block(self) -> int:  # noqa: D102
+        return math.ceil(self.size / self.num_blocks)
+
+    @property
+    def padded_size(self) -> int:  # noqa: D102
+        return self.num_blocks * self.block
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return (self.num_blocks, self.block, self.block)
+
+    def of_gram(self, gram: jax.Array) -> Self:  # noqa: D102
+        extra = self.padded_size - self.size
+        widths = [(0, 0)] * (gram.ndim - 2) + [(0, extra), (0, extra)]
+        mean = jnp.trace(gram, axis1=-2, axis2=-1) / self.size
+        is_padding = (jnp.arange(self.padded_size) >= self.size).astype(gram.dtype)
+        corner = jnp.broadcast_to(jnp.diag(is_padding), (*mean.shape, *(self.padded_size,) * 2))
+        padded = jnp.pad(gram, widths) + spd.column(mean) * corner
+        blocks = padded.reshape(*gram.shape[:-2], *(self.num_blocks, self.block) * 2)
+        return self.holding(jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3))
+
+    def __matmul__(self, matrix: jax.Array) -> jax.Array:
+        parts = matrix.reshape(*matrix.shape[:-2], self.num_blocks, self.block, matrix.shape[-1])
+        return spd.matmul(self.stored, parts).reshape(matrix.shape)
+
+    def eigenvalues(self) -> np.ndarray:
+        """Return the eigenvalues of all blocks, rising, without those of the padding."""
+        stored, parts = np.asarray(self.stored, np.float64), []
+        for i in range(self.num_blocks):
+            filled = min(self.block, self.size - i * self.block)
+            parts.append(np.linalg.eigvalsh(stored[..., i, :filled, :filled]))
+        return np.sort(np.concatenate(parts, -1), -1)
+
+
+class Diagonal(Structured):
+    """The diagonal alone."""
+
+    rank: ClassVar[int] = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return (self.size,)
+
+    @property
+    def T(self) -> Self:  # noqa: D102, N802
+        return self
+
+    def identity(self, stack: tuple[int, ...] = (), dtype: Any = jnp.float32) -> Self:  # noqa: D102
+        return self.holding(jnp.ones((*stack, *self.shape), dtype))
+
+    def gram(self, matrix: jax.Array) -> Self:  # noqa: D102
+        return self.holding(jnp.sum(jnp.square(matrix), -1))
+
+    def of_gram(self, gram: jax.Array) -> Self:  # noqa: D102
+        return self.holding(jnp.diagonal(gram, axis1=-2, axis2=-1))
+
+    def diagonal(self) -> jax.Array:  # noqa: D102
+        return self.stored
+
+    def root(self, p: Any = 2, damping: Any = 0.0) -> Self:
+        """Return ``(A + damping·I)^{-1/p}``, and 1 where the damped entry is not positive."""
+        damping = jnp.asarray(damping, self.stored.dtype)
+        return self.power(-1 / p, jnp.broadcast_to(damping, self.stack))
+
+    def power(self, power: Any, damping: jax.Array) -> Self:
+        """Return ``(A + damping·I)^power``, and 1 where the damped entry is not positive."""
+        return self.holding(damped_power(self.stored, spd.align(damping, self.stored), power))
+
+    def __matmul__(self, matrix: jax.Array) -> jax.Array:
+        return self.stored[..., :, None] * matrix
+
+    def eigenvalues(self) -> np.ndarray:  # noqa: D102
+        return np.sort(np.asarray(self.stored, np.float64), -1)
+
+
+def moving_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
+    """Return ``decay · old + (1 − decay) · new``, in the dtype of the old."""
+    decay = jnp.asarray(decay, old.dtype)
+    return decay * old + (1 - decay) * new.astype(old.dtype)
+
+
+def damped_power(values: jax.Array, damping: Any, power: Any) -> jax.Array:
+    """Return ``(values + damping)^power``, and 1 where the base is not positive."""
+    base = values + damping
+    safe = jnp.where(base > 0, base, 1)
+    return jnp.where(base > 0, jnp.power(safe, jnp.asarray(power, values.dtype)), 1)
+
+
+for _form, _described in ((Full, ["size"]), (Blocks, ["size", "num_blocks"]), (Diagonal, ["size"])):
+    jax.tree_util.register_dataclass(_form, data_fields=["stored"], meta_fields=_described)
+
+
+def as_structured(matrix: Any) -> Structured:
+    """Return an array as all of a matrix, and any of the three forms as it is."""
+    return matrix if isinstance(matrix, Structured) else Full(matrix.shape[-1], matrix)

@@ -1,0 +1,120 @@
+"""Loading optimizer states that an older release saved."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optalr.transforms.kronecker.transform import KroneckerState
+
+# Where the parts of ``KroneckerState.leaves`` stood until 0.1: nine trees of the state.
+_OLD_SIDES = {"rows": "row", "cols": "col"}
+_OLD_PARTS = {"factor": "factors", "root": "roots", "eigenvalues": "eigenvalues", "basis": "bases"}
+
+
+def upgrade_state(saved: Any, like: Any) -> Any:
+    """Return a state that an older optalr saved, in the form that this one uses.
+
+    Choose it where restoring a checkpoint fails because the fields of a state have other names or
+    places now. It changes no number: training goes on where it stopped.
+
+    Args:
+      saved: the old state as nested dicts and lists, which is what Orbax restores without a target,
+        ``flax.serialization.msgpack_restore`` returns, and ``flax.serialization.to_state_dict``
+        makes. A state in today's form is accepted too.
+      like: a state of the same transformation and parameters, from ``tx.init(params)``, or its
+        shapes from ``jax.eval_shape``.
+
+    Returns:
+      A state of the structure of ``like``.
+
+    Raises:
+      ValueError: ``saved`` lacks an array, or has one of another shape; the message names it.
+
+    Cost: a copy of the state.
+
+    Examples:
+      >>> import flax.serialization, jax.numpy as jnp, optalr
+      >>> tx = optalr.tso_alra(1e-2)
+      >>> state = tx.init({"w": jnp.ones((3, 2))})
+      >>> saved = flax.serialization.to_state_dict(state)  # as an older release saved it
+      >>> restored = optalr.upgrade_state(saved, tx.init({"w": jnp.ones((3, 2))}))
+      >>> type(restored) is type(state)
+      True
+    """
+
+    def is_kronecker(node: Any) -> bool:
+        return isinstance(node, KroneckerState)
+
+    nodes, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_kronecker)
+    upgraded = []
+    for way, node in nodes:
+        if not is_kronecker(node):
+            upgraded.append(_take(saved, way, node))
+            continue
+        leaves, inner = jax.tree_util.tree_flatten_with_path(node)
+        places = [(way + below, way + _old_place(below), leaf) for below, leaf in leaves]
+        arrays = [_take(saved, new if _has(saved, new) else old, leaf) for new, old, leaf in places]
+        upgraded.append(jax.tree.unflatten(inner, arrays))
+    return jax.tree.unflatten(structure, upgraded)
+
+
+def _old_place(way: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the way within a state of 0.1 to what stands at ``way`` now."""
+    if _name(way[0]) != "leaves":
+        return tuple(way)
+    rest, names = tuple(way[1:]), [_name(key) for key in way]
+    if names[-1] == "second_moment":
+        return (_attribute("second_moments"), *rest[:-1])
+    if names[-1] in _OLD_PARTS and names[-2] in _OLD_SIDES:
+        field = f"{_OLD_SIDES[names[-2]]}_{_OLD_PARTS[names[-1]]}"
+        return (_attribute(field), *rest[:-2])
+    return (_attribute("second_moments"), *rest)
+
+
+def _attribute(name: str) -> Any:
+    return jax.tree_util.GetAttrKey(name)
+
+
+def _name(key: Any) -> str:
+    """Return a key as it is written in nested dicts: field, dict key or position."""
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def _child(node: Any, key: Any) -> Any:
+    """Return the child of a node of any kind, or None."""
+    name = _name(key)
+    if isinstance(node, Mapping):
+        return node.get(getattr(key, "key", name), node.get(name))
+    if hasattr(node, name):
+        return getattr(node, name)
+    if isinstance(node, list | tuple) and name.isdecimal() and int(name) < len(node):
+        return node[int(name)]
+    return None
+
+
+def _find(saved: Any, way: Sequence[Any]) -> Any:
+    for key in way:
+        saved = _child(saved, key)
+    return saved
+
+
+def _has(saved: Any, way: Sequence[Any]) -> bool:
+    return _find(saved, way) is not None
+
+
+def _take(saved: Any, way: Sequence[Any], like: Any) -> jax.Array:
+    name = jax.tree_util.keystr(tuple(way))
+    found = _find(saved, way)
+    if found is None:
+        raise ValueError(
+            f"saved has no {name}. It is of another transformation, of other parameters, or of a "
+            "release that upgrade_state does not know. Start the optimizer anew: tx.init(params)."
+        )
+    if jnp.shape(found) != jnp.shape(like):
+        raise ValueError(
+            f"saved has {name} of shape {jnp.shape(found)}, and like has {jnp.shape(like)}. Pass "
+            "like=tx.init(params) of the transformation and the parameters that were saved."
+        )
+    return jnp.asarray(found, like.dtype)

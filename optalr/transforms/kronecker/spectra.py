@@ -1,0 +1,262 @@
+"""The spectrum that the power acts on, one class for each value of ``options.spectrum``.
+
+``Factored`` takes the power of each factor alone and keeps their roots. The others keep eigenbases
+Q_A and Q_B, and take the power of numbers of the gradient's own shape, (m, n): ``Exact`` of the
+products of eigenvalues, ``Measured`` of squared gradients in the eigenbases.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.arguments import is_concrete
+from optalr.linalg.kronecker import carry_second_moments, to_eigenbasis
+from optalr.linalg.roots.bases import EigenBasis, eigenbasis, refresh_eigenbasis
+from optalr.linalg.roots.inverse_root import inverse_root
+from optalr.linalg.structured import Diagonal, Matrices, Structured, damped_power
+from optalr.transforms.kronecker.leaves import Kernel, Leaf
+from optalr.transforms.kronecker.memory import NOTHING, KernelMemory, SideMemory, roots_of
+from optalr.transforms.kronecker.rule import Clock, Rule
+
+# Of an eigendecomposition ‖AQ − QΛ‖_F/‖A‖_F must stay below this, in units of √n ε.
+_EIGH_TOLERANCE = 100.0
+# How far a refreshed basis may stay from the eigenvectors before all are computed anew: the root's
+# ‖XAX − I‖_F/√n, and ‖AQ − QΛ‖_F/‖A‖_F where the basis itself is used. With the first, two or three
+# roots in a hundred are, and the direction stays within 0.24 of the exact one
+# (benchmarks/warm_basis.py: an MLP on digits); the second is a guess.
+_WARM_ROOT_TOLERANCE = 0.3
+_WARM_BASIS_TOLERANCE = 0.1
+
+
+class Decomposition(NamedTuple):
+    """What a refresh finds for each of k matrices of b rows."""
+
+    root: Any  # (k, b, b), the root or the eigenbasis
+    eigenvalues: Any  # (k, b), where eigenbases are kept
+    basis: Any  # (k, b, b), refreshed, where it is kept beside the root
+    residual: jax.Array  # (k,)
+    success: jax.Array  # (k,) bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """What the three have in common.
+
+    Attributes:
+      rule: the power and the damping.
+      root_method: of ``inverse_root``; ``"eigenbasis"`` refreshes the last basis.
+    """
+
+    rule: Rule
+    root_method: str
+    keeps_eigenvalues: ClassVar[bool] = True
+
+    @property
+    def refreshes_bases(self) -> bool:
+        """Whether each basis starts from the last one."""
+        return self.root_method == "eigenbasis"
+
+    def start(self, side: Structured, stack: tuple[int, ...], dtype: Any) -> SideMemory:
+        """Return an empty factor, and a root that changes nothing."""
+        zero, identity = side.zeros(stack, dtype), side.identity(stack, dtype)
+        eigenvalues = jnp.ones((*stack, side.padded_size), dtype)
+        return SideMemory(zero.stored, identity.stored, eigenvalues, NOTHING)
+
+    def start_second_moment(self, leaf: Kernel, dtype: Any) -> Any:
+        """Return the second moments that a kernel starts with."""
+        del leaf, dtype
+        return NOTHING
+
+    def squares(self, leaf: Kernel, memory: KernelMemory, matrix: jax.Array) -> Any:
+        """Return what a gradient, as a padded matrix, adds to the second moments."""
+        del leaf, memory, matrix
+        return NOTHING
+
+    def carry(
+        self, leaf: Kernel, before: KernelMemory, after: KernelMemory, first: jax.Array
+    ) -> Any:
+        """Return the second moments in new eigenbases."""
+        del leaf, before, first
+        return after.second_moment
+
+    def last_basis(self, side: SideMemory) -> Any:
+        """Return the basis that the next decomposition starts from, or None."""
+        return side.root if self.refreshes_bases else None
+
+    def decompose(
+        self, matrices: jax.Array, dampings: jax.Array, last: Any, *, first: jax.Array
+    ) -> Decomposition:
+        """Return the eigenbases of ``(k, b, b)`` matrices."""
+        del dampings
+        # A factor that is zero is no failure: any basis is one of its bases.
+        zero = (matrices == 0).all((-2, -1))
+        basis, limit = _bases(matrices, last, first, zero)
+        success = (basis.residual <= limit) | zero
+        residual = jnp.where(zero, 0, basis.residual)
+        eigenvalues = jnp.maximum(basis.values, 0)
+        return Decomposition(basis.vectors, eigenvalues, NOTHING, residual, success)
+
+    def of_diagonal(self, factor: Diagonal, damping: jax.Array, root: Any) -> tuple[Any, Any]:
+        """Return the new root of a diagonal factor, whose last one is ``root``, and eigenvalues."""
+        del damping
+        return root, factor.stored
+
+    def gains(self, memory: KernelMemory) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return three arrays whose product, which may leave float32's range, is ``(v + λ)^p``."""
+        row_unit, col_unit = self.units(memory)
+        values = self.values(memory)
+        added = self.rule.added(values, num_axes=2)
+        if not self.rule.damping_form.is_relative:
+            # An absolute damping far above all eigenvalues is the unit itself.
+            added = added / row_unit
+            larger = jnp.maximum(col_unit, added)
+            values, added = values * (col_unit / larger), added / larger
+            col_unit = larger
+        power = jnp.asarray(self.rule.power, values.dtype)
+        powered = damped_power(values, added, self.rule.power)
+        return powered, jnp.power(row_unit, power), jnp.power(col_unit, power)
+
+    def gains_of_side(self, side: SideMemory) -> jax.Array:
+        """Return ``(b + λ)^p`` for the eigenvalues b of one factor, ``(*stack, n)``."""
+        added = self.rule.added(side.eigenvalues, num_axes=1)
+        return damped_power(side.eigenvalues, added, self.rule.exponent)
+
+    def values(self, memory: KernelMemory) -> jax.Array:
+        """Return the numbers v that the power is taken of, in units of ``units``."""
+        return self.outer(memory)
+
+    def outer(self, memory: KernelMemory) -> jax.Array:
+        """Return the eigenvalues of the Kronecker product in its units, ``(*stack, m, n)``."""
+        rows = self._shared(memory.rows.eigenvalues)[..., :, None]
+        cols = self._shared(memory.cols.eigenvalues)[..., None, :]
+        row_unit, col_unit = self.units(memory)
+        return (rows / row_unit) * (cols / col_unit)
+
+    def units(self, memory: KernelMemory) -> tuple[jax.Array, jax.Array]:
+        """Return the largest eigenvalues of both sides, ``(*stack, 1, 1)``.
+
+        Eigenvalues of the Kronecker product, and second moments, are kept relative to their
+        product, which itself leaves float32's range for tiny or huge factors.
+        """
+        return self._unit(memory.rows.eigenvalues), self._unit(memory.cols.eigenvalues)
+
+    def _unit(self, eigenvalues: jax.Array) -> jax.Array:
+        largest = jnp.max(eigenvalues, -1)[..., None, None]
+        return self._shared(jnp.where(largest > 0, largest, 1))
+
+    def _shared(self, eigenvalues: jax.Array) -> jax.Array:
+        """Return eigenvalues of a factor of the Fisher matrix, not of its square."""
+        return eigenvalues if self.rule.share == 1 else jnp.sqrt(eigenvalues)
+
+
+class Factored(Spectrum):
+    """The power of each factor alone, damped alone: ``A^p G B^p`` by ready-made roots."""
+
+    keeps_eigenvalues: ClassVar[bool] = False
+
+    def start(self, side: Structured, stack: tuple[int, ...], dtype: Any) -> SideMemory:  # noqa: D102
+        memory = super().start(side, stack, dtype)._replace(eigenvalues=NOTHING)
+        if not (self.refreshes_bases and isinstance(side, Matrices)):
+            return memory
+        return memory._replace(basis=side.identity(stack, dtype).stored)
+
+    def last_basis(self, side: SideMemory) -> Any:  # noqa: D102
+        return side.basis if self.refreshes_bases else None
+
+    def decompose(  # noqa: D102
+        self, matrices: jax.Array, dampings: jax.Array, last: Any, *, first: jax.Array
+    ) -> Decomposition:
+        exponent = self.rule.exponent
+        if is_concrete(exponent) and float(exponent) == 0:
+            root = jnp.broadcast_to(
+                jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape
+            )
+            basis = NOTHING if last is None else last
+            success = jnp.ones(dampings.shape, bool)
+            return Decomposition(root, NOTHING, basis, jnp.zeros_like(dampings), success)
+        take = partial(inverse_root, p=-1 / exponent, damping=dampings)
+        if last is None:
+            found = take(matrices, method=self.root_method)
+            return Decomposition(found.root, NOTHING, NOTHING, found.residual, found.success)
+        warm = partial(take, method="eigenbasis", basis=last, tolerance=_WARM_ROOT_TOLERANCE)
+        found = jax.lax.cond(first, partial(take, method="eigenbasis"), warm, matrices)
+        return Decomposition(found.root, NOTHING, found.basis, found.residual, found.success)
+
+    def of_diagonal(  # noqa: D102
+        self, factor: Diagonal, damping: jax.Array, root: Any
+    ) -> tuple[Any, Any]:
+        del root
+        return factor.power(self.rule.exponent, damping).stored, NOTHING
+
+
+class Exact(Spectrum):
+    """The power of the products of eigenvalues, damped as products: ``(a bᵀ + λ)^p``."""
+
+
+class Measured(Spectrum):
+    """The power of a moving average of squared gradients in the eigenbases."""
+
+    def start_second_moment(self, leaf: Kernel, dtype: Any) -> Any:  # noqa: D102
+        return jnp.ones((*leaf.stack, *(side.padded_size for side in leaf.sides)), dtype)
+
+    def values(self, memory: KernelMemory) -> jax.Array:  # noqa: D102
+        return memory.second_moment
+
+    def squares(self, leaf: Kernel, memory: KernelMemory, matrix: jax.Array) -> Any:  # noqa: D102
+        row_unit, col_unit = self.units(memory)
+        turned = to_eigenbasis(matrix, *roots_of(leaf, memory))
+        return jnp.square(turned / jnp.sqrt(row_unit) / jnp.sqrt(col_unit))
+
+    def carry(  # noqa: D102
+        self, leaf: Kernel, before: KernelMemory, after: KernelMemory, first: jax.Array
+    ) -> Any:
+        bases = roots_of(leaf, before), roots_of(leaf, after)
+        moment = carry_second_moments(before.second_moment, *bases)
+        for old, new in zip(self.units(before), self.units(after), strict=True):
+            moment = moment * (old / new)
+        # Moments that do not fit the new units are taken from the factors as at the start.
+        start = first | ~jnp.isfinite(moment).all()
+        return jnp.where(start, self.outer(after), moment)
+
+
+SPECTRA: Mapping[str, type[Spectrum]] = MappingProxyType(
+    {"factored": Factored, "exact": Exact, "measured": Measured}
+)
+
+
+def _bases(
+    matrices: jax.Array, last: jax.Array | None, first: jax.Array, zero: jax.Array
+) -> tuple[EigenBasis, jax.Array | float]:
+    """Return eigenbases and the residual that counts as success; from ``last`` if that is near."""
+    if last is None:
+        limit = _EIGH_TOLERANCE * jnp.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5
+        return eigenbasis(matrices), limit
+    warm = refresh_eigenbasis(matrices, last)
+    behind = first | jnp.any(~zero & ~(warm.residual <= _WARM_BASIS_TOLERANCE))
+    anew = jax.lax.cond(behind, lambda: eigenbasis(matrices), lambda: warm)
+    return anew, _WARM_BASIS_TOLERANCE
+
+
+class Step(NamedTuple):
+    """What all acts of an update read.
+
+    Attributes:
+      spectrum: decomposes factors and applies the power, by the rule of this update.
+      plans: what each leaf is, by its shape and the layout.
+      leaves: the same with what this batch's signals say.
+      clock: when to measure and when to take roots.
+      signals: this batch's, whole; None where the gradient must do.
+      measure: returns the signals' moments, measured where it is called; None where they are ready.
+    """
+
+    spectrum: Spectrum
+    plans: Sequence[Leaf]
+    leaves: Sequence[Leaf]
+    clock: Clock
+    signals: Any
+    measure: Callable[[], Any] | None
