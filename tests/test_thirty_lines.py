@@ -21,7 +21,7 @@ BARE = {
     "options": {"warmup": 0, "min_batches": 1, "max_update": None},
 }
 # The library keeps the rate, the damping and the averages' weight in float32 whatever the dtype,
-# so that in float64 the two differ by a few of its roundings (6e-8 each; the power −1 doubles them).
+# so that in float64 the two differ by some of its roundings (6e-8 each, twice that at power −1).
 FEW_ROUNDINGS = 1e-6
 
 
