@@ -1,17 +1,16 @@
-"""What the tests of a method show; copied to ``tests/transforms/test_<file>.py`` for a new one."""
+"""What the tests of a method show: by hand, by a plain loop, exact cases, properties, errors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# For your method: import optalr, and call optalr.scale_by_yours.
-from tests.skeleton.method import scale_by_skeleton
+from tests.skeleton import method as optalr
 
 
 def updates_of(gradients, **settings):
     """Return all updates, stacked, and the last state."""
-    tx = scale_by_skeleton(**settings)
+    tx = optalr.scale_by_skeleton(**settings)
     state = tx.init(jnp.zeros_like(gradients[0]))
     step, history = jax.jit(tx.update), []
     for gradient in gradients:
@@ -75,4 +74,4 @@ def test_a_bad_gradient_is_counted_and_leaves_the_average(bad):
 @pytest.mark.parametrize(("argument", "value"), [("decay", 1.0), ("damping", 0.0)])
 def test_arguments_are_refused_by_name(argument, value):
     with pytest.raises(ValueError, match=argument):
-        scale_by_skeleton(**{argument: value})
+        optalr.scale_by_skeleton(**{argument: value})
