@@ -23,25 +23,27 @@ def coverage(
 ) -> Coverage:
     """Report, leaf by leaf, how a Kronecker-factored method will treat a model.
 
-    Choose it before a long run, and where a method asks for a ``layout=``: what is returned prints
-    as a table and tells ``tso_alra`` and ``scale_by_kronecker`` each leaf's matrix view, stacked
-    axes and bias. Nothing is computed; the loss is only traced.
+    Choose it before a long run, and where a method asks for a ``layout=``. The report prints as a
+    table. Passed on as ``layout=``, it gives ``tso_alra`` and ``scale_by_kronecker`` the matrix
+    view, the stacked axes and the bias of each leaf. Nothing is computed; the loss is only traced.
 
     Args:
       loss_fn: ``loss_fn(params, *args)``, which returns the loss or ``(loss, aux)``.
       params: the parameters, or their ``jax.ShapeDtypeStruct``s.
       *args: the loss's further arguments, as in training (shapes are enough here too).
-      strict: refuse a model in which some leaf has no layer.
-      options: the method's ``KroneckerOptions``, where they are not the defaults: blocks, size
-        limits and joint biases then show in the table, and its bytes are those that
-        ``scale_by_kronecker(layout=..., options=options)`` allocates for the leaf.
+      strict: whether to refuse a model in which some leaf has no layer.
+      options: the method's ``KroneckerOptions``, if they are not the defaults. The table then shows
+        blocks, size limits and joint biases, and the bytes that
+        ``scale_by_kronecker(layout=..., options=options)`` allocates for each leaf.
 
     Returns:
       A ``Coverage``: printable, ``.treatment`` maps a leaf's key path to ``"kronecker"``,
       ``"bias"`` (the output factor of its layer) or ``"diagonal"``.
 
     Raises:
-      ValueError: ``strict`` and a leaf falls back; the message lists each with its reason.
+      ValueError: with ``strict``, a leaf has no layer; the message lists each with its reason.
+
+    Cost: one trace of the loss.
 
     Examples:
       >>> import jax.numpy as jnp

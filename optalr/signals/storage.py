@@ -1,6 +1,6 @@
-"""How a method stores the Kronecker factors of a leaf: decided from shapes and options alone.
+"""How a method stores the Kronecker factors of a leaf, decided from shapes and options alone.
 
-The coverage report and the transformation both read it, so that what is printed is what is kept.
+The coverage report and the transformation both read it: what is printed is what is kept.
 """
 
 import dataclasses

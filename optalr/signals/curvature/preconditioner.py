@@ -1,7 +1,7 @@
 """Captured Kronecker factors as the preconditioner of an iterative solve."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,76 +54,80 @@ def kronecker_preconditioner(
 
     def build(extras: dict[str, Any], damping: Any) -> Callable[[Any], Any]:
         signals = require_extra(extras, "signals", "kronecker_preconditioner")
-        layers: dict[str, tuple[LayerMoments, EigenBasis, EigenBasis]] = {}
-        biases: dict[str, str] = {}
+        layers: dict[str, _Layer] = {}
+        biases: dict[str, _Layer] = {}
         for path, node in jax.tree_util.tree_leaves_with_path(signals, is_leaf=is_moments):
-            if is_moments(node):
-                name = jax.tree_util.keystr(path)
-                layers[name] = (node, eigenbasis(node.rows), eigenbasis(node.cols))
-                if node.bias is not None:
-                    biases[node.bias] = name
-        other = _curvature_elsewhere([node for node, _, _ in layers.values()], relative_damping)
+            if not is_moments(node):
+                continue
+            name = jax.tree_util.keystr(path)
+            layers[name] = _Layer(node, eigenbasis(node.rows), eigenbasis(node.cols))
+            if node.bias is not None:
+                biases[node.bias] = layers[name]
+        elsewhere = _curvature_elsewhere(list(layers.values()), damping, relative_damping)
 
-        def leaf(path: Any, r: jax.Array) -> jax.Array:
+        def solve(path: Any, r: jax.Array) -> jax.Array:
             name = jax.tree_util.keystr(path)
             if name in layers:
-                return _solve_kernel(name, r, *layers[name], damping, relative_damping, layout)
+                layer = layers[name]
+                found = default_view(r.shape) if layout is None else layout[name].view
+                view = _checked(found, name, r, layer)
+                shift = layer.shift(layer.mean_curvature(), damping, relative_damping)
+                bases = layer.left, layer.right
+                solved = apply_eigenbasis_power(view.to_matrix(r), *bases, -1.0, shift)
+                return view.from_matrix(solved, r.shape).astype(r.dtype)
             if name in biases and r.ndim == 1:
-                return _solve_bias(r, *layers[biases[name]], damping, relative_damping)
-            return r / other(damping)
+                gram, basis = biases[name].output_side
+                shift = biases[name].shift(mean_eigenvalue(gram), damping, relative_damping)
+                solved = apply_eigenbasis_power(r[:, None], basis, None, -1.0, shift)
+                return solved[:, 0].astype(r.dtype)
+            return r / elsewhere
 
-        return lambda tree: jax.tree_util.tree_map_with_path(leaf, tree)
+        return lambda tree: jax.tree_util.tree_map_with_path(solve, tree)
 
     return build
 
 
-def _curvature_elsewhere(nodes: list[LayerMoments], relative: float) -> Callable[[Any], jax.Array]:
-    """Return λ ↦ the divisor of leaves without a layer; 1 where nothing was captured."""
-    if not nodes:
-        return lambda damping: jnp.ones(())
-    captured = jnp.any(jnp.stack([jnp.max(node.count) > 0 for node in nodes]))
-    typical = jnp.mean(jnp.stack([jnp.mean(_mean_curvature(node)) for node in nodes]))
-    return lambda damping: jnp.where(captured, damping + (1 + relative) * typical, 1.0)
+class _Layer(NamedTuple):
+    """What was captured of one layer in this batch, and the eigenbases of its factors."""
+
+    moments: LayerMoments
+    left: EigenBasis
+    right: EigenBasis
+
+    @property
+    def output_side(self) -> tuple[jax.Array, EigenBasis]:
+        """The factor that meets the layer's output, which is that of its bias."""
+        if self.moments.input_side == "rows":
+            return self.moments.cols, self.right
+        return self.moments.rows, self.left
+
+    def mean_curvature(self) -> jax.Array:
+        """Return the mean eigenvalue of ``B ⊗ A``; 1 where nothing was captured."""
+        mean = mean_eigenvalue(self.moments.rows) * mean_eigenvalue(self.moments.cols)
+        return jnp.where((self.moments.count > 0) & (mean > 0), mean, 1.0)
+
+    def shift(self, mean: jax.Array, damping: Any, relative: float) -> jax.Array:
+        """Return what is added to eigenvalues of this mean."""
+        mean = jnp.where(mean > 0, mean, 1.0)
+        # Without a captured batch the factors are zero: λ = 1 makes the inverse the identity.
+        return jnp.where(self.moments.count > 0, damping + relative * mean, 1.0)
 
 
-def _mean_curvature(node: LayerMoments) -> jax.Array:
-    """Return the mean eigenvalue of ``B ⊗ A``; 1 where nothing was captured."""
-    mean = mean_eigenvalue(node.rows) * mean_eigenvalue(node.cols)
-    return jnp.where((node.count > 0) & (mean > 0), mean, 1.0)
+def _curvature_elsewhere(layers: Sequence[_Layer], damping: Any, relative: float) -> jax.Array:
+    """Return the divisor of leaves without a layer; 1 where nothing was captured."""
+    if not layers:
+        return jnp.ones(())
+    captured = jnp.any(jnp.stack([jnp.max(layer.moments.count) > 0 for layer in layers]))
+    typical = jnp.mean(jnp.stack([jnp.mean(layer.mean_curvature()) for layer in layers]))
+    return jnp.where(captured, damping + (1 + relative) * typical, 1.0)
 
 
-def _solve_kernel(
-    name: str,
-    r: jax.Array,
-    node: LayerMoments,
-    left: EigenBasis,
-    right: EigenBasis,
-    damping: Any,
-    relative: float,
-    layout: Coverage | None,
-) -> jax.Array:
-    view: LeafView | None = default_view(r.shape) if layout is None else layout[name].view
-    if view is None or view.matrix_shape(r.shape)[1:] != (node.rows.shape[-1], node.cols.shape[-1]):
+def _checked(view: LeafView | None, name: str, r: jax.Array, layer: _Layer) -> LeafView:
+    """Return the view of a kernel, or raise if the captured factors are of another shape."""
+    rows, cols = layer.moments.rows.shape, layer.moments.cols.shape
+    if view is None or view.matrix_shape(r.shape)[1:] != (rows[-1], cols[-1]):
         raise ValueError(
-            f"the captured factors of {name}, {node.rows.shape} and {node.cols.shape}, do not fit "
-            f"its shape {r.shape}. Pass layout=optalr.coverage(loss_fn, params, *args)."
+            f"the captured factors of {name}, {rows} and {cols}, do not fit its shape {r.shape}. "
+            "Pass layout=optalr.coverage(loss_fn, params, *args)."
         )
-    # Without a captured batch the factors are zero: λ = 1 makes the inverse the identity.
-    shift = jnp.where(node.count > 0, damping + relative * _mean_curvature(node), 1.0)
-    solved = apply_eigenbasis_power(view.to_matrix(r), left, right, -1.0, shift)
-    return view.from_matrix(solved, r.shape).astype(r.dtype)
-
-
-def _solve_bias(
-    r: jax.Array,
-    node: LayerMoments,
-    left: EigenBasis,
-    right: EigenBasis,
-    damping: Any,
-    relative: float,
-) -> jax.Array:
-    gram, basis = (node.cols, right) if node.input_side == "rows" else (node.rows, left)
-    mean = mean_eigenvalue(gram)
-    floor = jnp.where(mean > 0, mean, 1.0)
-    shift = jnp.where(node.count > 0, damping + relative * floor, 1.0)
-    return apply_eigenbasis_power(r[:, None], basis, None, -1.0, shift)[:, 0].astype(r.dtype)
+    return view
