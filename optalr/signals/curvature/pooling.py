@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from optalr.signals.tracing.jaxprs import extract, is_literal, variables
+from optalr.signals.tracing.jaxprs import replay
 
 # Larger windows (global pooling) have small outputs: unrolling them would cost more than it saves.
 _MAX_OFFSETS = 16
@@ -52,35 +52,20 @@ def with_light_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _evaluate(closed: Any, inputs: Any) -> list[Any]:
     """Evaluate a jaxpr, its poolings with the light derivative."""
-    jaxpr = closed.jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    values.update(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(var: Any) -> Any:
-        return var.val if is_literal(var) else values[var]
-
-    last_reads = _last_reads(jaxpr)
-    for start, stop in _stretches(jaxpr.eqns):
-        equations = jaxpr.eqns[start:stop]
-        if _holds_pooling(equations[0]):
-            (equation,) = equations
-            results = _replacement(equation, [read(var) for var in equation.invars])
-            values.update(zip(equation.outvars, results, strict=True))
-            continue
-        made = [var for equation in equations for var in equation.outvars]
-        outputs = [var for var in made if last_reads.get(var, -1) >= stop]
-        read_here = dict.fromkeys(var for equation in equations for var in variables(equation))
-        needed = [var for var in read_here if var not in set(made)]
-        run = extract(jaxpr, equations, needed, outputs)
-        values.update(zip(outputs, run(*map(read, needed)), strict=True))
-    return [read(var) for var in jaxpr.outvars]
+    replacements = {
+        index: functools.partial(_replacement, equation)
+        for index, equation in enumerate(closed.jaxpr.eqns)
+        if _holds_pooling(equation)
+    }
+    return replay(closed, inputs, replacements)
 
 
 def _replacement(equation: Any, inputs: list[Any]) -> list[Any]:
+    params = equation.params
     if equation.primitive.name != "reduce_window_max":
-        return _evaluate(equation.params["jaxpr"], inputs)
-    names = ("window_dimensions", "window_strides", "padding")
-    return [light_max_pool(Window(*(equation.params[name] for name in names)), inputs[0])]
+        return _evaluate(params["jaxpr"], inputs)
+    window = PoolingWindow(params["window_dimensions"], params["window_strides"], params["padding"])
+    return [light_max_pool(window, inputs[0])]
 
 
 def _holds_pooling(equation: Any) -> bool:
@@ -98,24 +83,8 @@ def _holds_pooling(equation: Any) -> bool:
     )
 
 
-def _stretches(equations: Any) -> list[tuple[int, int]]:
-    """Return the bounds of runs of equations without a pooling, and of single ones with."""
-    bounds, start = [], 0
-    for i, equation in enumerate(equations):
-        if _holds_pooling(equation):
-            bounds += [(start, i)] * (start < i) + [(i, i + 1)]
-            start = i + 1
-    return bounds + [(start, len(equations))] * (start < len(equations))
-
-
-def _last_reads(jaxpr: Any) -> dict[Any, int]:
-    """Return the position of the last equation that reads each variable; outputs: the end."""
-    last = {var: i for i, equation in enumerate(jaxpr.eqns) for var in variables(equation)}
-    return last | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not is_literal(var)}
-
-
 @dataclasses.dataclass(frozen=True)
-class Window:
+class PoolingWindow:
     """Where a pooling looks, as ``jax.lax.reduce_window`` takes it."""
 
     sizes: tuple[int, ...]
@@ -135,14 +104,14 @@ class Window:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def light_max_pool(window: Window, x: jax.Array) -> jax.Array:
+def light_max_pool(window: PoolingWindow, x: jax.Array) -> jax.Array:
     """Return the largest entry of each window."""
     sizes, strides, padding = dataclasses.astuple(window)
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, sizes, strides, padding)
 
 
 @light_max_pool.defjvp
-def _light_max_pool_jvp(window: Window, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _light_max_pool_jvp(window: PoolingWindow, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (dx,) = primals, tangents
     y = light_max_pool(window, x)
     taken = jnp.zeros(y.shape, bool)

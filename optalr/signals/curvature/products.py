@@ -97,14 +97,11 @@ def gauss_newton_product(
       Computation 14(7), 2002; "Exponentially decaying flows for optimization in deep learning",
       eq. 17.
     """
-    return Partial(
-        _apply_gauss_newton,
-        _as_partial(_drop_aux, predict_fn) if has_aux else _as_partial(predict_fn),
-        _as_partial(_differentiated_product, output_loss)
-        if output_product is None
-        else _as_partial(output_product),
-        jax.tree.map(jnp.asarray, params),
-    )
+    predict = _as_partial(_drop_aux, predict_fn) if has_aux else _as_partial(predict_fn)
+    if output_product is None:
+        output_product = _as_partial(_differentiated_product, output_loss)
+    model = (predict, _as_partial(output_product))
+    return Partial(_apply_gauss_newton, model, jax.tree.map(jnp.asarray, params))
 
 
 def output_hessian_product(output_loss: Callable[[Any], jax.Array], outputs: Any, u: Any) -> Any:
@@ -190,12 +187,14 @@ def sigmoid_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
 
 def _apply_hessian(loss_fn: Any, params: Any, v: Any) -> Any:
     gradient = jax.grad(with_light_pooling(loss_fn))
-    return jax.jvp(gradient, (params,), (_cast_like(v, params),))[1]
+    return jax.jvp(gradient, (params,), (in_dtypes_of(params, v),))[1]
 
 
-def _apply_gauss_newton(predict_fn: Any, output_product: Any, params: Any, v: Any) -> Any:
-    predict_fn = with_light_pooling(predict_fn)
-    outputs, pushed = jax.jvp(predict_fn, (params,), (_cast_like(v, params),))
+def _apply_gauss_newton(model: tuple[Any, Any], params: Any, v: Any) -> Any:
+    predict_fn, output_product = with_light_pooling(model[0]), model[1]
+    # Forward for J v and reverse for Jᵀ, each with a linearization of its own: written in this way
+    # they are equal to XLA, which merges them, and no residuals cross a jit boundary.
+    outputs, pushed = jax.jvp(predict_fn, (params,), (in_dtypes_of(params, v),))
     _, pull = jax.vjp(predict_fn, params)
     return pull(output_product(outputs, pushed))[0]
 
@@ -222,5 +221,6 @@ def _as_partial(fn: Any, *bound: Any) -> Partial:
     return fn if isinstance(fn, Partial) else Partial(fn)
 
 
-def _cast_like(v: Any, params: Any) -> Any:
-    return jax.tree.map(lambda x, p: jnp.asarray(x).astype(p.dtype), v, params)
+def in_dtypes_of(params: Any, v: Any) -> Any:
+    """Return a direction in the dtypes of the parameters."""
+    return jax.tree.map(lambda x, p: jnp.asarray(x).astype(jnp.result_type(p)), v, params)

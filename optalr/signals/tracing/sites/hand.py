@@ -1,14 +1,32 @@
-"""Tapping by hand a layer that the tracer cannot understand."""
+"""Tapping by hand a layer that the tracer cannot understand.
 
+In: what a user declares inside a loss by ``tap_layer``, which leaves a mark in the traced loss.
+Out: the site that the tracer makes of the mark.
+
+The mark is an inner ``jit`` with a name of ours: it passes through ``vmap``, ``scan`` and remat,
+and needs no primitive of our own, whose rules would have to follow jax's releases.
+"""
+
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from optalr.signals.tracing.sampling import Sampling, Signals, sample
+from optalr.signals.tracing.sides import NotALayer, SideAtoms, features, split_sides
+from optalr.signals.tracing.sites.site import Operands, Product, Site
+from optalr.signals.tracing.views import Atom, Dims, View, identity_view
 
 # The name of the inner jit by which the tracer knows a hand tap; the kernel's input side follows.
 MARK = "optalr_tap_layer_"
 
 
+# Two functions, because jax names a jit after its function. ``checkpoint_name`` gives the body an
+# equation: a jit that only returns its argument would be dropped from the trace.
 def _mark_rows(outputs, inputs, kernel):
     del inputs, kernel
     return checkpoint_name(outputs, "optalr_tap_layer")
@@ -101,9 +119,95 @@ def tap_layer(
     return jax.lax.reshape(marked, marked.shape[:-1])
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class HandSite(Site):
+    """A layer that the user declared.
+
+    The equation's inputs are outputs ``(N, ..., n, 1)``, inputs ``(N, ..., m, 1)`` and the kernel.
+    Its product is the identity on the outputs.
+
+    Attributes:
+      split: how many of the kernel's axes come before the split between its two sides.
+    """
+
+    split: int
+
+    def operands(self, values: Sequence[Any]) -> tuple[Any, Any]:
+        """Return inputs and outputs."""
+        # What is differentiated is the outputs, so they take the kernel's place.
+        return values[1], values[0]
+
+    def product(self):
+        """Return the identity on the outputs."""
+        return lambda data, outputs: outputs
+
+    def pull_back(self, data, kernel, cotangent):
+        """Return nothing for the inputs, which do not enter the value, and the cotangent."""
+        return jnp.zeros_like(data), cotangent
+
+    def output_view(self) -> View:
+        """Return the output as a view; its last dimension is one that ``tap_layer`` added."""
+        shape = self.equation.outvars[0].aval.shape
+        lead = [(Atom(-1 - axis, 1, size),) for axis, size in enumerate(shape[:-2])]
+        outputs = tuple(atom for dim in self._sides[1] for atom in dim)
+        return identity_view(self, shape).with_dims([*lead, outputs, ()])
+
+    @property
+    def _sides(self) -> tuple[Dims, Dims]:
+        """The kernel's dimensions on the input's side and on the output's."""
+        first, last = self.view.dims[: self.split], self.view.dims[self.split :]
+        return (first, last) if _input_is_rows(self.equation) else (last, first)
+
+    def signals(self, operands: Operands, take: tuple[Sampling, jax.Array]) -> Signals:
+        """Lay out what was declared, one row a leading position."""
+        inputs, outputs = self._sides
+        lead = operands.data.ndim - 2
+        data = features(operands.data, lead, inputs)
+        cotangent = features(operands.cotangent, lead, outputs)
+        examples = data.shape[0] if lead else 1
+        data = data.reshape(1, examples, -1, data.shape[-1])
+        cotangent = cotangent.reshape(1, examples, -1, cotangent.shape[-1])
+        return sample(data, cotangent, take)
+
+
+def hand_site(product: Product, view: View, leaf_shape: tuple[int, ...]) -> Site:
+    """Return the site of a ``tap_layer``.
+
+    Args:
+      product: the marked equation.
+      view: how its kernel looks at the leaf.
+      leaf_shape: the leaf's shape.
+
+    Raises:
+      NotALayer: the kernel, as the mark sees it, is none of the leaf's matrices.
+    """
+    outputs, inputs = (var.aval.shape for var in product.equation.invars[:2])
+    m, n = inputs[-2], outputs[-2]
+    rows = _input_is_rows(product.equation)
+    split = split_axis(view.shape, *((m, n) if rows else (n, m)))
+    if split is None:
+        raise NotALayer("tapped by hand under a vmap over the kernel")
+    first = [atom for dim in view.dims[:split] for atom in dim]
+    last = [atom for dim in view.dims[split:] for atom in dim]
+    atoms = SideAtoms((), first, last) if rows else SideAtoms((), last, first)
+    return HandSite(
+        leaf=int(view.source),
+        origin=product,
+        view=view,
+        sides=split_sides(len(leaf_shape), view.scanned, atoms),
+        num_examples=inputs[0] if len(inputs) > 2 else 1,
+        split=split,
+    )
+
+
 def split_axis(shape: tuple[int, ...], first: int, last: int) -> int | None:
     """Return k such that ``shape[:k]`` holds ``first`` entries and ``shape[k:]`` ``last``."""
     for k in range(len(shape) + 1):
         if math.prod(shape[:k]) == first and math.prod(shape[k:]) == last:
             return k
     return None
+
+
+def _input_is_rows(equation: Any) -> bool:
+    """Return whether a mark says that the kernel's leading axes are the input's."""
+    return equation.params["name"].endswith("rows")

@@ -1,0 +1,120 @@
+"""A loss and the arguments of one call.
+
+In: the loss, the parameters and the further arguments. Out: the callables that ``extras`` holds,
+the loss as a function of parameters and the curvature products, all of them ``Partial``s.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from optalr.signals.curvature.products import gauss_newton_product, hessian_product
+from optalr.signals.loss.binding import Bound, bind, is_array
+from optalr.signals.loss.composite import CompositeLoss
+from optalr.signals.tracing.compat import varying_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A loss and the arguments of one call.
+
+    Attributes:
+      loss_fn: the loss, as it was given.
+      has_aux: whether it returns ``(loss, aux)``; None for whatever it returns.
+      bound: the loss with its arguments, but for the arrays among them.
+      arrays: these arrays.
+    """
+
+    loss_fn: Callable[..., Any]
+    has_aux: bool | None
+    bound: Bound
+    arrays: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, loss_fn: Callable[..., Any], params: Any, args: Any, *, has_aux: bool | None
+    ) -> "Problem":
+        """Check the parameters and split the arguments."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            dtype = jnp.result_type(leaf) if _is_numeric(leaf) else type(leaf)
+            if not _is_numeric(leaf) or not jnp.issubdtype(dtype, jnp.floating):
+                name = jax.tree_util.keystr(path) or "params"
+                raise TypeError(
+                    f"params must be a pytree of floating arrays, but {name} is {dtype}. Keep what "
+                    "is not trained (counters, keys, functions) out of params and pass it as a "
+                    "further argument of loss_fn."
+                )
+        return cls(loss_fn, has_aux, *bind(loss_fn, args))
+
+    def value_fn(self, axis_name: str | None) -> Partial:
+        """Return ``params -> loss`` on this call's arguments."""
+        function = _First(self.bound) if self.has_aux else self.bound
+        if axis_name is not None:
+            function = _Averaged(function, axis_name)
+        return Partial(function, self.arrays)
+
+    def products(self, params: Any, value_fn: Partial) -> dict[str, Any]:
+        """Return the curvature products, and the outputs of a composite loss."""
+        found: dict[str, Any] = {"hessian": hessian_product(value_fn, params)}
+        loss = self.loss_fn
+        if not isinstance(loss, CompositeLoss):
+            return found
+        predict = Partial(predictions(loss, self.bound), self.arrays)
+        found["outputs"] = predict(params)
+        found["gauss_newton"] = gauss_newton_product(
+            predict,
+            self._with(loss.output_loss),
+            params,
+            output_product=None if loss.output_product is None else self._with(loss.output_product),
+        )
+        return found
+
+    def _with(self, function: Callable[..., Any]) -> Partial:
+        """Return another function bound to this call's arguments."""
+        return Partial(dataclasses.replace(self.bound, function=function), self.arrays)
+
+
+def predictions(loss: CompositeLoss, bound: Bound) -> Callable[..., Any]:
+    """Return ``(arrays, params) -> outputs`` of a composite loss with its arguments bound."""
+    bound = dataclasses.replace(bound, function=loss.predict_fn)
+    return _First(bound) if loss.has_aux else bound
+
+
+def mean_over(loss: Any, axis_name: str) -> Any:
+    """Average a loss over a mesh axis if it differs between the axis's devices."""
+    # A loss that the user has averaged over the axis no longer varies over it, and is left alone.
+    varies = axis_name in varying_axes(jax.typeof(loss))
+    return jax.lax.pmean(loss, axis_name) if varies else loss
+
+
+def _is_numeric(leaf: Any) -> bool:
+    return is_array(leaf) or isinstance(leaf, float | int | complex)
+
+
+# The two wrappers are dataclasses rather than closures, so that equal ones compare equal and their
+# Partials cross ``jit`` without a retrace.
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """A function that keeps the first of two results."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Averaged:
+    """A loss averaged over a mesh axis if it varies over it."""
+
+    function: Callable[..., Any]
+    axis_name: str
+
+    def __call__(self, *args: Any) -> Any:
+        return mean_over(self.function(*args), self.axis_name)
