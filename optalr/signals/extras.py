@@ -134,13 +134,14 @@ def value_grad_and_extras(
         problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
         traced = trace(problem, params, axis_name)
         tapped = Tapped(traced, _layers_of(traced), _static_flag(signals), sampling)
-        run = _Run(problem, params, tapped, key)
-        (value, *aux_leaves), grad_leaves, gathered = capture(run)
+        evaluation = _Evaluation(problem, params, tapped, key)
+        (value, *aux_leaves), grad_leaves, gathered = capture(evaluation)
         assembly = Assembly.of(gathered.tapped, num_examples)
         grads = jax.tree.unflatten(traced.treedef, grad_leaves)
         extras = {"value": value, "grad": grads, "value_fn": problem.value_fn(axis_name)}
         extras["point"] = params
-        extras |= _moments(assembly, tapped.flag, gathered.slots)
+        # Everything is put in, whoever reads it: under jit what is not read is never computed.
+        extras |= _measured_entries(assembly, tapped.flag, gathered.slots)
         extras |= problem.products(params, extras["value_fn"])
         if not has_aux:
             return value, grads, extras
@@ -149,7 +150,7 @@ def value_grad_and_extras(
     return evaluate
 
 
-class _Run(NamedTuple):
+class _Evaluation(NamedTuple):
     """One call of ``evaluate``.
 
     Fields:
@@ -176,10 +177,10 @@ class _Gathered(NamedTuple):
 _Captured = tuple[list[Any], list[Any], _Gathered]
 
 
-def _capture_empirical(run: _Run) -> _Captured:
+def _capture_empirical(evaluation: _Evaluation) -> _Captured:
     """Measure the signals of the targets in the batch, on the way to the gradient."""
-    outputs, grads, slots = run.tapped.differentiate()
-    return outputs, grads, _Gathered(run.tapped, slots)
+    outputs, grads, slots = evaluation.tapped.differentiate()
+    return outputs, grads, _Gathered(evaluation.tapped, slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +197,13 @@ class _TrueFisher:
     likelihood: str
     axis_name: str | None
 
-    def __call__(self, run: _Run) -> _Captured:
+    def __call__(self, evaluation: _Evaluation) -> _Captured:
         # The gradient is that of the targets in the batch, and nothing is measured on its way.
-        outputs, grads, _ = dataclasses.replace(run.tapped, flag=False).differentiate()
-        predict = predictions(self.loss, run.problem.bound)
-        traced = trace_predictions(predict, run.params, run.problem.arrays)
-        model = dataclasses.replace(run.tapped, traced=traced, layers=_layers_of(traced))
-        slots = draw_and_measure(model, self.likelihood, self._local_key(run.key))
+        outputs, grads, _ = dataclasses.replace(evaluation.tapped, flag=False).differentiate()
+        predict = predictions(self.loss, evaluation.problem.bound)
+        traced = trace_predictions(predict, evaluation.params, evaluation.problem.arrays)
+        model = dataclasses.replace(evaluation.tapped, traced=traced, layers=_layers_of(traced))
+        slots = draw_and_measure(model, self.likelihood, self._local_key(evaluation.key))
         return outputs, grads, _Gathered(model, slots)
 
     def _local_key(self, key: jax.Array | None) -> jax.Array:
@@ -220,7 +221,7 @@ def _layers_of(traced: Traced) -> Layers:
     return find_layers(traced.closed, traced.leaf_shapes)
 
 
-def _moments(assembly: Assembly, flag: bool | jax.Array, slots: dict[int, Dummies]) -> Any:
+def _measured_entries(assembly: Assembly, flag: bool | jax.Array, slots: dict[int, Dummies]) -> Any:
     """Return the entries of ``extras`` that hold moments."""
     moments = assembly(flag, slots)
     # A flag known beforehand puts nothing off: whoever asks later gets what is there.
@@ -254,6 +255,7 @@ def _check_fisher(loss_fn: Any, fisher: str, likelihood: str | None) -> None:
 
 def _static_flag(signals: Any) -> Any:
     """Return a Python bool where the flag can be looked at, else the traced scalar."""
+    # A flag known now leaves no cond in the program; a concrete array counts as known.
     if isinstance(signals, jax.core.Tracer):
         if signals.shape != () or signals.dtype != jnp.bool_:
             raise TypeError(

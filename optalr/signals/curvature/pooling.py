@@ -9,7 +9,8 @@ grows with their number. Written as a sum over the window's offsets,
 the derivative is slices and selections, the transpose pads and additions, and nothing is kept but
 one bit an offset and output, which all products share.
 
-``with_light_pooling`` gives a function's poolings this derivative; values stay as they are.
+In: a function of arrays. Out: the same function, whose poolings have this derivative
+(``with_light_pooling``); values stay as they are.
 """
 
 import dataclasses
@@ -32,8 +33,8 @@ _MAX_OFFSETS = 16
 def with_light_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the same function of arrays with another derivative of its max poolings.
 
-    Found are poolings outside and inside ``jit``, of windows of at most 16 entries. Those in loops,
-    branches, ``jax.checkpoint`` and functions with a derivative of their own stay as they are.
+    It finds poolings outside and inside ``jit``, with windows of at most 16 entries. Those in
+    loops, branches, ``jax.checkpoint`` and functions with a derivative of their own stay.
     """
 
     def pooled(*args: Any) -> Any:
@@ -43,6 +44,7 @@ def with_light_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*jax.tree.unflatten(treedef, leaves))
 
         closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+        # Without a pooling the function is called as it is, so that its trace has nothing of ours.
         if not any(_holds_pooling(equation) for equation in closed.jaxpr.eqns):
             return function(*args)
         return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(closed, leaves))
@@ -69,8 +71,9 @@ def _replacement(equation: Any, inputs: list[Any]) -> list[Any]:
 
 
 def _holds_pooling(equation: Any) -> bool:
-    """Tell whether an equation is, or calls under ``jit``, a pooling that is to be replaced."""
+    """Return whether an equation is, or calls under ``jit``, a pooling that is to be replaced."""
     if equation.primitive.name == "reduce_window_max":
+        # Integers have no derivative, and no pooling of Flax, Equinox or Haiku is dilated.
         few = math.prod(equation.params["window_dimensions"]) <= _MAX_OFFSETS
         floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
         dilations = {*equation.params["base_dilation"], *equation.params["window_dilation"]}
@@ -85,7 +88,13 @@ def _holds_pooling(equation: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class PoolingWindow:
-    """Where a pooling looks, as ``jax.lax.reduce_window`` takes it."""
+    """Where a pooling looks, as ``jax.lax.reduce_window`` takes it.
+
+    Attributes:
+      sizes: the window's size along each axis.
+      strides: how far it moves.
+      padding: how much is padded before and after each axis.
+    """
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -114,6 +123,7 @@ def light_max_pool(window: PoolingWindow, x: jax.Array) -> jax.Array:
 def _light_max_pool_jvp(window: PoolingWindow, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (dx,) = primals, tangents
     y = light_max_pool(window, x)
+    # Equal entries share no derivative: the first one takes it all, as in XLA's transpose.
     taken = jnp.zeros(y.shape, bool)
     dy = jnp.zeros(y.shape, dx.dtype)
     for entry, move in zip(

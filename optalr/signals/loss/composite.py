@@ -15,6 +15,7 @@ import jax
 class CompositeLoss:
     """A loss given in two parts; see ``composite_loss``."""
 
+    # A dataclass rather than a closure: equal losses compare equal, and jit does not retrace.
     predict_fn: Callable[..., Any]
     output_loss: Callable[..., jax.Array]
     has_aux: bool = False
@@ -38,7 +39,7 @@ def composite_loss(
     """Join a model and a loss of its outputs, so that Gauss-Newton products are defined.
 
     Choose it when a method reads ``extras["gauss_newton"]`` or ``extras["outputs"]`` (``edf``), or
-    for the true Fisher; everything else works with a plain loss function as well.
+    for the true Fisher. Everything else works with a plain loss function as well.
 
     Args:
       predict_fn: ``predict_fn(params, *args) -> outputs``; with ``has_aux`` ``(outputs, aux)``,
@@ -54,6 +55,8 @@ def composite_loss(
 
     Returns:
       A callable loss, ``loss(params, *args)``.
+
+    Cost: none; the parts are called one after the other.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -71,5 +74,8 @@ def composite_loss(
       ...     lambda z, x, y: jnp.mean((z - y) ** 2),
       ...     output_product=closed_form,
       ... )
+
+    Reference: the split is that of Schraudolph, "Fast curvature matrix-vector products for
+      second-order gradient descent", Neural Computation 14(7), 2002.
     """
     return CompositeLoss(predict_fn, output_loss, has_aux, output_product)

@@ -2,20 +2,74 @@
 
 In: the loss, the parameters and the further arguments. Out: the callables that ``extras`` holds,
 the loss as a function of parameters and the curvature products, all of them ``Partial``s.
+
+Arguments are split (``bind``) into a ``Bound``, which is static, and arrays, which are not. Both
+together make a ``Partial`` that a compiled program takes as an argument. A plain closure over the
+arrays would be a new constant, and so a new compilation, at every step.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from optalr.signals.curvature.products import gauss_newton_product, hessian_product
-from optalr.signals.loss.binding import Bound, bind, is_array
 from optalr.signals.loss.composite import CompositeLoss
 from optalr.signals.tracing.compat import varying_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A function with its arguments split into arrays, given later, and the rest, kept here.
+
+    Equal bindings compare equal, so a ``Partial`` of one crosses ``jit`` without a retrace.
+
+    Attributes:
+      function: the function.
+      treedef: the structure of the arguments.
+      kept: the leaves of the arguments, with a mark in place of each array.
+    """
+
+    function: Callable[..., Any]
+    treedef: Any
+    kept: tuple[Any, ...]
+
+    def args(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """Put the arrays back among the arguments that were kept."""
+        remaining = iter(arrays)
+        leaves = [next(remaining) if kept is _ARRAY else kept for kept in self.kept]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def __call__(self, arrays: Sequence[Any], *first: Any) -> Any:
+        """Return the function's value on ``first`` and its bound arguments."""
+        return self.function(*first, *self.args(arrays))
+
+
+def bind(function: Callable[..., Any], args: Any) -> tuple[Bound, tuple[Any, ...]]:
+    """Return a function with its arguments bound, and the arrays that it is then called on."""
+    leaves, treedef = jax.tree.flatten(args)
+    kept = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
+    return Bound(function, treedef, kept), tuple(leaf for leaf in leaves if _is_array(leaf))
+
+
+def _is_array(leaf: Any) -> bool:
+    """Return whether an argument is an array, or the shape of one."""
+    # Python numbers are no arrays here: a loss may branch on a bool that it is given.
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+class _Array:
+    """Marks the place of an array among the kept arguments."""
+
+    def __repr__(self) -> str:
+        return "<array>"
+
+
+_ARRAY = _Array()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +93,7 @@ class Problem:
         cls, loss_fn: Callable[..., Any], params: Any, args: Any, *, has_aux: bool | None
     ) -> "Problem":
         """Check the parameters and split the arguments."""
+        # Integer leaves would get gradients of dtype float0, which fail far from here.
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             dtype = jnp.result_type(leaf) if _is_numeric(leaf) else type(leaf)
             if not _is_numeric(leaf) or not jnp.issubdtype(dtype, jnp.floating):
@@ -65,6 +120,7 @@ class Problem:
             return found
         predict = Partial(predictions(loss, self.bound), self.arrays)
         found["outputs"] = predict(params)
+        # Partials throughout: what they bind crosses a jit as data, and a new batch needs no trace.
         found["gauss_newton"] = gauss_newton_product(
             predict,
             self._with(loss.output_loss),
@@ -92,7 +148,7 @@ def mean_over(loss: Any, axis_name: str) -> Any:
 
 
 def _is_numeric(leaf: Any) -> bool:
-    return is_array(leaf) or isinstance(leaf, float | int | complex)
+    return _is_array(leaf) or isinstance(leaf, float | int | complex)
 
 
 # The two wrappers are dataclasses rather than closures, so that equal ones compare equal and their

@@ -72,7 +72,7 @@ class Assembly:
         """Return the parameters' structure, with moments at captured leaves and None elsewhere."""
         moments: list[LayerMoments | None] = [None] * self.treedef.num_leaves
         for leaf, layer in self.layers.items():
-            moments[leaf] = _moments(layer, flag, self._total(leaf, measured))
+            moments[leaf] = _layer_moments(layer, flag, self._total(leaf, measured))
         return jax.tree.unflatten(self.treedef, moments)
 
     def head_moments(self, flag: Any, measured: dict[int, Dummies]) -> LayerMoments | None:
@@ -80,7 +80,7 @@ class Assembly:
         if self.head is None:
             return None
         slot = HEAD if HEAD in measured else self.head.site.leaf
-        return _moments(self.head, flag, measured[slot])
+        return _layer_moments(self.head, flag, measured[slot])
 
     def _total(self, leaf: int, measured: dict[int, Dummies]) -> Dummies:
         """Return what all uses of a leaf gathered, the head among them."""
@@ -90,7 +90,7 @@ class Assembly:
         return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), gathered)
 
 
-def _moments(layer: _Layer, flag: Any, dummies: Dummies) -> LayerMoments:
+def _layer_moments(layer: _Layer, flag: Any, dummies: Dummies) -> LayerMoments:
     dtype = layer.gauge.like.total.dtype
     examples = jnp.asarray(layer.examples, dtype)
     inputs, outputs, mean, total = _means(layer.gauge, examples, (flag, dummies))

@@ -80,6 +80,7 @@ class Tapped:
         if self.is_off:
             (_, outputs), grads = jax.value_and_grad(loss, has_aux=True)(leaves, slots)
             return outputs, grads, slots
+        # One backward pass for both: the gradient costs what it costs without signals.
         both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (_, outputs), (grads, measured) = both(leaves, slots)
         return outputs, grads, measured
@@ -98,7 +99,9 @@ class Tapped:
             if site.leaf in late:
                 like[site.leaf] = operands_like(site)
             else:
+                # Uses of one leaf share a slot: reverse mode adds their cotangents up.
                 like.setdefault(choose(site), leaf_sums(self.traced, site))
+        # Zeros, but no memory: the twins never read them, and XLA drops what is not read.
         return zeros_of(like)
 
     def _measured_late(self) -> set[int]:

@@ -20,7 +20,7 @@ from optalr.signals.tapping.measuring import Dummies
 
 
 def _softmax(outputs: jax.Array, key: jax.Array) -> jax.Array:
-    """Return ``softmax(f) − onehot(y)`` for a class y drawn for each row of logits."""
+    """Return ``softmax(f) − onehot(y)`` for a class y drawn for each row of class scores."""
     classes = jax.random.categorical(key, outputs)
     return jax.nn.softmax(outputs) - jax.nn.one_hot(classes, outputs.shape[-1], dtype=outputs.dtype)
 
@@ -58,6 +58,7 @@ def draw_and_measure(tapped: Tapped, likelihood: str, key: jax.Array) -> dict[in
         return slots
     # With the leaves held fixed the pull-back computes no gradient: only the slots are filled.
     outputs, pull_back = jax.vjp(lambda slots: tapped(tapped.traced.leaves, slots), slots)
+    # Outputs of several heads are independent given the model: each draws with a key of its own.
     keys = jax.random.split(key, len(outputs))
     cotangents = [
         LIKELIHOODS[likelihood](output, key) / _num_predictions(output)
@@ -68,4 +69,6 @@ def draw_and_measure(tapped: Tapped, likelihood: str, key: jax.Array) -> dict[in
 
 
 def _num_predictions(output: jax.Array) -> int:
+    # The gradient of a mean over this many rows. A vector of outputs is a row an entry: there is no
+    # last axis left to sum over.
     return output.size // output.shape[-1] if output.ndim > 1 else max(output.size, 1)

@@ -52,6 +52,7 @@ def _rebuild_remat(nested: Remat, values: list[Any], recorder: "Recorder") -> Se
     def body(slots, *args):
         return recorder.with_slots(slots).run(inner, plan, args)
 
+    # The user's policy decides what the backward pass keeps, and so what it computes again.
     body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
     return body(recorder.slots_in(plan), *values)
 
@@ -132,6 +133,7 @@ def _rebuild_custom_jvp(
     axes = frozenset().union(*(varying_axes(jax.typeof(arg)) for arg in args))
     slots = jax.tree.map(lambda dummy: vary(dummy, axes), recorder.slots_in(plan))
 
+    # A custom_vjp around it: jax cannot tap a derivative that it transposes by itself.
     @jax.custom_vjp
     def call(slots, flag, args):
         del slots, flag
@@ -148,6 +150,7 @@ def _rebuild_custom_jvp(
             return inside.run(derivative.closed, plan, [*args, *tangents])
 
         tangents = [jnp.zeros_like(args[i]) for i in derivative.inputs]
+        # The map is linear, so the point at which it is linearized does not matter: zeros will do.
         _, pull = jax.vjp(tangent_map, slots, tangents)
         slots_bar, tangents_bar = pull([cotangents[i] for i in derivative.outputs])
         return slots_bar, None, _at_inputs(derivative, tangents_bar, len(args))

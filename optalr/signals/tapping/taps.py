@@ -59,6 +59,7 @@ class Recorder:
 
     def slots_in(self, plan: Plan) -> dict[int, Dummies]:
         """Return the dummies of the sites of one plan."""
+        # Others would be carried into a remat or a shard_map, and come back as zeros, for nothing.
         own = {self.slot_of(site) for site in plan.all_sites()}
         return {slot: dummies for slot, dummies in self.slots.items() if slot in own}
 
@@ -114,6 +115,7 @@ def _twin(site: Site, measures: Sequence[_Measure]) -> Callable[..., jax.Array]:
 
     def backward(residuals, cotangent):
         (data, kernel), flag = residuals
+        # All sites of one product share its equation; the first one speaks for all.
         operands_bar = site.pull_back(data, kernel, cotangent)
         both = Operands(data, cotangent)
         measured = tuple(measure(flag, both) for measure in measures)

@@ -116,7 +116,8 @@ def _joint_after_reshape(joined: Joined, params: Params) -> int | None:
     return next(fits, None)
 
 
-_REARRANGEMENTS: Mapping[str, _Rearrangement] = MappingProxyType({
+# By primitive. Casts and copies are no rearrangements: they leave a view as it is.
+_KINDS: Mapping[str, _Rearrangement] = MappingProxyType({
     "transpose": _Rearrangement(
         lambda view, params: views.permute(view, params["permutation"]),
         lambda joined, params: list(params["permutation"]).index(joined.axis),
@@ -135,18 +136,19 @@ _REARRANGEMENTS: Mapping[str, _Rearrangement] = MappingProxyType({
 })  # fmt: skip
 
 # The primitives that ``rearrange`` knows.
-REARRANGEMENTS = frozenset(_REARRANGEMENTS)
+REARRANGEMENTS = frozenset(_KINDS)
 
 
 def rearrange(name: str, params: Params, seen: View | Joined) -> Seen:
     """Follow an array through one of ``REARRANGEMENTS``; None where it cannot be followed."""
-    rule = _REARRANGEMENTS[name]
+    rule = _KINDS[name]
     if isinstance(seen, View):
         return rule.apply(seen, params)
     joint = rule.move_joint(seen, params)
     if joint is None:
         return None
     parts: list[View] = []
+    # All or nothing: with one part lost the others' places in the whole mean nothing.
     for part in seen.parts:
         # The equation is written for the whole; each part has its own length along the joint.
         own = rule.with_shape(params, joint, part.shape[seen.axis])

@@ -12,24 +12,23 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from optalr.signals.tracing.findings import Findings
 from optalr.signals.tracing.joined import REARRANGEMENTS, Seen
 from optalr.signals.tracing.plan import Layers
 from optalr.signals.tracing.rules import inner, moves
-from optalr.signals.tracing.rules.multiplying import PRODUCTS, multiply
+from optalr.signals.tracing.rules.multiplying import PRODUCTS, pass_product
 from optalr.signals.tracing.views import identity_view
-from optalr.signals.tracing.walk import Rule, Walk
+from optalr.signals.tracing.walk import Findings, FollowRule, Walk
 
 # The rule of each primitive that can be followed. Some primitives have had several names in the
 # releases of jax that we support.
-_RULES: Mapping[str, Rule] = MappingProxyType({
-    **dict.fromkeys(moves.UNCHANGED, moves.pass_on),
-    **dict.fromkeys(REARRANGEMENTS, moves.move),
-    "concatenate": moves.concatenate,
-    "slice": moves.cut_slice,
-    "split": moves.cut_split,
-    **dict.fromkeys(("add", "add_any"), moves.add),
-    **dict.fromkeys(PRODUCTS, multiply),
+_RULES: Mapping[str, FollowRule] = MappingProxyType({
+    **dict.fromkeys(moves.UNCHANGED, moves.pass_unchanged),
+    **dict.fromkeys(REARRANGEMENTS, moves.pass_rearrangement),
+    "concatenate": moves.pass_concatenation,
+    "slice": moves.pass_slice,
+    "split": moves.pass_split,
+    **dict.fromkeys(("add", "add_any"), moves.pass_addition),
+    **dict.fromkeys(PRODUCTS, pass_product),
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), inner.enter_call),
     **dict.fromkeys(("remat2", "checkpoint", "remat"), inner.enter_remat),
     "scan": inner.enter_scan,

@@ -37,12 +37,14 @@ class Plan:
         """Iterate over the sites outside loops, branches and remat."""
         for sites in self.taps.values():
             yield from sites
+        # A remat's inside runs twice, a branch perhaps not at all, a shard_map's on every device.
         for nested in self.nested.values():
             if isinstance(nested, Call):
                 yield from nested.plans[0].sites_run_once()
 
     def keep(self, accepted: set[Site]) -> None:
         """Drop the sites that are not accepted."""
+        # Emptied inner plans stay: their equations are rebuilt to the same effect.
         kept = {i: tuple(s for s in sites if s in accepted) for i, sites in self.taps.items()}
         self.taps = {index: sites for index, sites in kept.items() if sites}
         for nested in self.nested.values():
@@ -142,6 +144,7 @@ class Layers:
 
     plan: Plan
     sites: list[Site]
+    # Keyed by leaf index, as everything in tracing is: key paths are looked up for printing only.
     views: dict[int, LeafView]
     biases: dict[int, int]
     notes: dict[int, list[str]]

@@ -61,6 +61,7 @@ def split_sides(rank: int, scanned: tuple[int, ...], atoms: SideAtoms) -> Sides:
     if len(flat) != len(set(flat)):
         # Half of an axis on each side is no partition of axes: no matrix view has it.
         raise NotALayer("an axis is split between the input and the output of its product")
+    # An axis of size 1 holds no choice: either side gives the same matrix.
     dropped = [axis for axis in range(rank) if axis not in flat and axis not in scanned]
     if dropped and not outputs:
         outputs = (dropped.pop(),)

@@ -26,7 +26,7 @@ from optalr.signals.tracing.plan import (
     Scan,
     ShardMap,
 )
-from optalr.signals.tracing.rules.multiplying import tap_by_hand
+from optalr.signals.tracing.rules.multiplying import take_hand_tap
 from optalr.signals.tracing.sites.hand import MARK
 from optalr.signals.tracing.views import View, scan_slice
 from optalr.signals.tracing.walk import Spot, Walk, give_up
@@ -35,16 +35,16 @@ from optalr.signals.tracing.walk import Spot, Walk, give_up
 def enter_call(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     """Walk an inner ``jit``, or take the layer that one of ours declares."""
     if spot.params.get("name", "").startswith(MARK):
-        return tap_by_hand(walk, spot, seen)
+        return take_hand_tap(walk, spot, seen)
     plan, outputs = walk(open_jaxpr(spot.params["jaxpr"]), seen)
-    _keep(spot, Call(spot.equation, (plan,)))
+    _add_nested(spot, Call(spot.equation, (plan,)))
     return outputs
 
 
 def enter_remat(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     """Walk the inside of a ``jax.checkpoint``."""
     plan, outputs = walk(open_jaxpr(spot.params["jaxpr"]), seen)
-    _keep(spot, Remat(spot.equation, (plan,)))
+    _add_nested(spot, Remat(spot.equation, (plan,)))
     return outputs
 
 
@@ -52,7 +52,7 @@ def enter_branches(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     """Walk the branches of a ``cond``; its first input chooses among them."""
     inputs = [parameter_or_none(look) for look in seen[1:]]
     plans = [walk(open_jaxpr(branch), inputs)[0] for branch in spot.params["branches"]]
-    _keep(spot, Branches(spot.equation, plans))
+    _add_nested(spot, Branches(spot.equation, plans))
     return []
 
 
@@ -60,12 +60,13 @@ def enter_shard_map(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     """Walk the inside of a ``shard_map``; sharded parameters are lost."""
     inputs = [parameter_or_none(look) for look in seen]
     for i, spec in enumerate(spot.params["in_specs"]):
+        # Each device holds other rows of a sharded parameter; its Gram matrix would be a block.
         if inputs[i] is not None and any(entry is not None for entry in spec):
             walk.findings.note(inputs[i], "sharded over devices inside shard_map")
             inputs[i] = None
     inside = walk.inside_mesh(dict(spot.params["mesh"].shape))
     plan, _ = inside(open_jaxpr(spot.params["jaxpr"]), inputs)
-    _keep(spot, ShardMap(spot.equation, (plan,)))
+    _add_nested(spot, ShardMap(spot.equation, (plan,)))
     return []
 
 
@@ -91,7 +92,7 @@ def enter_scan(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
         slices.append(one)
     plan, _ = walk(body, [*kept[:num_consts], *outputs, *slices])
     sliced = frozenset(part.source for look in slices for part in parts_of(look))
-    _keep(spot, Scan(spot.equation, (plan,), sliced))
+    _add_nested(spot, Scan(spot.equation, (plan,), sliced))
     return outputs
 
 
@@ -110,11 +111,11 @@ def enter_custom_jvp(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]
     # product of data and the *tangent* of a parameter.
     values: list[Seen] = [None] * len(derivative.variables)
     plan, _ = walk(derivative.closed.jaxpr, [*values, *tangents])
-    _keep(spot, CustomJvp(spot.equation, (plan,), derivative))
+    _add_nested(spot, CustomJvp(spot.equation, (plan,), derivative))
     return []
 
 
-def _keep(spot: Spot, nested: Nested) -> None:
+def _add_nested(spot: Spot, nested: Nested) -> None:
     """Enter inner plans into the plan, unless there is nothing to tap in them."""
     if not all(plan.is_empty for plan in nested.plans):
         spot.plan.nested[spot.index] = nested

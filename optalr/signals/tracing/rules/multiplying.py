@@ -25,8 +25,9 @@ _SITE_MAKERS: Mapping[str, Callable[[Product, KernelPart], Site]] = MappingProxy
 PRODUCTS = frozenset(_SITE_MAKERS)
 
 
-def multiply(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
+def pass_product(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
     """Try to read a product of data and a parameter as a layer, of each leaf in its kernel."""
+    # A product of two parameters depends on both in ways that no Kronecker factor describes.
     kernels = [i for i, look in enumerate(seen) if look is not None and look.is_parameter]
     if len(kernels) != 1:
         for kernel in kernels:
@@ -46,8 +47,9 @@ def multiply(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
     return [_joined_output(sites, tuple(spot.equation.outvars[0].aval.shape))]
 
 
-def tap_by_hand(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
+def take_hand_tap(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
     """Take a layer that the user declared."""
+    # The mark's inputs are outputs, inputs and kernel, in this order.
     view = seen[2]
     if not isinstance(view, View) or not view.is_parameter or view.cut is not None:
         walk.findings.note(view, "tapped by hand, but not as a whole leaf")

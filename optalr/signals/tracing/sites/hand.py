@@ -51,22 +51,22 @@ def tap_layer(
 ) -> jax.Array:
     """Declare, inside a loss, that ``outputs`` come from ``inputs`` through ``kernel``.
 
-    Choose it where ``optalr.coverage`` reports a fallback for a kernel that does have a layer: one
-    inside a ``custom_vjp`` (a fused or quantized product), a kernel that is sliced, masked or
-    normalized before its product, a layer computed without a product. It is the identity on
-    ``outputs``; only ``value_grad_and_extras`` and ``coverage`` see it, and for this kernel they
-    then measure what is declared here and nothing else:
+    Choose it if ``optalr.coverage`` reports a fallback for a kernel that does have a layer: one
+    inside a ``custom_vjp`` (a fused or quantized product), a kernel that is masked or normalized
+    before its product, a layer computed without a product. It is the identity on ``outputs``. Only
+    ``value_grad_and_extras`` and ``coverage`` see it, and for this kernel they then measure what is
+    declared here and nothing else:
 
         A = (1/NT) Σ α αᵀ over ``inputs``,    B = (1/N) Σ β βᵀ over the cotangents of ``outputs``.
 
     Args:
-      outputs: ``(N, ..., n)``, before the bias or after it. Use what is returned in its place.
+      outputs: ``(N, ..., n)``, before the bias or after it. Go on with what is returned instead.
       inputs: ``(N, ..., m)``, with the same leading axes: the layer's α. For a convolution the
         patches, in the order of the kernel's axes.
-      kernel: the parameter leaf itself, as it stands in ``params`` (a transpose or reshape of it
-        will do). Its leading axes must hold m entries and the others n, or the other way round.
+      kernel: the parameter leaf itself, as it stands in ``params``, or a transpose or reshape of
+        it. Its leading axes must hold m entries and the others n, or the other way round.
       input_side: ``"rows"`` if the leading axes of ``kernel`` are the input's, ``"cols"`` if the
-        trailing ones are. By default what the sizes say, and rows where m = n.
+        trailing ones are. None decides by the sizes, and takes rows if m = n.
 
     Returns:
       ``outputs``.
@@ -75,7 +75,7 @@ def tap_layer(
       ValueError: the shapes do not fit together; the message says which.
 
     Cost:
-      Nothing by itself; while signals are captured, what any layer of these sizes costs.
+      Nothing by itself. While signals are captured it costs what any layer of these sizes costs.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -88,7 +88,7 @@ def tap_layer(
       {"['w']": 'kronecker'}
 
     Reference:
-      The escape hatch is ours; the factors are those of ``value_grad_and_extras``.
+      The call is ours; the factors are those of ``value_grad_and_extras``.
     """
     for name, array in (("outputs", outputs), ("inputs", inputs)):
         if getattr(array, "ndim", 0) < 1:
