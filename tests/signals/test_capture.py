@@ -14,14 +14,12 @@ import optalr
 from tests.signals.reference import (
     assert_moments,
     check_capture,
+    cross_entropy,
     no_layer,
     reference_moments,
     stack_slice,
+    standard_normal,
 )
-
-
-def cross_entropy(logits, labels):
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
 
 
 def mlp(params, x, y, layer=no_layer):
@@ -35,16 +33,16 @@ def mlp(params, x, y, layer=no_layer):
 def mlp_params(key):
     keys = jax.random.split(key, 4)
     return {
-        "w0": jax.random.normal(keys[0], (5, 7)) * 0.5,
-        "b0": jax.random.normal(keys[1], (7,)) * 0.1,
-        "w1": jax.random.normal(keys[2], (7, 3)) * 0.5,
-        "b1": jax.random.normal(keys[3], (3,)) * 0.1,
+        "w0": standard_normal(keys[0], 5, 7) * 0.5,
+        "b0": standard_normal(keys[1], 7) * 0.1,
+        "w1": standard_normal(keys[2], 7, 3) * 0.5,
+        "b1": standard_normal(keys[3], 3) * 0.1,
     }
 
 
 @pytest.fixture
 def batch():
-    return jax.random.normal(jax.random.key(1), (16, 5)), jnp.arange(16) % 3
+    return standard_normal(1, 16, 5), jnp.arange(16) % 3
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -71,7 +69,7 @@ def test_a_traced_flag_measures_or_not_and_the_structure_stays(batch):
     evaluate = optalr.value_grad_and_extras(mlp)
     step = jax.jit(lambda flag: evaluate(params, *batch, signals=flag)[2]["signals"])
     on, off = step(True), step(False)
-    always = evaluate(params, *batch)[2]["signals"]
+    always = jax.jit(evaluate)(params, *batch)[2]["signals"]
     never = evaluate(params, *batch, signals=False)[2]["signals"]
     assert jax.tree.structure(on) == jax.tree.structure(off) == jax.tree.structure(never)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), on, always)
@@ -102,10 +100,10 @@ def scanned(params, x, y, layer=no_layer):
 def test_measure_gives_what_signals_hold(size, flag):
     keys = jax.random.split(jax.random.key(2), 3)
     params = {
-        "conv": jax.random.normal(keys[0], (3, 3, 2, 8)),
-        "dense": jax.random.normal(keys[1], (72, 20)),
+        "conv": standard_normal(keys[0], 3, 3, 2, 8),
+        "dense": standard_normal(keys[1], 72, 20),
     }
-    x = jax.random.normal(keys[2], (size, 3, 3, 2))
+    x = standard_normal(keys[2], size, 3, 3, 2)
 
     def loss_fn(params, x):
         h = jax.lax.conv_general_dilated(
@@ -128,8 +126,8 @@ def test_a_kernel_used_in_parts_sums_over_its_parts(batch):
     keys = jax.random.split(jax.random.key(5), 2)
     width = x.shape[-1]
     params = {
-        "by_columns": jax.random.normal(keys[0], (width, 9)),
-        "by_rows": jax.random.normal(keys[1], (9, 3)),
+        "by_columns": standard_normal(keys[0], width, 9),
+        "by_rows": standard_normal(keys[1], 9, 3),
     }
 
     def model(params, x, y, layer=no_layer):
@@ -171,9 +169,9 @@ def test_scanned_layers_come_out_stacked_and_shared_ones_summed(batch):
     x, y = batch
     keys = jax.random.split(jax.random.key(3), 3)
     params = {
-        "stack": {"w": jax.random.normal(keys[0], (3, 5, 5)), "b": jnp.full((3, 5), 0.1)},
-        "shared": jax.random.normal(keys[1], (5, 5)),
-        "out": jax.random.normal(keys[2], (5, 3)),
+        "stack": {"w": standard_normal(keys[0], 3, 5, 5), "b": jnp.full((3, 5), 0.1)},
+        "shared": standard_normal(keys[1], 5, 5),
+        "out": standard_normal(keys[2], 5, 3),
     }
     _, grads, extras = jax.jit(optalr.value_grad_and_extras(scanned))(params, x, y)
     jax.tree.map(np.testing.assert_array_equal, grads, jax.jit(jax.grad(scanned))(params, x, y))

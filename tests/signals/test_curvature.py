@@ -11,52 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 import optalr
-from optalr.signals.curvature.products import (
-    gauss_newton_product,
-    hessian_product,
-    output_hessian_product,
-    sigmoid_product,
-    softmax_product,
-    squared_error_product,
-)
-
-
-def make_mlp(seed=0, sizes=(4, 5, 3)):
-    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
-    return [
-        {"w": jax.random.normal(k, (m, n)) / np.sqrt(m), "b": 0.1 * jax.random.normal(k, (n,))}
-        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
-    ]
-
-
-def predict(params, x):
-    for layer in params[:-1]:
-        x = jnp.tanh(x @ layer["w"] + jnp.broadcast_to(layer["b"], (*x.shape[:-1], 5)))
-    last = params[-1]
-    return x @ last["w"] + jnp.broadcast_to(last["b"], (*x.shape[:-1], last["b"].size))
-
-
-def softmax_loss(outputs, y):
-    return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(outputs), axis=-1))
-
-
-def squared_loss(outputs, y):
-    return 0.5 * jnp.sum((outputs - y) ** 2) / outputs.shape[0]
-
-
-def sigmoid_loss(outputs, y):
-    return jnp.mean(jax.nn.softplus(outputs) - y * outputs)
-
-
-LOSSES = {"softmax": softmax_loss, "squared": squared_loss, "sigmoid": sigmoid_loss}
-
-
-def problem(shape=(6,), seed=1):
-    params = make_mlp()
-    kx, ky = jax.random.split(jax.random.key(seed))
-    x = jax.random.normal(kx, (*shape, 4))
-    y = jax.nn.softmax(jax.random.normal(ky, (*shape, 3)))
-    return params, x, y
+from optalr.signals.curvature.products import gauss_newton_product, hessian_product
+from tests.signals.curvature_problem import LOSSES, predict, problem, softmax_loss
 
 
 def dense(product, params):
@@ -79,100 +35,6 @@ def test_products_equal_the_dense_matrices(loss, shape):
     hessian = hessian_product(lambda p: loss(predict(p, x), y), params)
     np.testing.assert_allclose(dense(G, params), J.T @ H_L @ J, atol=1e-13)
     np.testing.assert_allclose(dense(hessian, params), H, atol=1e-13)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("loss", "product", "scale"),
-    [
-        (softmax_loss, softmax_product, 1 / 6),
-        (squared_loss, squared_error_product, 1 / 2),
-        (sigmoid_loss, sigmoid_product, 1 / 18),
-    ],
-)
-def test_closed_forms_equal_differentiation(loss, product, scale):
-    params, x, y = problem((2, 3))
-    outputs = 5 * predict(params, x)
-    u = jax.random.normal(jax.random.key(3), outputs.shape)
-    expected = output_hessian_product(lambda z: loss(z, y), outputs, u)
-    np.testing.assert_allclose(product(outputs, u, scale=scale), expected, atol=1e-15)
-    by_hand = gauss_newton_product(
-        lambda p: predict(p, x),
-        lambda z: loss(z, y),
-        params,
-        output_product=partial(product, scale=scale),
-    )
-    differentiated = gauss_newton_product(lambda p: predict(p, x), lambda z: loss(z, y), params)
-    v = jax.tree.map(jnp.cos, params)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), by_hand(v), differentiated(v))
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("has_aux", [False, True])
-@pytest.mark.parametrize(
-    ("loss", "closed_form", "scale"),
-    [
-        (softmax_loss, optalr.softmax_product, lambda z: 1 / z.shape[0]),
-        (squared_loss, optalr.squared_error_product, lambda z: 1 / z.shape[0]),
-        (sigmoid_loss, optalr.sigmoid_product, lambda z: 1 / z.size),
-    ],
-    ids=["softmax", "squared", "sigmoid"],
-)
-def test_a_composite_loss_takes_a_closed_form(loss, closed_form, scale, has_aux):
-    params, x, y = problem()
-    calls = []
-
-    def model(p, x, y):
-        return (predict(p, x), x) if has_aux else predict(p, x)
-
-    def output_product(z, u, x, y):
-        calls.append(y)
-        return closed_form(z, u, scale=scale(z))
-
-    def make(**options):
-        return optalr.composite_loss(model, lambda z, x, y: loss(z, y), has_aux=has_aux, **options)
-
-    v = jax.tree.map(jnp.cos, params)
-    whole = optalr.value_grad_and_extras(make(), has_aux=has_aux)(params, x, y)[2]
-    expected = whole["gauss_newton"](v)
-    by_hand = make(output_product=output_product)
-    found = [
-        optalr.value_grad_and_extras(by_hand, has_aux=has_aux)(params, x, y)[2]["gauss_newton"],
-        optalr.curvature_products(by_hand, params, x, y)["gauss_newton"],
-    ]
-    if not has_aux:
-        chunked = optalr.full_batch(by_hand, chunk_size=4)
-        found.append(chunked(params, x, y)[2]["gauss_newton"])
-    for product in found:
-        calls.clear()
-        got = jax.jit(lambda product, v: product(v))(product, v)
-        assert calls
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), got, expected)
-
-
-def test_closed_forms_survive_extreme_scores():
-    outputs = jnp.array([[1e4, -1e4, 0.0]])
-    u = jnp.ones((1, 3))
-    for product in (softmax_product, sigmoid_product):
-        assert bool(jnp.all(jnp.isfinite(product(outputs, u))))
-    # Far from the threshold 1 − σ would round to zero.
-    assert float(sigmoid_product(jnp.array([20.0]), jnp.ones(1))[0]) == pytest.approx(np.exp(-20.0))
-
-
-def test_weights_mask_padded_positions():
-    _, x, y = problem((2, 3))
-    outputs = x[..., :3]
-    mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])[..., None]
-
-    def masked_loss(z):
-        return -jnp.sum(mask * y * jax.nn.log_softmax(z)) / 3
-
-    u = jnp.sin(outputs)
-    np.testing.assert_allclose(
-        softmax_product(outputs, u, scale=mask / 3),
-        jax.jit(partial(output_hessian_product, masked_loss))(outputs, u),
-        atol=1e-7,
-    )
 
 
 def test_outputs_may_be_a_pytree_and_aux_is_dropped():

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optalr
+from tests.signals.reference import standard_normal
 
 NUM_DEVICES = 8
 
@@ -24,11 +25,11 @@ def loss_fn(params, x, y):
 def problem():
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
-        "conv": jax.random.normal(keys[0], (3, 3, 2, 4)) * 0.3,
+        "conv": standard_normal(keys[0], 3, 3, 2, 4) * 0.3,
         "bias": jnp.full(4, 0.1),
-        "out": jax.random.normal(keys[1], (64, 3)) * 0.2,
+        "out": standard_normal(keys[1], 64, 3) * 0.2,
     }
-    return params, jax.random.normal(keys[2], (16, 4, 4, 2)), jnp.arange(16) % 3
+    return params, standard_normal(keys[2], 16, 4, 4, 2), jnp.arange(16) % 3
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+"""Max pooling with the light derivative, against jax's own and dense matrices."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
