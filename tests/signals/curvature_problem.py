@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.signals.reference import standard_normal
+
 
 def make_mlp(seed=0, sizes=(4, 5, 3)):
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     return [
-        {"w": jax.random.normal(k, (m, n)) / np.sqrt(m), "b": 0.1 * jax.random.normal(k, (n,))}
+        {"w": standard_normal(k, m, n) / np.sqrt(m), "b": 0.1 * standard_normal(k, n)}
         for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
     ]
 
@@ -38,6 +40,6 @@ LOSSES = {"softmax": softmax_loss, "squared": squared_loss, "sigmoid": sigmoid_l
 def problem(shape=(6,), seed=1):
     params = make_mlp()
     kx, ky = jax.random.split(jax.random.key(seed))
-    x = jax.random.normal(kx, (*shape, 4))
-    y = jax.nn.softmax(jax.random.normal(ky, (*shape, 3)))
+    x = standard_normal(kx, *shape, 4)
+    y = jax.nn.softmax(standard_normal(ky, *shape, 3))
     return params, x, y

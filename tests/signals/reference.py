@@ -17,13 +17,13 @@ from tests.references import enable_x64
 
 # Data and references are compiled in a hurry: LLVM's optimizations change no digit that is
 # compared, and take most of the time.
-QUICK = {"xla_backend_optimization_level": 0}
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
 def _normal(shape):
     draw = functools.partial(jax.random.normal, shape=shape)
-    return jax.jit(draw, compiler_options=QUICK)
+    return quick_jit(draw)
 
 
 def standard_normal(key, *shape):
@@ -72,7 +72,7 @@ def reference_moments(model, params, x, y, *, num_examples, dtype=jnp.float64):
 
             return model(params, x, y, add), inputs
 
-        gradient = jax.jit(jax.grad(perturbed, has_aux=True), compiler_options=QUICK)
+        gradient = quick_jit(jax.grad(perturbed, has_aux=True))
         betas, inputs = gradient(zeros, params, x)
         return {name: _moments(uses, betas[name], num_examples) for name, uses in inputs.items()}
 

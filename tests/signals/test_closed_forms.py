@@ -22,6 +22,7 @@ from tests.signals.curvature_problem import (
     softmax_loss,
     squared_loss,
 )
+from tests.signals.reference import quick_jit, standard_normal
 
 
 @pytest.mark.usefixtures("x64")
@@ -36,8 +37,9 @@ from tests.signals.curvature_problem import (
 def test_closed_forms_equal_differentiation(loss, product, scale):
     params, x, y = problem((2, 3))
     outputs = 5 * predict(params, x)
-    u = jax.random.normal(jax.random.key(3), outputs.shape)
-    expected = output_hessian_product(lambda z: loss(z, y), outputs, u)
+    u = standard_normal(3, *outputs.shape)
+    differentiate = partial(output_hessian_product, lambda z: loss(z, y))
+    expected = quick_jit(differentiate)(outputs, u)
     np.testing.assert_allclose(product(outputs, u, scale=scale), expected, atol=1e-15)
     by_hand = gauss_newton_product(
         lambda p: predict(p, x),
@@ -47,7 +49,8 @@ def test_closed_forms_equal_differentiation(loss, product, scale):
     )
     differentiated = gauss_newton_product(lambda p: predict(p, x), lambda z: loss(z, y), params)
     v = jax.tree.map(jnp.cos, params)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), by_hand(v), differentiated(v))
+    found, expected = (quick_jit(product)(v) for product in (by_hand, differentiated))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), found, expected)
 
 
 @pytest.mark.usefixtures("x64")
@@ -76,19 +79,26 @@ def test_a_composite_loss_takes_a_closed_form(loss, closed_form, scale, has_aux)
         return optalr.composite_loss(model, lambda z, x, y: loss(z, y), has_aux=has_aux, **options)
 
     v = jax.tree.map(jnp.cos, params)
-    whole = optalr.value_grad_and_extras(make(), has_aux=has_aux)(params, x, y)[2]
-    expected = whole["gauss_newton"](v)
+
+    def product_of(loss):
+        evaluate = quick_jit(optalr.value_grad_and_extras(loss, has_aux=has_aux))
+        return evaluate(params, x, y)[2]["gauss_newton"]
+
+    def apply(product):  # compiled anew each time, so that each product is seen to call the form
+        return quick_jit(lambda product, v: product(v))(product, v)
+
+    expected = apply(product_of(make()))
     by_hand = make(output_product=output_product)
     found = [
-        optalr.value_grad_and_extras(by_hand, has_aux=has_aux)(params, x, y)[2]["gauss_newton"],
+        product_of(by_hand),
         optalr.curvature_products(by_hand, params, x, y)["gauss_newton"],
     ]
     if not has_aux:
         chunked = optalr.full_batch(by_hand, chunk_size=4)
-        found.append(chunked(params, x, y)[2]["gauss_newton"])
+        found.append(quick_jit(chunked)(params, x, y)[2]["gauss_newton"])
     for product in found:
         calls.clear()
-        got = jax.jit(lambda product, v: product(v))(product, v)
+        got = apply(product)
         assert calls
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), got, expected)
 

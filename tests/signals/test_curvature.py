@@ -13,11 +13,12 @@ from jax.tree_util import Partial
 import optalr
 from optalr.signals.curvature.products import gauss_newton_product, hessian_product
 from tests.signals.curvature_problem import LOSSES, predict, problem, softmax_loss
+from tests.signals.reference import quick_jit
 
 
 def dense(product, params):
     flat, unravel = ravel_pytree(params)
-    column = jax.jit(jax.vmap(lambda e: ravel_pytree(product(unravel(e)))[0], out_axes=1))
+    column = quick_jit(jax.vmap(lambda e: ravel_pytree(product(unravel(e)))[0], out_axes=1))
     return column(jnp.eye(flat.size, dtype=flat.dtype))
 
 
@@ -28,9 +29,9 @@ def test_products_equal_the_dense_matrices(loss, shape):
     params, x, y = problem(shape)
     flat, unravel = ravel_pytree(params)
     outputs = predict(params, x)
-    J = jax.jit(jax.jacobian(lambda w: predict(unravel(w), x).ravel()))(flat)
-    H_L = jax.jit(jax.hessian(lambda z: loss(z.reshape(outputs.shape), y)))(outputs.ravel())
-    H = jax.jit(jax.hessian(lambda w: loss(predict(unravel(w), x), y)))(flat)
+    J = quick_jit(jax.jacobian(lambda w: predict(unravel(w), x).ravel()))(flat)
+    H_L = quick_jit(jax.hessian(lambda z: loss(z.reshape(outputs.shape), y)))(outputs.ravel())
+    H = quick_jit(jax.hessian(lambda w: loss(predict(unravel(w), x), y)))(flat)
     G = gauss_newton_product(lambda p: predict(p, x), lambda z: loss(z, y), params)
     hessian = hessian_product(lambda p: loss(predict(p, x), y), params)
     np.testing.assert_allclose(dense(G, params), J.T @ H_L @ J, atol=1e-13)
@@ -51,8 +52,8 @@ def test_outputs_may_be_a_pytree_and_aux_is_dropped():
     v = jax.tree.map(jnp.ones_like, params)
     flat, unravel = ravel_pytree(params)
     z, unravel_z = ravel_pytree(two_heads(params)[0])
-    J = jax.jit(jax.jacobian(lambda w: ravel_pytree(two_heads(unravel(w))[0])[0]))(flat)
-    H_L = jax.jit(jax.hessian(lambda z: loss(unravel_z(z))))(z)
+    J = quick_jit(jax.jacobian(lambda w: ravel_pytree(two_heads(unravel(w))[0])[0]))(flat)
+    H_L = quick_jit(jax.hessian(lambda z: loss(unravel_z(z))))(z)
     got = ravel_pytree(jax.jit(product)(v))[0]
     np.testing.assert_allclose(got, J.T @ H_L @ J @ np.ones(flat.size), rtol=2e-4, atol=1e-5)
 
@@ -78,7 +79,8 @@ class Dropped(nn.Module):
 @pytest.mark.parametrize("model", [Normed(), Dropped()], ids=["batch norm", "dropout"])
 def test_batch_statistics_and_dropout_have_the_dense_products(model):
     _, x, y = problem()
-    variables = model.init({"params": jax.random.key(4), "dropout": jax.random.key(5)}, x)
+    keys = {"params": jax.random.key(4), "dropout": jax.random.key(5)}
+    variables = quick_jit(model.init)(keys, x)
     variables = jax.tree.map(lambda leaf: leaf.astype(x.dtype), variables)
     params = variables["params"]
     stats = {name: value for name, value in variables.items() if name != "params"}
@@ -89,12 +91,14 @@ def test_batch_statistics_and_dropout_have_the_dense_products(model):
 
     loss = optalr.composite_loss(apply_model, lambda z, x, y, key: softmax_loss(z, y), has_aux=True)
     args = (x, y, jax.random.key(6))
-    extras = optalr.value_grad_and_extras(loss, has_aux=True)(params, *args)[2]
+    extras = quick_jit(optalr.value_grad_and_extras(loss, has_aux=True))(params, *args)[2]
     flat, unravel = ravel_pytree(params)
     outputs = apply_model(params, *args)[0]
-    J = jax.jit(jax.jacobian(lambda w: apply_model(unravel(w), *args)[0].ravel()))(flat)
-    H_L = jax.jit(jax.hessian(lambda z: softmax_loss(z.reshape(outputs.shape), y)))(outputs.ravel())
-    H = jax.jit(jax.hessian(lambda w: loss(unravel(w), *args)[0]))(flat)
+    J = quick_jit(jax.jacobian(lambda w: apply_model(unravel(w), *args)[0].ravel()))(flat)
+    H_L = quick_jit(jax.hessian(lambda z: softmax_loss(z.reshape(outputs.shape), y)))(
+        outputs.ravel()
+    )
+    H = quick_jit(jax.hessian(lambda w: loss(unravel(w), *args)[0]))(flat)
     np.testing.assert_allclose(dense(extras["gauss_newton"], params), J.T @ H_L @ J, atol=1e-12)
     np.testing.assert_allclose(dense(extras["hessian"], params), H, atol=1e-12)
     if isinstance(model, Dropped):
@@ -110,9 +114,9 @@ def test_outputs_that_are_not_floating_are_named():
         return {"scores": z, "label": jnp.argmax(z, axis=-1)}
 
     loss = optalr.composite_loss(model, lambda z, x, y: softmax_loss(z["scores"], y))
-    extras = optalr.value_grad_and_extras(loss)(params, x, y)[2]
+    evaluate = optalr.value_grad_and_extras(loss)
     with pytest.raises(TypeError, match=r"predict_fn's outputs\['label'\].*aux"):
-        extras["gauss_newton"](params)
+        jax.eval_shape(lambda p: evaluate(p, x, y)[2]["gauss_newton"](p), params)
 
 
 def test_a_plain_loss_with_aux_has_products():
