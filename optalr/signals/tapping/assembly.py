@@ -37,7 +37,7 @@ class _Layer:
         return self.gauge.site
 
 
-# Compared by identity: two assemblies of one program differ in their traced numbers of examples.
+# Compared by identity: the function of a Partial needs a hash, and a dict of layers has none.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Assembly:
     """A function from what was measured to moments; it holds no arrays.

@@ -70,34 +70,30 @@ def replay(closed: Any, args: Sequence[Any], replacements: Mapping[int, Replacem
     def read(var: Any) -> Any:
         return var.val if is_literal(var) else values[var]
 
+    def run_stretch(start: int, end: int) -> None:
+        """Evaluate the equations between two indices, and store what is read after them."""
+        equations = jaxpr.eqns[start:end]
+        if not equations:
+            return
+        made = dict.fromkeys(var for equation in equations for var in equation.outvars)
+        read_here = dict.fromkeys(var for equation in equations for var in variables(equation))
+        inputs = [var for var in read_here if var not in made]
+        # Only what is read later leaves the stretch. To return everything would keep it alive.
+        outputs = [var for var in made if last_reads.get(var, -1) >= end]
+        run = extract(jaxpr, equations, inputs=inputs, outputs=outputs)
+        values.update(zip(outputs, run(*map(read, inputs)), strict=True))
+
     start = 0
     # Stretches without a replacement run as one closed jaxpr each: fewer and larger calls, and the
     # equations in them stay exactly as jax traced them.
     for index in sorted(replacements):
-        _run_stretch(jaxpr, (start, index), values, last_reads)
+        run_stretch(start, index)
         equation = jaxpr.eqns[index]
         results = replacements[index]([read(var) for var in equation.invars])
         values.update(zip(equation.outvars, results, strict=True))
         start = index + 1
-    _run_stretch(jaxpr, (start, len(jaxpr.eqns)), values, last_reads)
+    run_stretch(start, len(jaxpr.eqns))
     return [read(var) for var in jaxpr.outvars]
-
-
-def _run_stretch(
-    jaxpr: Any, bounds: tuple[int, int], values: dict[Any, Any], last_reads: dict[Any, int]
-) -> None:
-    """Evaluate the equations between two bounds, and store what is read after them."""
-    start, end = bounds
-    equations = jaxpr.eqns[start:end]
-    if not equations:
-        return
-    made = dict.fromkeys(var for equation in equations for var in equation.outvars)
-    read_here = dict.fromkeys(var for equation in equations for var in variables(equation))
-    inputs = [var for var in read_here if var not in made]
-    # Only what is read later leaves the stretch. To return everything would keep it alive.
-    outputs = [var for var in made if last_reads.get(var, -1) >= end]
-    run = extract(jaxpr, equations, inputs=inputs, outputs=outputs)
-    values.update(zip(outputs, run(*(values[var] for var in inputs)), strict=True))
 
 
 def _last_reads(jaxpr: Any) -> dict[Any, int]:

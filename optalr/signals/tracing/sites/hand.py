@@ -26,7 +26,7 @@ MARK = "optalr_tap_layer_"
 
 
 # Two functions, because jax names a jit after its function. ``checkpoint_name`` gives the body an
-# equation: a jit that only returns its argument would be dropped from the trace.
+# equation, so that the call is never one that only hands its argument on, which jax may remove.
 def _mark_rows(outputs, inputs, kernel):
     del inputs, kernel
     return checkpoint_name(outputs, "optalr_tap_layer")
