@@ -9,9 +9,9 @@ from optalr.signals.curvature.products import (
 )
 from optalr.signals.extras import value_grad_and_extras
 from optalr.signals.full_batch import curvature_products, full_batch
+from optalr.signals.loss.composite import composite_loss
 from optalr.signals.moments import Coverage, LayerMoments, LeafView
-from optalr.signals.problem import composite_loss
-from optalr.signals.tapping.hand import tap_layer
+from optalr.signals.tracing.sites.hand import tap_layer
 
 __all__ = [
     "Coverage",

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from optalr.signals.loss.problem import Problem
+from optalr.signals.loss.traced import Traced, trace
 from optalr.signals.moments import Coverage, LeafTreatment
-from optalr.signals.problem import Problem, Traced, trace
 from optalr.signals.storage import FactorStorage
 from optalr.signals.tracing.layers import find_layers
 from optalr.signals.tracing.plan import Layers
@@ -52,7 +53,7 @@ def coverage(
       >>> coverage(loss_fn, params, jnp.ones((4, 3))).treatment
       {"['b']": 'bias', "['w']": 'kronecker'}
     """
-    problem = Problem.of(loss_fn, None, params, args)
+    problem = Problem.of(loss_fn, params, args, has_aux=None)
     traced = trace(problem, params, None)
     layers = find_layers(traced.closed, traced.leaf_shapes)
     storage = FactorStorage() if options is None else options

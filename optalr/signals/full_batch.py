@@ -4,11 +4,14 @@
 
 for a loss that is a mean over examples, with ``n_c`` of the ``N`` in chunk ``c``
 ("Exponentially decaying flows for optimization in deep learning", eq. 31).
+
+In: a loss and all data. Out: what ``value_grad_and_extras`` returns of them, without signals.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,9 @@ from jax.tree_util import Partial
 
 from optalr.arguments import check_choice, check_count
 from optalr.arrays import wide_dtype
-from optalr.signals.problem import Bound, CompositeLoss, Problem, bind
+from optalr.signals.curvature.products import in_dtypes_of
+from optalr.signals.loss.composite import CompositeLoss
+from optalr.signals.loss.problem import Bound, Problem, bind
 
 
 def curvature_products(
@@ -25,8 +30,8 @@ def curvature_products(
 ) -> dict[str, Any]:
     """Return the products with the Hessian and, for a ``composite_loss``, with Gauss-Newton.
 
-    Choose it to take the curvature from other data than the gradient, a subsample of the batch
-    above all, which divides the cost of the products by the fraction left out:
+    Choose it to take the curvature from other data than the gradient, above all from a subsample of
+    the batch: an eighth of the examples makes a product eight times cheaper.
     ``extras |= curvature_products(loss, params, x[:32], y[:32])``.
 
     Args:
@@ -41,6 +46,11 @@ def curvature_products(
       A dict of ``jax.tree_util.Partial``s ``v -> A v`` under ``"hessian"`` and
       ``"gauss_newton"``, to be merged into ``extras``.
 
+    Raises:
+      TypeError: a parameter is not floating.
+
+    Cost: nothing until a product is called, and then about two gradients on these data.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
@@ -48,8 +58,9 @@ def curvature_products(
       >>> curvature_products(loss, jnp.ones(2), x[:1])["hessian"](jnp.ones(2)).tolist()
       [2.0, 0.0]
     """
+    # Said twice is fine: a composite loss knows of its aux, a plain function does not.
     has_aux = has_aux or getattr(loss_fn, "has_aux", False)
-    problem = Problem.of(loss_fn, has_aux, params, args)
+    problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
     products = problem.products(params, problem.value_fn(None))
     return {name: products[name] for name in ("hessian", "gauss_newton") if name in products}
 
@@ -65,7 +76,7 @@ def full_batch(
 
     Choose it in place of ``optalr.value_grad_and_extras`` for full-batch fits with ``edf``; it has
     the same call and the same extras, but no signals: a method that reads ``extras["signals"]``
-    says that it lacks them. Memory is that of one chunk.
+    raises an error that names them. Memory is that of one chunk.
 
     Args:
       loss_fn: the *mean* loss over examples, ``loss_fn(params, *args) -> scalar``, best a
@@ -90,8 +101,8 @@ def full_batch(
       ValueError: an argument is out of range, the first axes of the data differ, or there are no
         examples.
 
-    Cost: one forward pass more for each product than with ``value_grad_and_extras``, because what
-      a chunk computed is not kept.
+    Cost: one forward pass more for each product than with ``value_grad_and_extras``, because the
+      intermediates of a chunk are not kept.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -100,6 +111,8 @@ def full_batch(
       >>> value, grads, extras = full_batch(loss, chunk_size=2)(jnp.ones(2), x)
       >>> bool(jnp.isclose(value, loss(jnp.ones(2), x)))
       True
+
+    Reference: "Exponentially decaying flows for optimization in deep learning", eq. 31.
     """
     check_count("chunk_size", chunk_size)
     check_choice("loop", loop, ("scan", "unroll", "python"))
@@ -113,86 +126,104 @@ def full_batch(
     def evaluate(params: Any, *args: Any, signals: Any = False) -> tuple[Any, Any, dict[str, Any]]:
         del signals  # moments of layers are not summed over chunks
         bound, arrays = bind(loss_fn, args)
-        value, grads = chunks.mean(_value_and_grad, loss_fn, args, params)
-        grads = _cast_like(grads, params)
-        names = ("hessian", "gauss_newton")[: 1 + isinstance(loss_fn, CompositeLoss)]
+        value, grads = chunks.mean(_value_and_grad, _On(loss_fn, args), params)
+        grads = in_dtypes_of(params, grads)
         extras = {
             "value": value,
             "grad": grads,
-            "value_fn": Partial(_Sum(chunks, _value, bound), arrays),
+            "value_fn": Partial(_ChunkedMean(chunks, _value, bound), arrays),
             "point": params,
+            "hessian": Partial(_ChunkedProduct(chunks, _hessian, bound), arrays, params),
         }
-        for name in names:
-            extras[name] = Partial(_Product(chunks, _PRODUCTS[name], bound), arrays, params)
+        if isinstance(loss_fn, CompositeLoss):
+            product = _ChunkedProduct(chunks, _gauss_newton, bound)
+            extras["gauss_newton"] = Partial(product, arrays, params)
         return value, grads, extras
 
     return evaluate
 
 
+class _On(NamedTuple):
+    """A loss and the data it is to be taken on: all of them, or one chunk."""
+
+    loss_fn: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+# What is averaged over chunks: ``term(on, *operands)``.
+_Term = Callable[..., Any]
+
+
 @dataclasses.dataclass(frozen=True)
-class _Sum:
+class _ChunkedMean:
     """A mean over chunks as a function of ``(arrays, *operands)``; equal ones compare equal."""
 
     chunks: "_Chunks"
-    term: Callable[..., Any]
+    term: _Term
     bound: Bound
 
     def __call__(self, arrays: Any, *operands: Any) -> Any:
-        args = self.bound.args(arrays)
-        return self.chunks.mean(self.term, self.bound.function, args, *operands)
+        on = _On(self.bound.function, self.bound.args(arrays))
+        return self.chunks.mean(self.term, on, *operands)
 
 
-class _Product(_Sum):
+class _ChunkedProduct(_ChunkedMean):
     """A mean over chunks of products, in the dtypes of the parameters."""
 
     def __call__(self, arrays: Any, *operands: Any) -> Any:
-        return _cast_like(super().__call__(arrays, *operands), operands[0])
+        return in_dtypes_of(operands[0], super().__call__(arrays, *operands))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """How a data set is cut, and sums over the pieces."""
+    """How a data set is cut, and means over the pieces.
+
+    Attributes:
+      size: examples in a chunk; the last one may have fewer.
+      loop: how the chunks are gone through, as in ``full_batch``.
+      batch_argnums: which arguments hold examples; None for all.
+    """
 
     size: int
     loop: str
     batch_argnums: tuple[int, ...] | None
 
-    def mean(
-        self, term: Callable[..., Any], loss_fn: Any, args: tuple[Any, ...], *operands: Any
-    ) -> Any:
-        """Return ``Σ_c (n_c/N) term(loss_fn, args_c, *operands)``, in float32 or wider."""
-        total = self._num_examples(args)
-        if self.loop != "scan":
-            return self._looped(term, loss_fn, args, total, *operands)
+    def mean(self, term: _Term, on: _On, *operands: Any) -> Any:
+        """Return ``Σ_c (n_c/N) term(chunk_c, *operands)``, in float32 or wider."""
+        if self.loop == "scan":
+            return _add_up(self._scanned(term, on, *operands))
+        return _add_up(self._one_by_one(term, on, *operands))
+
+    def _scanned(self, term: _Term, on: _On, *operands: Any) -> Iterator[Any]:
+        """Yield the sum over all whole chunks, taken by a scan, and the rest."""
+        total = self._num_examples(on.args)
         whole = total // self.size
-        parts = []
         if whole:
 
             def body(carry: Any, i: jax.Array) -> tuple[Any, None]:
-                chunk = self._chunk(args, i * self.size, self.size)
-                new = term(loss_fn, chunk, *operands)
+                new = term(self._chunk(on, i * self.size, self.size), *operands)
                 return jax.tree.map(jnp.add, carry, _weighted(new, self.size / total)), None
 
-            like = jax.eval_shape(lambda: term(loss_fn, self._chunk(args, 0, self.size), *operands))
+            like = jax.eval_shape(lambda: term(self._chunk(on, 0, self.size), *operands))
+            # A carry keeps its dtype. In half precision, late chunks would be lost in a large sum.
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype)), like)
-            parts.append(jax.lax.scan(body, zeros, jnp.arange(whole))[0])
+            yield jax.lax.scan(body, zeros, jnp.arange(whole))[0]
         if rest := total - whole * self.size:
-            last = term(loss_fn, self._chunk(args, whole * self.size, rest), *operands)
-            parts.append(_weighted(last, rest / total))
-        return _sum(iter(parts))
+            last = term(self._chunk(on, whole * self.size, rest), *operands)
+            yield _weighted(last, rest / total)
 
-    def _looped(self, term: Any, loss_fn: Any, args: Any, total: int, *operands: Any) -> Any:
-        def parts() -> Iterator[Any]:
-            for start in range(0, total, self.size):
-                count = min(self.size, total - start)
-                chunk = self._chunk(args, start, count)
-                if self.loop == "unroll":
-                    part = term(loss_fn, chunk, *operands)
-                else:
-                    part = _compiled(term, *bind(loss_fn, chunk), *operands)
-                yield _weighted(part, count / total)
-
-        return _sum(parts())
+    def _one_by_one(self, term: _Term, on: _On, *operands: Any) -> Iterator[Any]:
+        """Yield the weighted term of each chunk."""
+        total = self._num_examples(on.args)
+        for start in range(0, total, self.size):
+            count = min(self.size, total - start)
+            chunk = self._chunk(on, start, count)
+            if self.loop == "unroll":
+                part = term(chunk, *operands)
+            else:
+                # One compilation serves all chunks of one size: the loss is static, the data not.
+                part = _compiled_term(term, *bind(*chunk), *operands)
+            yield _weighted(part, count / total)
 
     def _is_batch(self, i: int) -> bool:
         return self.batch_argnums is None or i in self.batch_argnums
@@ -203,6 +234,7 @@ class _Chunks:
                 f"batch_argnums={self.batch_argnums} names {wrong}, but evaluate got {len(args)} "
                 "arguments after params. Count them from 0, params not included."
             )
+        # Weights and flags may stand among the arguments; only the examples must agree in number.
         batch = [arg for i, arg in enumerate(args) if self._is_batch(i)]
         sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
         if len(sizes) != 1 or sizes == {()}:
@@ -217,18 +249,22 @@ class _Chunks:
             )
         return sizes.pop()[0]
 
-    def _chunk(self, args: tuple[Any, ...], start: Any, count: int) -> tuple[Any, ...]:
+    def _chunk(self, on: _On, start: Any, count: int) -> _On:
+        """Return the loss on ``count`` examples from ``start`` on."""
+
         def cut(leaf: Any) -> Any:
+            # A plain slice leaves NumPy arrays on the host, where a traced start needs jax's.
             if isinstance(start, int):
                 return leaf[start : start + count]
             return jax.lax.dynamic_slice_in_dim(leaf, start, count)
 
-        return tuple(
-            jax.tree.map(cut, arg) if self._is_batch(i) else arg for i, arg in enumerate(args)
+        args = (
+            jax.tree.map(cut, arg) if self._is_batch(i) else arg for i, arg in enumerate(on.args)
         )
+        return _On(on.loss_fn, tuple(args))
 
 
-def _sum(parts: Iterator[Any]) -> Any:
+def _add_up(parts: Iterator[Any]) -> Any:
     total = next(parts)
     for part in parts:
         total = jax.tree.map(jnp.add, total, part)
@@ -236,34 +272,26 @@ def _sum(parts: Iterator[Any]) -> Any:
 
 
 def _weighted(tree: Any, weight: float) -> Any:
+    # By n_c/N, so that a smaller last chunk counts for what it holds.
     return jax.tree.map(lambda x: jnp.asarray(x, wide_dtype(x.dtype)) * weight, tree)
 
 
-def _cast_like(tree: Any, params: Any) -> Any:
-    return jax.tree.map(lambda x, p: x.astype(jnp.result_type(p)), tree, params)
+def _value(on: _On, params: Any) -> Any:
+    return on.loss_fn(params, *on.args)
 
 
-def _value(loss_fn: Any, args: Any, params: Any) -> Any:
-    return loss_fn(params, *args)
+def _value_and_grad(on: _On, params: Any) -> Any:
+    return jax.value_and_grad(on.loss_fn)(params, *on.args)
 
 
-def _value_and_grad(loss_fn: Any, args: Any, params: Any) -> Any:
-    return jax.value_and_grad(loss_fn)(params, *args)
+def _hessian(on: _On, params: Any, v: Any) -> Any:
+    return curvature_products(on.loss_fn, params, *on.args)["hessian"](v)
 
 
-def _hessian(loss_fn: Any, args: Any, params: Any, v: Any) -> Any:
-    return curvature_products(loss_fn, params, *args)["hessian"](v)
+def _gauss_newton(on: _On, params: Any, v: Any) -> Any:
+    return curvature_products(on.loss_fn, params, *on.args)["gauss_newton"](v)
 
 
-def _gauss_newton(loss_fn: Any, args: Any, params: Any, v: Any) -> Any:
-    return curvature_products(loss_fn, params, *args)["gauss_newton"](v)
-
-
-_PRODUCTS = {"hessian": _hessian, "gauss_newton": _gauss_newton}
-
-
-def _run(term: Any, bound: Bound, arrays: Any, *operands: Any) -> Any:
-    return term(bound.function, bound.args(arrays), *operands)
-
-
-_compiled = jax.jit(_run, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled_term(term: _Term, bound: Bound, arrays: Any, *operands: Any) -> Any:
+    return term(_On(bound.function, bound.args(arrays)), *operands)

@@ -1,11 +1,13 @@
 """Lipschitz constants of common losses with respect to the last layer's weights, and their rates.
 
+In: the name of a loss, and activations or their norms. Out: the constant L, or the rate 1/L.
+
 Yedida & Saha, "A novel adaptive learning rate scheduler for deep neural networks": the gradient is
 largest in the last layer, where it is bounded by the norm of that layer's input times a factor that
 the loss decides; the learning rate is one over that bound.
 
-The values are those *at initialization*, where all classes are equally probable, and not maxima:
-a confident wrong answer has a gradient of up to twice (binary) or k/(k−1) times as much an example.
+The values are those *at initialization*, where all classes are equally probable. They are no
+maxima: the gradient of a confident wrong answer is up to twice (binary) or k/(k−1) times as large.
 """
 
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from optalr.arguments import check_choice, check_count, check_interval
 
 LOSSES = ("softmax_cross_entropy", "binary_cross_entropy", "least_squares")
+# What Keras, PyTorch and optax call them.
 _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "softmax": "softmax_cross_entropy",
@@ -60,7 +63,7 @@ def lipschitz_constant(
 ) -> jax.Array:
     """Compute the Lipschitz constant L of a loss from norms: the paper's arithmetic.
 
-    Choose it where the norms are known already; ``lipschitz_rate`` takes arrays. In the paper's
+    Choose it if the norms are known already; ``lipschitz_rate`` takes arrays. In the paper's
     symbols, with m the batch size and k the number of classes:
 
         softmax cross-entropy   L = (k−1)/(k m) · K_z           eq. 20
@@ -159,8 +162,10 @@ def lipschitz_rate(
 
     Reference: as ``lipschitz_constant``.
     """
+    # Only a decay that is plainly zero needs no weights: a traced one has no value to compare.
     if weights is None and not (isinstance(weight_decay, int | float) and weight_decay == 0):
         raise ValueError("weights is needed with weight_decay: L has the term λ max‖W‖.")
+    # L divides by the batch size, so a smaller last batch has another constant of its own.
     batches = _as_list(activations)
     sizes = {batch.shape[0] for batch in batches}
     if len(sizes) != 1:
@@ -206,11 +211,13 @@ def lipschitz_scale(loss: str, num_classes: Any) -> float | jax.Array:
 
 def largest_weight_norm(weights: Any) -> jax.Array:
     """Return max_l ‖W_l‖_F over the leaves of two or more axes (of all, if there are none)."""
+    # The paper's W_l are the weight matrices; biases and norm scales have one axis.
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(weights)]
     return _largest_norm([leaf for leaf in leaves if leaf.ndim >= 2] or leaves)
 
 
 def _largest_norm(arrays: list[Any]) -> jax.Array:
+    # Squares of half-precision activations overflow (float16) or round (bfloat16) in their dtype.
     norms = [jnp.linalg.norm(jnp.ravel(x).astype(jnp.float32)) for x in arrays]
     return jnp.max(jnp.stack(norms))
 

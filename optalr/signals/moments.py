@@ -7,6 +7,8 @@ Notation. A layer computes ``s_i = Wᵀ α_i`` for example ``i`` (of N) and posi
 
 (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions, with the scale shared so that A
 does not grow with T.)
+
+The capture fills these classes, and transformations read them; nothing here computes.
 """
 
 import dataclasses
@@ -41,6 +43,7 @@ class LayerMoments:
     col_mean: jax.Array | None
     count: jax.Array
     positions: jax.Array
+    # Static, so that it survives jit, scan and vmap, which carry arrays only.
     bias: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -83,6 +86,7 @@ class LeafView:
     def from_matrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Undo ``to_matrix`` for a leaf of ``shape``."""
         order = (*self.stack, *self.rows, *self.cols)
+        # Sorting positions by the axis that stands there inverts a permutation.
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return jnp.transpose(matrix.reshape([shape[axis] for axis in order]), inverse)
 
@@ -92,6 +96,8 @@ def default_view(shape: tuple[int, ...]) -> LeafView | None:
 
     Leaves with fewer than two axes have no view (None): they are biases or diagonal.
     """
+    # Flax, Haiku and most hand-written JAX keep a kernel's output features last, after all axes
+    # that the input meets (a convolution's window and channels).
     if len(shape) < 2:
         return None
     return LeafView((), tuple(range(len(shape) - 1)), (len(shape) - 1,))
@@ -160,5 +166,5 @@ class Coverage:
 
 
 def is_moments(node: Any) -> bool:
-    """Tell a ``LayerMoments`` node, for ``is_leaf=``."""
+    """Return whether a node of a pytree is a ``LayerMoments``, for ``is_leaf=``."""
     return isinstance(node, LayerMoments)

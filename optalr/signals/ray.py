@@ -5,9 +5,12 @@ The derivatives of ``f`` are inner products of the loss's,
     f'(η) = −uᵀ ∇L(w − η u)        f''(η) = uᵀ ∇²L(w − η u) u
 
 and neither gradient nor Hessian is needed for them: ``η`` is a single number, so differentiating
-forward, twice, gives ``f``, ``f'`` and ``f''`` in one pass without memory for activations. With
-``x, x', x''`` a layer's input and its two derivatives and ``W, W' = −U`` its weights, this takes
-the five products ``W x, W x', W' x, W x'', W' x'``, where a gradient takes three.
+forward, twice, gives ``f``, ``f'`` and ``f''`` in one pass without memory for activations. Let
+``x, x', x''`` be a layer's input and its two derivatives, and ``W, W' = −U`` its weights. Then this
+takes the five products ``W x, W x', W' x, W x'', W' x'``, where a gradient takes three.
+
+In: a loss, a point and a direction (``loss_along``). Out: ``RayDerivatives`` at a rate, measured by
+``ExactDerivatives`` or ``FiniteDifferences``.
 """
 
 import dataclasses
@@ -41,6 +44,8 @@ class RayDerivatives(NamedTuple):
 class ExactDerivatives:
     """Differentiate the loss along the ray forward, twice: exact up to rounding.
 
+    Choose it unless the loss has no forward derivative.
+
     Args:
       smoothing: δ ≥ 0, added to f'' where |f''| ≤ δ. With 0 (the default) nothing is added.
 
@@ -68,6 +73,8 @@ class ExactDerivatives:
         if order == 1:
             slope, value = slope_and_value(rate)
             return RayDerivatives(value, slope, jnp.zeros_like(slope))
+        # The value goes through as aux: as a second output it would get a tangent that is the slope
+        # once more.
         slope, curvature, value = jax.jvp(
             slope_and_value, (rate,), (jnp.ones_like(rate),), has_aux=True
         )
@@ -84,15 +91,15 @@ class FiniteDifferences:
         f' ≈ (f(η+ε) − f(η−ε)) / 2ε            D = f(η+2ε) + f(η−2ε) − 2f(η),  f'' ≈ D / 4ε²
 
     Choose it for fidelity to the paper, or for a loss that has no forward derivative (a
-    ``jax.custom_vjp`` inside). Take care of ε: with the published 1e-5 and float32 losses near 1, D
-    is an error of 1e-7 and f'' that error divided by 4e-10, which is noise of size 300. A step of
-    about 1e-2 (or a tenth of the rate, ``relative=True``) is right in float32.
+    ``jax.custom_vjp`` inside). Take care of ε. With the published 1e-5 and float32 losses near 1, D
+    is a rounding error of 1e-7, and f'' is that error divided by 4e-10: noise of size 300. A step
+    of about 1e-2 (or a tenth of the rate, ``relative=True``) is right in float32.
 
     Args:
       step: ε > 0.
       relative: whether ε is ``step`` times the rate (at least the smallest normal number).
       smoothing: δ ≥ 0, added to D where D is 0 up to rounding (|D| at most the machine epsilon
-        times |f(η)|), eq. 17-18. The paper does not say what it takes for zero. Were it
+        times |f(η)|), eq. 17-18. The paper does not say what it takes for zero. If zero meant
         |D| ≤ δ = 1e-6, nearly every step at ε = 1e-5 would be η ← η − (4ε²/δ) f', which is the
         first-order rule with the meta rate 4e-4.
 
@@ -113,12 +120,14 @@ class FiniteDifferences:
         """Return f, f' and, if ``order`` is 2, f'' at ``rate``."""
         step = jnp.asarray(self.step, rate.dtype)
         if self.relative:
+            # A rate of zero would make a step of zero, and 0/0.
             step = jnp.maximum(step * jnp.abs(rate), jnp.finfo(rate.dtype).tiny)
         value = ray(rate)
         slope = (ray(rate + step) - ray(rate - step)) / (2 * step)
         if order == 1:
             return RayDerivatives(value, slope, jnp.zeros_like(slope))
         difference = ray(rate + 2 * step) + ray(rate - 2 * step) - 2 * value
+        # One unit in the last place of f is what D holds if f does not bend at all.
         near_zero = jnp.abs(difference) <= jnp.finfo(value.dtype).eps * jnp.abs(value)
         difference = jnp.where(near_zero, difference + self.smoothing, difference)
         return RayDerivatives(value, slope, difference / (4 * step**2))
@@ -140,6 +149,7 @@ def loss_along(value_fn: Callable[[Any], jax.Array], point: Any, direction: Any)
     Raises:
       ValueError: ``direction`` has a leaf that ``point`` lacks, or of another shape.
     """
+    # By path rather than by structure: a masked or partitioned direction lacks leaves of the point.
     moves = by_path(direction)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(point)
     paths = [jax.tree_util.keystr(path) for path, _ in leaves]
@@ -153,7 +163,7 @@ def loss_along(value_fn: Callable[[Any], jax.Array], point: Any, direction: Any)
 
     def ray(eta: jax.Array) -> jax.Array:
         moved = [
-            _move(leaf, moves.get(path), eta, path)
+            _move(leaf, moves.get(path), eta, path=path)
             for path, (_, leaf) in zip(paths, leaves, strict=True)
         ]
         value = value_fn(jax.tree_util.tree_unflatten(treedef, moved))
@@ -182,7 +192,7 @@ def by_path(tree: Any) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path): jnp.asarray(leaf) for path, leaf in leaves}
 
 
-def _move(leaf: Any, move: jax.Array | None, eta: jax.Array, path: str) -> Any:
+def _move(leaf: Any, move: jax.Array | None, eta: jax.Array, *, path: str) -> Any:
     if move is None:
         return leaf
     leaf = jnp.asarray(leaf)
@@ -191,5 +201,7 @@ def _move(leaf: Any, move: jax.Array | None, eta: jax.Array, path: str) -> Any:
             f"updates has shape {move.shape} at {path}, where point has {leaf.shape}. Pass the "
             "full parameters as point."
         )
+    # The rate is float32 or wider. A half-precision leaf is moved in the rate's dtype, or most of a
+    # short step would be rounded away before the leaf's own rounding.
     dtype = jnp.result_type(leaf, move, eta)
     return (leaf.astype(dtype) - eta.astype(dtype) * move.astype(dtype)).astype(leaf.dtype)

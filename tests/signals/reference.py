@@ -5,17 +5,34 @@ modules are intercepted). The reference keeps the inputs, and differentiates the
 adds to the outputs.
 """
 
-import math
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 import optalr
 from optalr.signals.moments import LayerMoments
 from tests.references import enable_x64
+
+# Data and references are compiled in a hurry: LLVM's optimizations change no digit that is
+# compared, and take most of the time.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def _normal(shape):
+    draw = functools.partial(jax.random.normal, shape=shape)
+    return quick_jit(draw)
+
+
+def standard_normal(key, *shape):
+    """Draw ``jax.random.normal`` from a key or a seed, without its long compilation."""
+    return _normal(shape)(jax.random.key(key) if isinstance(key, int) else key)
+
+
+def cross_entropy(logits, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
 
 
 def no_layer(name, inputs, outputs):
@@ -23,7 +40,7 @@ def no_layer(name, inputs, outputs):
     return outputs
 
 
-def reference_moments(model, params, x, y, num_examples, dtype=jnp.float64):
+def reference_moments(model, params, x, y, *, num_examples, dtype=jnp.float64):
     """Return ``{name: (A, B, mean)}``; inputs are ``(..., R, m)``, outputs any shape.
 
     ``model(params, x, y, layer)`` returns the loss. Uses of one name add up as positions. With
@@ -31,8 +48,9 @@ def reference_moments(model, params, x, y, num_examples, dtype=jnp.float64):
     """
     with enable_x64():
         if dtype is not None:
+            # By NumPy: a cast by jax would be compiled for every shape.
             params, x = jax.tree.map(
-                lambda a: jnp.asarray(a, dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+                lambda a: np.asarray(a, dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
                 (params, x),
             )
         shapes = {}
@@ -43,7 +61,7 @@ def reference_moments(model, params, x, y, num_examples, dtype=jnp.float64):
             return outputs
 
         jax.eval_shape(lambda p, x: model(p, x, y, discover), params, x)
-        zeros = {name: [jnp.zeros(*s) for s in shape] for name, shape in shapes.items()}
+        zeros = {name: [np.zeros(*s) for s in shape] for name, shape in shapes.items()}
 
         def perturbed(added, params, x):
             inputs = {name: [] for name in added}
@@ -54,24 +72,19 @@ def reference_moments(model, params, x, y, num_examples, dtype=jnp.float64):
 
             return model(params, x, y, add), inputs
 
-        betas, inputs = jax.jit(jax.grad(perturbed, has_aux=True))(zeros, params, x)
-        moments = {}
-        for name, uses in inputs.items():
-            alpha = np.concatenate(
-                [np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in uses]
-            )
-            beta = np.concatenate(
-                [
-                    np.asarray(b, np.float64).reshape(-1, b.shape[-1]) * num_examples
-                    for b in betas[name]
-                ]
-            )
-            moments[name] = (
-                alpha.T @ alpha / len(alpha),
-                beta.T @ beta / num_examples,
-                alpha.mean(0),
-            )
-        return moments
+        gradient = quick_jit(jax.grad(perturbed, has_aux=True))
+        betas, inputs = gradient(zeros, params, x)
+        return {name: _moments(uses, betas[name], num_examples) for name, uses in inputs.items()}
+
+
+def _moments(inputs, betas, num_examples):
+    """Return ``(A, B, mean)`` of all uses of one layer."""
+    alpha, beta = _rows(inputs), _rows(betas) * num_examples
+    return alpha.T @ alpha / len(alpha), beta.T @ beta / num_examples, alpha.mean(0)
+
+
+def _rows(uses):
+    return np.concatenate([np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in uses])
 
 
 def assert_moments(captured: LayerMoments, expected, rtol=1e-5):
@@ -128,7 +141,7 @@ def check_capture(loss, params, args, expected=None, kernels=None, *, has_aux=Fa
     value, grads, extras = evaluate(params, *args)
     plain = jax.jit(jax.value_and_grad(loss, has_aux=has_aux))
     expected_value, expected_grads = plain(params, *args)
-    same = partial(np.testing.assert_allclose, rtol=gradient_rtol, atol=0.0)
+    same = functools.partial(np.testing.assert_allclose, rtol=gradient_rtol, atol=0.0)
     jax.tree.map(same, (value, grads), (expected_value, expected_grads))
     for name, moments in (expected or {}).items():
         path = f"{name}/kernel" if kernels is None else kernels[name]
@@ -136,87 +149,3 @@ def check_capture(loss, params, args, expected=None, kernels=None, *, has_aux=Fa
         assert leaf is not None, f"{name} was not captured"
         assert_moments(leaf, moments, rtol)
     return extras
-
-
-def conv_patches(x, kernel, strides, padding, rhs_dilation=None, lhs_dilation=None):
-    """Return the patches ``(N, *out, area * C)`` of channels-last data, channels minor."""
-    spatial = "DHW"[3 - len(kernel) :]
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    patches = jax.lax.conv_general_dilated_patches(
-        x,
-        tuple(kernel),
-        tuple(strides),
-        padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=numbers,
-    )
-    patches = patches.reshape(*patches.shape[:-1], x.shape[-1], math.prod(kernel))
-    return jnp.swapaxes(patches, -1, -2).reshape(*patches.shape[:-2], -1)
-
-
-def group_patches(patches, area, groups):
-    """Return ``(..., groups, area * C/groups)``: the groups' patches as further positions."""
-    patches = patches.reshape(*patches.shape[:-1], area, groups, -1)
-    return jnp.swapaxes(patches, -2, -3).reshape(*patches.shape[:-3], groups, -1)
-
-
-def linen_layer(layer):
-    """Intercept Flax linen's modules: ``layer(path, inputs, outputs)`` at each product."""
-
-    def interceptor(next_fun, args, kwargs, context):
-        module = context.module
-        if isinstance(module, nn.Dropout):
-            return _dropout(module, args[0])
-        outputs = next_fun(*args, **kwargs)
-        name = "/".join(module.path)
-        if context.method_name == "attend" and isinstance(module, nn.Embed):
-            return layer(name, args[0], outputs)
-        if context.method_name != "__call__":
-            return outputs
-        if isinstance(module, nn.Dense | nn.DenseGeneral | nn.Conv | nn.ConvTranspose):
-            x = args[0] if module.dtype is None else args[0].astype(module.dtype)
-        if isinstance(module, nn.Dense):
-            return layer(name, x, outputs)
-        if isinstance(module, nn.DenseGeneral):
-            return _general(layer, name, module, x, outputs)
-        if isinstance(module, nn.Conv | nn.ConvTranspose):
-            return layer(name, _linen_patches(module, x), outputs)
-        return outputs
-
-    return nn.intercept_methods(interceptor)
-
-
-def _dropout(module, x):
-    """Drop what float32 would drop: with x64 on, the same key gives other random numbers."""
-    keep = np.float32(1.0 - module.rate)
-    mask = jax.random.bernoulli(module.make_rng("dropout"), keep, x.shape)
-    return jnp.where(mask, x / (1.0 - module.rate), 0.0)
-
-
-def _general(layer, name, module, x, outputs):
-    axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
-    axes = tuple(axis % x.ndim for axis in axes)
-    free = [axis for axis in range(x.ndim) if axis not in axes]
-    alpha = jnp.transpose(x, (*free, *axes)).reshape(
-        *(x.shape[axis] for axis in free), math.prod(x.shape[axis] for axis in axes)
-    )
-    flat = outputs.reshape(*(x.shape[axis] for axis in free), -1)
-    return layer(name, alpha, flat).reshape(outputs.shape)
-
-
-def _linen_patches(module, x):
-    kernel = module.kernel_size
-    ones = (1,) * len(kernel)
-    strides = module.strides if isinstance(module.strides, tuple) else (module.strides or 1,)
-    strides = strides if len(strides) == len(kernel) else strides * len(kernel)
-    dilation = module.kernel_dilation if isinstance(module.kernel_dilation, tuple) else ones
-    if isinstance(module, nn.ConvTranspose):
-        assert module.padding == "VALID"
-        padding = [(k - 1, k - 1 + max(s - k, 0)) for k, s in zip(kernel, strides, strict=True)]
-        return conv_patches(x, kernel, ones, padding, lhs_dilation=strides)
-    padding = module.padding
-    if padding == "CIRCULAR":
-        raise NotImplementedError
-    patches = conv_patches(x, kernel, strides, padding, rhs_dilation=dilation)
-    return group_patches(patches, math.prod(kernel), module.feature_group_count)

@@ -14,14 +14,12 @@ import optalr
 from tests.signals.reference import (
     assert_moments,
     check_capture,
+    cross_entropy,
     no_layer,
     reference_moments,
     stack_slice,
+    standard_normal,
 )
-
-
-def cross_entropy(logits, labels):
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
 
 
 def mlp(params, x, y, layer=no_layer):
@@ -35,27 +33,31 @@ def mlp(params, x, y, layer=no_layer):
 def mlp_params(key):
     keys = jax.random.split(key, 4)
     return {
-        "w0": jax.random.normal(keys[0], (5, 7)) * 0.5,
-        "b0": jax.random.normal(keys[1], (7,)) * 0.1,
-        "w1": jax.random.normal(keys[2], (7, 3)) * 0.5,
-        "b1": jax.random.normal(keys[3], (3,)) * 0.1,
+        "w0": standard_normal(keys[0], 5, 7) * 0.5,
+        "b0": standard_normal(keys[1], 7) * 0.1,
+        "w1": standard_normal(keys[2], 7, 3) * 0.5,
+        "b1": standard_normal(keys[3], 3) * 0.1,
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def batch():
-    return jax.random.normal(jax.random.key(1), (16, 5)), jnp.arange(16) % 3
+    return standard_normal(1, 16, 5), jnp.arange(16) % 3
+
+
+@pytest.fixture(scope="module")
+def mlp_moments(batch):
+    return reference_moments(mlp, mlp_params(jax.random.key(0)), *batch, num_examples=16)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_mlp_moments_and_bit_equal_gradients(batch, wrap):
-    params = mlp_params(jax.random.key(0))
+def test_mlp_moments_and_bit_equal_gradients(batch, mlp_moments, wrap):
+    params, expected = mlp_params(jax.random.key(0)), mlp_moments
     value, grads, extras = wrap(optalr.value_grad_and_extras(mlp))(params, *batch)
     expected_value, expected_grads = wrap(jax.value_and_grad(mlp))(params, *batch)
     assert value == expected_value
     for name in params:
         np.testing.assert_array_equal(grads[name], expected_grads[name])
-    expected = reference_moments(mlp, params, *batch, num_examples=16)
     for name in ("w0", "w1"):
         moments = extras["signals"][name]
         assert_moments(moments, expected[name])
@@ -71,7 +73,7 @@ def test_a_traced_flag_measures_or_not_and_the_structure_stays(batch):
     evaluate = optalr.value_grad_and_extras(mlp)
     step = jax.jit(lambda flag: evaluate(params, *batch, signals=flag)[2]["signals"])
     on, off = step(True), step(False)
-    always = evaluate(params, *batch)[2]["signals"]
+    always = jax.jit(evaluate)(params, *batch)[2]["signals"]
     never = evaluate(params, *batch, signals=False)[2]["signals"]
     assert jax.tree.structure(on) == jax.tree.structure(off) == jax.tree.structure(never)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), on, always)
@@ -97,15 +99,17 @@ def scanned(params, x, y, layer=no_layer):
     return cross_entropy(layer("out", h, h @ params["out"]), y)
 
 
-@pytest.mark.parametrize("size", [3, 300])  # operands smaller, and larger, than the moments
-@pytest.mark.parametrize("flag", [True, False])
-def test_measure_gives_what_signals_hold(size, flag):
+# With few examples the operands are smaller than the moments, with many they are larger.
+@pytest.fixture(scope="module", params=[3, 300])
+def conv_problem(request):
+    """Return a batch size, the evaluation as it is and compiled, arguments, and jax's gradient."""
+    size = request.param
     keys = jax.random.split(jax.random.key(2), 3)
     params = {
-        "conv": jax.random.normal(keys[0], (3, 3, 2, 8)),
-        "dense": jax.random.normal(keys[1], (72, 20)),
+        "conv": standard_normal(keys[0], 3, 3, 2, 8),
+        "dense": standard_normal(keys[1], 72, 20),
     }
-    x = jax.random.normal(keys[2], (size, 3, 3, 2))
+    x = standard_normal(keys[2], size, 3, 3, 2)
 
     def loss_fn(params, x):
         h = jax.lax.conv_general_dilated(
@@ -114,9 +118,16 @@ def test_measure_gives_what_signals_hold(size, flag):
         return jnp.mean(jnp.sum((jnp.tanh(h).reshape(size, -1) @ params["dense"]) ** 2, 1))
 
     evaluate = optalr.value_grad_and_extras(loss_fn)
-    _, grads, extras = jax.jit(lambda p, x, flag: evaluate(p, x, signals=flag))(params, x, flag)
-    _, _, expected = evaluate(params, x, signals=flag)
-    chex.assert_trees_all_equal(grads, jax.jit(jax.grad(loss_fn))(params, x))
+    compiled = jax.jit(lambda p, x, flag: evaluate(p, x, signals=flag))
+    return size, evaluate, compiled, (params, x), jax.jit(jax.grad(loss_fn))(params, x)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_measure_gives_what_signals_hold(conv_problem, flag):
+    size, evaluate, compiled, args, plain_grads = conv_problem
+    _, grads, extras = compiled(*args, flag)
+    _, _, expected = evaluate(*args, signals=flag)
+    chex.assert_trees_all_equal(grads, plain_grads)
     for got in (extras["signals"], extras["measure"](), expected["measure"]()):
         for x, like in zip(*map(jax.tree.leaves, (got, expected["signals"])), strict=True):
             np.testing.assert_allclose(x, like, rtol=1e-5, atol=1e-5 * np.max(np.abs(like)))
@@ -128,8 +139,8 @@ def test_a_kernel_used_in_parts_sums_over_its_parts(batch):
     keys = jax.random.split(jax.random.key(5), 2)
     width = x.shape[-1]
     params = {
-        "by_columns": jax.random.normal(keys[0], (width, 9)),
-        "by_rows": jax.random.normal(keys[1], (9, 3)),
+        "by_columns": standard_normal(keys[0], width, 9),
+        "by_rows": standard_normal(keys[1], 9, 3),
     }
 
     def model(params, x, y, layer=no_layer):
@@ -171,9 +182,9 @@ def test_scanned_layers_come_out_stacked_and_shared_ones_summed(batch):
     x, y = batch
     keys = jax.random.split(jax.random.key(3), 3)
     params = {
-        "stack": {"w": jax.random.normal(keys[0], (3, 5, 5)), "b": jnp.full((3, 5), 0.1)},
-        "shared": jax.random.normal(keys[1], (5, 5)),
-        "out": jax.random.normal(keys[2], (5, 3)),
+        "stack": {"w": standard_normal(keys[0], 3, 5, 5), "b": jnp.full((3, 5), 0.1)},
+        "shared": standard_normal(keys[1], 5, 5),
+        "out": standard_normal(keys[2], 5, 3),
     }
     _, grads, extras = jax.jit(optalr.value_grad_and_extras(scanned))(params, x, y)
     jax.tree.map(np.testing.assert_array_equal, grads, jax.jit(jax.grad(scanned))(params, x, y))
@@ -206,7 +217,8 @@ def test_bad_input_is_named(batch):
         evaluate(params, *batch, signals=jnp.ones(3))
     with pytest.raises(TypeError, match="cannot be differentiated while it captures signals"):
         jax.grad(lambda p: sum(jnp.sum(g) for g in jax.tree.leaves(evaluate(p, *batch)[1])))(params)
-    second = jax.grad(lambda p: jnp.sum(evaluate(p, *batch, signals=False)[1]["w0"]))(params)
+    off = lambda p: jnp.sum(evaluate(p, *batch, signals=False)[1]["w0"])  # noqa: E731
+    second = jax.jit(jax.grad(off))(params)
     assert np.all(np.isfinite(second["w1"]))
     with pytest.raises(ValueError, match="max_positions must be at least 1"):
         optalr.value_grad_and_extras(mlp, max_positions=0)

@@ -7,6 +7,7 @@ import pytest
 
 import optalr
 from optalr.states import update_when
+from tests.signals.reference import standard_normal
 
 N, M, H, K = 64, 48, 40, 10
 
@@ -21,12 +22,12 @@ def loss_fn(params, x, y):
 def problem():
     keys = jax.random.split(jax.random.key(0), 4)
     params = {
-        "w0": jax.random.normal(keys[0], (M, H)),
+        "w0": standard_normal(keys[0], M, H),
         "b0": jnp.zeros(H),
-        "w1": jax.random.normal(keys[1], (H, H)),
-        "w2": jax.random.normal(keys[2], (H, K)),
+        "w1": standard_normal(keys[1], H, H),
+        "w2": standard_normal(keys[2], H, K),
     }
-    return params, jax.random.normal(keys[3], (N, M)), jnp.zeros((N, K))
+    return params, standard_normal(keys[3], N, M), jnp.zeros((N, K))
 
 
 def flops(function, *args):
@@ -108,7 +109,7 @@ def test_reading_the_head_measures_the_head_only(problem, plain):
 
 def test_samples_cost_their_share():
     params = {"conv": jnp.ones((3, 3, 8, 16)) * 0.1}
-    x = jax.random.normal(jax.random.key(0), (16, 12, 12, 8))
+    x = standard_normal(0, 16, 12, 12, 8)
 
     def conv_loss(params, x):
         h = jax.lax.conv_general_dilated(
@@ -133,7 +134,7 @@ def narrow_problem():
     def loss(params, x):
         return jnp.mean(jnp.sum((jnp.tanh(x @ params["w0"]) @ params["w1"]) ** 2, 1))
 
-    return loss, params, jax.random.normal(jax.random.key(1), (4, 37))
+    return loss, params, standard_normal(1, 4, 37)
 
 
 def outside_branches(function, *args):

@@ -11,57 +11,14 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 import optalr
-from optalr.signals.curvature.products import (
-    gauss_newton_product,
-    hessian_product,
-    output_hessian_product,
-    sigmoid_product,
-    softmax_product,
-    squared_error_product,
-)
-
-
-def make_mlp(seed=0, sizes=(4, 5, 3)):
-    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
-    return [
-        {"w": jax.random.normal(k, (m, n)) / np.sqrt(m), "b": 0.1 * jax.random.normal(k, (n,))}
-        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
-    ]
-
-
-def predict(params, x):
-    for layer in params[:-1]:
-        x = jnp.tanh(x @ layer["w"] + jnp.broadcast_to(layer["b"], (*x.shape[:-1], 5)))
-    last = params[-1]
-    return x @ last["w"] + jnp.broadcast_to(last["b"], (*x.shape[:-1], last["b"].size))
-
-
-def softmax_loss(outputs, y):
-    return -jnp.mean(jnp.sum(y * jax.nn.log_softmax(outputs), axis=-1))
-
-
-def squared_loss(outputs, y):
-    return 0.5 * jnp.sum((outputs - y) ** 2) / outputs.shape[0]
-
-
-def sigmoid_loss(outputs, y):
-    return jnp.mean(jax.nn.softplus(outputs) - y * outputs)
-
-
-LOSSES = {"softmax": softmax_loss, "squared": squared_loss, "sigmoid": sigmoid_loss}
-
-
-def problem(shape=(6,), seed=1):
-    params = make_mlp()
-    kx, ky = jax.random.split(jax.random.key(seed))
-    x = jax.random.normal(kx, (*shape, 4))
-    y = jax.nn.softmax(jax.random.normal(ky, (*shape, 3)))
-    return params, x, y
+from optalr.signals.curvature.products import gauss_newton_product, hessian_product
+from tests.signals.curvature_problem import LOSSES, predict, problem, softmax_loss
+from tests.signals.reference import quick_jit
 
 
 def dense(product, params):
     flat, unravel = ravel_pytree(params)
-    column = jax.jit(jax.vmap(lambda e: ravel_pytree(product(unravel(e)))[0], out_axes=1))
+    column = quick_jit(jax.vmap(lambda e: ravel_pytree(product(unravel(e)))[0], out_axes=1))
     return column(jnp.eye(flat.size, dtype=flat.dtype))
 
 
@@ -72,107 +29,13 @@ def test_products_equal_the_dense_matrices(loss, shape):
     params, x, y = problem(shape)
     flat, unravel = ravel_pytree(params)
     outputs = predict(params, x)
-    J = jax.jit(jax.jacobian(lambda w: predict(unravel(w), x).ravel()))(flat)
-    H_L = jax.jit(jax.hessian(lambda z: loss(z.reshape(outputs.shape), y)))(outputs.ravel())
-    H = jax.jit(jax.hessian(lambda w: loss(predict(unravel(w), x), y)))(flat)
+    J = quick_jit(jax.jacobian(lambda w: predict(unravel(w), x).ravel()))(flat)
+    H_L = quick_jit(jax.hessian(lambda z: loss(z.reshape(outputs.shape), y)))(outputs.ravel())
+    H = quick_jit(jax.hessian(lambda w: loss(predict(unravel(w), x), y)))(flat)
     G = gauss_newton_product(lambda p: predict(p, x), lambda z: loss(z, y), params)
     hessian = hessian_product(lambda p: loss(predict(p, x), y), params)
     np.testing.assert_allclose(dense(G, params), J.T @ H_L @ J, atol=1e-13)
     np.testing.assert_allclose(dense(hessian, params), H, atol=1e-13)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("loss", "product", "scale"),
-    [
-        (softmax_loss, softmax_product, 1 / 6),
-        (squared_loss, squared_error_product, 1 / 2),
-        (sigmoid_loss, sigmoid_product, 1 / 18),
-    ],
-)
-def test_closed_forms_equal_differentiation(loss, product, scale):
-    params, x, y = problem((2, 3))
-    outputs = 5 * predict(params, x)
-    u = jax.random.normal(jax.random.key(3), outputs.shape)
-    expected = output_hessian_product(lambda z: loss(z, y), outputs, u)
-    np.testing.assert_allclose(product(outputs, u, scale=scale), expected, atol=1e-15)
-    by_hand = gauss_newton_product(
-        lambda p: predict(p, x),
-        lambda z: loss(z, y),
-        params,
-        output_product=partial(product, scale=scale),
-    )
-    differentiated = gauss_newton_product(lambda p: predict(p, x), lambda z: loss(z, y), params)
-    v = jax.tree.map(jnp.cos, params)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), by_hand(v), differentiated(v))
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("has_aux", [False, True])
-@pytest.mark.parametrize(
-    ("loss", "closed_form", "scale"),
-    [
-        (softmax_loss, optalr.softmax_product, lambda z: 1 / z.shape[0]),
-        (squared_loss, optalr.squared_error_product, lambda z: 1 / z.shape[0]),
-        (sigmoid_loss, optalr.sigmoid_product, lambda z: 1 / z.size),
-    ],
-    ids=["softmax", "squared", "sigmoid"],
-)
-def test_a_composite_loss_takes_a_closed_form(loss, closed_form, scale, has_aux):
-    params, x, y = problem()
-    calls = []
-
-    def model(p, x, y):
-        return (predict(p, x), x) if has_aux else predict(p, x)
-
-    def output_product(z, u, x, y):
-        calls.append(y)
-        return closed_form(z, u, scale=scale(z))
-
-    def make(**options):
-        return optalr.composite_loss(model, lambda z, x, y: loss(z, y), has_aux=has_aux, **options)
-
-    v = jax.tree.map(jnp.cos, params)
-    whole = optalr.value_grad_and_extras(make(), has_aux=has_aux)(params, x, y)[2]
-    expected = whole["gauss_newton"](v)
-    by_hand = make(output_product=output_product)
-    found = [
-        optalr.value_grad_and_extras(by_hand, has_aux=has_aux)(params, x, y)[2]["gauss_newton"],
-        optalr.curvature_products(by_hand, params, x, y)["gauss_newton"],
-    ]
-    if not has_aux:
-        chunked = optalr.full_batch(by_hand, chunk_size=4)
-        found.append(chunked(params, x, y)[2]["gauss_newton"])
-    for product in found:
-        calls.clear()
-        got = jax.jit(lambda product, v: product(v))(product, v)
-        assert calls
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-14), got, expected)
-
-
-def test_closed_forms_survive_extreme_scores():
-    outputs = jnp.array([[1e4, -1e4, 0.0]])
-    u = jnp.ones((1, 3))
-    for product in (softmax_product, sigmoid_product):
-        assert bool(jnp.all(jnp.isfinite(product(outputs, u))))
-    # Far from the threshold 1 − σ would round to zero.
-    assert float(sigmoid_product(jnp.array([20.0]), jnp.ones(1))[0]) == pytest.approx(np.exp(-20.0))
-
-
-def test_weights_mask_padded_positions():
-    _, x, y = problem((2, 3))
-    outputs = x[..., :3]
-    mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])[..., None]
-
-    def masked_loss(z):
-        return -jnp.sum(mask * y * jax.nn.log_softmax(z)) / 3
-
-    u = jnp.sin(outputs)
-    np.testing.assert_allclose(
-        softmax_product(outputs, u, scale=mask / 3),
-        jax.jit(partial(output_hessian_product, masked_loss))(outputs, u),
-        atol=1e-7,
-    )
 
 
 def test_outputs_may_be_a_pytree_and_aux_is_dropped():
@@ -189,8 +52,8 @@ def test_outputs_may_be_a_pytree_and_aux_is_dropped():
     v = jax.tree.map(jnp.ones_like, params)
     flat, unravel = ravel_pytree(params)
     z, unravel_z = ravel_pytree(two_heads(params)[0])
-    J = jax.jit(jax.jacobian(lambda w: ravel_pytree(two_heads(unravel(w))[0])[0]))(flat)
-    H_L = jax.jit(jax.hessian(lambda z: loss(unravel_z(z))))(z)
+    J = quick_jit(jax.jacobian(lambda w: ravel_pytree(two_heads(unravel(w))[0])[0]))(flat)
+    H_L = quick_jit(jax.hessian(lambda z: loss(unravel_z(z))))(z)
     got = ravel_pytree(jax.jit(product)(v))[0]
     np.testing.assert_allclose(got, J.T @ H_L @ J @ np.ones(flat.size), rtol=2e-4, atol=1e-5)
 
@@ -216,7 +79,8 @@ class Dropped(nn.Module):
 @pytest.mark.parametrize("model", [Normed(), Dropped()], ids=["batch norm", "dropout"])
 def test_batch_statistics_and_dropout_have_the_dense_products(model):
     _, x, y = problem()
-    variables = model.init({"params": jax.random.key(4), "dropout": jax.random.key(5)}, x)
+    keys = {"params": jax.random.key(4), "dropout": jax.random.key(5)}
+    variables = quick_jit(model.init)(keys, x)
     variables = jax.tree.map(lambda leaf: leaf.astype(x.dtype), variables)
     params = variables["params"]
     stats = {name: value for name, value in variables.items() if name != "params"}
@@ -227,12 +91,14 @@ def test_batch_statistics_and_dropout_have_the_dense_products(model):
 
     loss = optalr.composite_loss(apply_model, lambda z, x, y, key: softmax_loss(z, y), has_aux=True)
     args = (x, y, jax.random.key(6))
-    extras = optalr.value_grad_and_extras(loss, has_aux=True)(params, *args)[2]
+    extras = quick_jit(optalr.value_grad_and_extras(loss, has_aux=True))(params, *args)[2]
     flat, unravel = ravel_pytree(params)
     outputs = apply_model(params, *args)[0]
-    J = jax.jit(jax.jacobian(lambda w: apply_model(unravel(w), *args)[0].ravel()))(flat)
-    H_L = jax.jit(jax.hessian(lambda z: softmax_loss(z.reshape(outputs.shape), y)))(outputs.ravel())
-    H = jax.jit(jax.hessian(lambda w: loss(unravel(w), *args)[0]))(flat)
+    J = quick_jit(jax.jacobian(lambda w: apply_model(unravel(w), *args)[0].ravel()))(flat)
+    H_L = quick_jit(jax.hessian(lambda z: softmax_loss(z.reshape(outputs.shape), y)))(
+        outputs.ravel()
+    )
+    H = quick_jit(jax.hessian(lambda w: loss(unravel(w), *args)[0]))(flat)
     np.testing.assert_allclose(dense(extras["gauss_newton"], params), J.T @ H_L @ J, atol=1e-12)
     np.testing.assert_allclose(dense(extras["hessian"], params), H, atol=1e-12)
     if isinstance(model, Dropped):
@@ -248,9 +114,9 @@ def test_outputs_that_are_not_floating_are_named():
         return {"scores": z, "label": jnp.argmax(z, axis=-1)}
 
     loss = optalr.composite_loss(model, lambda z, x, y: softmax_loss(z["scores"], y))
-    extras = optalr.value_grad_and_extras(loss)(params, x, y)[2]
+    evaluate = optalr.value_grad_and_extras(loss)
     with pytest.raises(TypeError, match=r"predict_fn's outputs\['label'\].*aux"):
-        extras["gauss_newton"](params)
+        jax.eval_shape(lambda p: evaluate(p, x, y)[2]["gauss_newton"](p), params)
 
 
 def test_a_plain_loss_with_aux_has_products():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import optalr
+from tests.signals.reference import standard_normal
 
 
 def predict(params, x, y):
@@ -22,10 +23,10 @@ def softmax_loss(outputs, x, y):
 def problem():
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
-        "w0": jax.random.normal(keys[0], (4, 5)),
-        "w1": jax.random.normal(keys[1], (5, 3)),
+        "w0": standard_normal(keys[0], 4, 5),
+        "w1": standard_normal(keys[1], 5, 3),
     }
-    return params, jax.random.normal(keys[2], (8, 4)), jnp.zeros(8, jnp.int32)
+    return params, standard_normal(keys[2], 8, 4), jnp.zeros(8, jnp.int32)
 
 
 @pytest.mark.parametrize("likelihood", ["softmax", "bernoulli", "gaussian"])

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optalr
+from tests.signals.reference import standard_normal
 
 
 def predict(params, x, y):
@@ -19,11 +20,11 @@ def output_loss(z, x, y):
 
 LOSS = optalr.composite_loss(predict, output_loss)
 PARAMS = {
-    "w1": jax.random.normal(jax.random.key(0), (4, 5)),
-    "w2": jax.random.normal(jax.random.key(1), (5, 3)),
+    "w1": standard_normal(0, 4, 5),
+    "w2": standard_normal(1, 5, 3),
 }
-X = np.asarray(jax.random.normal(jax.random.key(2), (11, 4)))
-Y = np.asarray(jax.nn.softmax(jax.random.normal(jax.random.key(3), (11, 3))))
+X = np.asarray(standard_normal(2, 11, 4))
+Y = np.asarray(jax.nn.softmax(standard_normal(3, 11, 3)))
 
 
 def assert_close(got, expected):

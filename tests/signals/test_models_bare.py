@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import optalr
-from tests.signals.reference import check_capture, no_layer, reference_moments
+from tests.signals.reference import check_capture, no_layer, reference_moments, standard_normal
 
 
 def normal(seed, *shape):
-    return 0.5 * jax.random.normal(jax.random.key(seed), shape)
+    return 0.5 * standard_normal(seed, *shape)
 
 
 def test_einsum_kernels_of_rank_three_inner_jit_and_vmap_over_examples():

@@ -7,15 +7,16 @@ import pytest
 from flax import linen as nn
 
 import optalr
-from optalr.signals.tracing import convolutions
+from optalr.signals.tracing.sites import convolutions
 from tests.signals.reference import (
     check_capture,
-    linen_layer,
     no_layer,
     random_params,
     reference_moments,
     stack_slice,
+    standard_normal,
 )
+from tests.signals.reference_layers import linen_layer
 
 CONVOLUTIONS = {
     "stride, padding, dilation": nn.Conv(
@@ -56,7 +57,7 @@ def loss_of(model):
 def test_convolution(name):
     conv = CONVOLUTIONS[name]
     shape = {1: (9,), 2: (6, 5), 3: (4, 3, 3)}[len(conv.kernel_size)]
-    x, y = jax.random.normal(jax.random.key(1), (5, *shape, 4)), jnp.arange(5) % 3
+    x, y = standard_normal(1, 5, *shape, 4), jnp.arange(5) % 3
     model = Net(conv)
     params = random_params(model.init, jax.random.key(0), x)["params"]
     loss = loss_of(model)
@@ -74,12 +75,16 @@ def test_convolution(name):
 
 
 def test_patches_laid_out_in_pieces_give_the_same_moments(monkeypatch):
-    x, y = jax.random.normal(jax.random.key(1), (5, 6, 5, 4)), jnp.arange(5) % 3
+    x, y = standard_normal(1, 5, 6, 5, 4), jnp.arange(5) % 3
     model = Net(CONVOLUTIONS["groups"])
     params = random_params(model.init, jax.random.key(0), x)["params"]
-    whole = optalr.value_grad_and_extras(loss_of(model))(params, x, y)[2]["signals"]
+
+    def signals():
+        return jax.jit(optalr.value_grad_and_extras(loss_of(model)))(params, x, y)[2]["signals"]
+
+    whole = signals()
     monkeypatch.setattr(convolutions, "PIECE", 100)
-    pieces = optalr.value_grad_and_extras(loss_of(model))(params, x, y)[2]["signals"]
+    pieces = signals()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, pieces)
 
 
@@ -107,7 +112,7 @@ def test_convolutions_stacked_by_vmap_are_layers_of_their_own():
     """To jax they are one grouped convolution; each has its own input and its own factors."""
     lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
     stack = nn.vmap(nn.Conv, in_axes=0, **lift)(3, (2, 2), padding="VALID")
-    x, y = jax.random.normal(jax.random.key(1), (2, 5, 4, 3, 2)), None
+    x, y = standard_normal(1, 2, 5, 4, 3, 2), None
     params = random_params(stack.init, jax.random.key(0), x)["params"]
 
     def loss(params, x, y, layer=no_layer):

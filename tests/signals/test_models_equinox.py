@@ -6,7 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import optalr
-from tests.signals.reference import check_capture, no_layer, reference_moments
+from tests.signals.reference import (
+    check_capture,
+    cross_entropy,
+    no_layer,
+    reference_moments,
+    standard_normal,
+)
 
 
 def dense(layer, name, params, x):
@@ -79,13 +85,9 @@ def reference_net(params, x, y, layer):
     return cross_entropy(dense(layer, "out", params.out, jax.nn.relu(h)), y)
 
 
-def cross_entropy(logits, labels):
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1))
-
-
 def test_convolutions_and_dense_layers_under_vmap():
     params, static = eqx.partition(Net(jax.random.key(0)), eqx.is_inexact_array)
-    x, y = jax.random.normal(jax.random.key(1), (5, 3, 6, 4)), jnp.arange(5) % 3
+    x, y = standard_normal(1, 5, 3, 6, 4), jnp.arange(5) % 3
 
     def loss(params, x, y):
         return cross_entropy(jax.vmap(eqx.combine(params, static))(x), y)
@@ -178,7 +180,7 @@ def test_layers_stacked_by_filter_vmap_and_run_by_scan():
     make = lambda key: eqx.nn.Linear(4, 4, key=key)  # noqa: E731
     stack = eqx.filter_vmap(make)(jax.random.split(jax.random.key(0), 3))
     params, static = eqx.partition(stack, eqx.is_inexact_array)
-    x, y = jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 4
+    x, y = standard_normal(1, 6, 4), jnp.arange(6) % 4
 
     def loss(params, x, y, layer=no_layer):
         if layer is not no_layer:

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import optalr
 from tests.signals.reference import (
     check_capture,
-    conv_patches,
+    cross_entropy,
     no_layer,
     random_params,
     reference_moments,
+    standard_normal,
 )
-
-
-def cross_entropy(logits, labels):
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1))
+from tests.signals.reference_layers import conv_patches
 
 
 def test_convolution_batch_norm_dropout_and_linear():
@@ -26,7 +24,7 @@ def test_convolution_batch_norm_dropout_and_linear():
         return hk.Linear(3, name="out")(hk.remat(hk.Linear(5, name="hidden"))(h))
 
     model = hk.transform_with_state(network)
-    x, y = jax.random.normal(jax.random.key(1), (6, 5, 5, 2)), jnp.arange(6) % 3
+    x, y = standard_normal(1, 6, 5, 5, 2), jnp.arange(6) % 3
     key = jax.random.key(2)
     params, state = random_params(model.init, key, x)
 
@@ -70,7 +68,7 @@ def test_recurrent_cells_and_attention():
         return h[:, -1]
 
     model = hk.without_apply_rng(hk.transform(network))
-    x, y = jax.random.normal(jax.random.key(1), (6, 4, 3)), jnp.arange(6) % 3
+    x, y = standard_normal(1, 6, 4, 3), jnp.arange(6) % 3
     params = random_params(model.init, jax.random.key(0), x)
 
     def loss(params, x, y, layer=no_layer):

@@ -12,16 +12,14 @@ import optalr
 from tests.signals.reference import (
     assert_moments,
     check_capture,
-    linen_layer,
+    cross_entropy,
     no_layer,
     random_params,
     reference_moments,
     stack_slice,
+    standard_normal,
 )
-
-
-def cross_entropy(logits, labels):
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
+from tests.signals.reference_layers import linen_layer
 
 
 def apply(model, layer, *args, **kwargs):
@@ -47,7 +45,7 @@ class Normed(nn.Module):
 
 
 def test_batch_statistics_dropout_norms_and_a_layer_used_twice():
-    x, y = jax.random.normal(jax.random.key(1), (8, 5, 4, 2)), jnp.arange(8) % 3
+    x, y = standard_normal(1, 8, 5, 4, 2), jnp.arange(8) % 3
     key, model = jax.random.key(2), Normed()
     variables = random_params(model.init, {"params": key, "dropout": key}, x)
     params, stats = variables["params"], variables["batch_stats"]
@@ -147,7 +145,7 @@ def test_an_embedding_that_is_only_looked_up_is_diagonal_and_says_so():
 
 @pytest.mark.parametrize("cell", ["LSTMCell", "OptimizedLSTMCell", "GRUCell"])
 def test_recurrent_cells_under_scan(cell):
-    x, y = jax.random.normal(jax.random.key(1), (6, 4, 3)), jnp.arange(6) % 5
+    x, y = standard_normal(1, 6, 4, 3), jnp.arange(6) % 5
     model = nn.RNN(getattr(nn, cell)(5))
     params = random_params(model.init, jax.random.key(0), x)["params"]
     # The optimized cell concatenates its kernels; its parameters are the plain cell's.
@@ -184,7 +182,7 @@ class Layer(nn.Module):
 
 
 def test_layers_stacked_by_scan_and_by_vmap():
-    x, y = jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 4
+    x, y = standard_normal(1, 6, 4), jnp.arange(6) % 4
     lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
     deep = nn.scan(nn.remat(Layer), length=3, **lift)()
     wide = nn.vmap(nn.Dense, in_axes=0, **lift)(4)
@@ -231,7 +229,7 @@ def _slice(path, index, extras):
 
 def test_mixed_precision():
     """bf16 compute, f32 parameters: factors in float32, of the bf16 signals as they are."""
-    x, y = jax.random.normal(jax.random.key(1), (16, 6, 6, 2)), jnp.arange(16) % 3
+    x, y = standard_normal(1, 16, 6, 6, 2), jnp.arange(16) % 3
 
     class Net(nn.Module):
         @nn.compact

@@ -8,15 +8,13 @@ from flax import nnx
 import optalr
 from tests.signals.reference import (
     check_capture,
-    conv_patches,
+    cross_entropy,
     no_layer,
     reference_moments,
     stack_slice,
+    standard_normal,
 )
-
-
-def cross_entropy(logits, labels):
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
+from tests.signals.reference_layers import conv_patches
 
 
 def plain(params):
@@ -52,7 +50,7 @@ class Net(nnx.Module):
 
 def test_convolution_with_batch_statistics_and_dense_layers():
     graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
-    x, y = jax.random.normal(jax.random.key(1), (6, 5, 6, 2)), jnp.arange(6) % 3
+    x, y = standard_normal(1, 6, 5, 6, 2), jnp.arange(6) % 3
 
     def loss(params, x, y, rest):
         model = nnx.merge(graph, params, rest, copy=True)
@@ -152,7 +150,7 @@ def test_layers_stacked_by_nnx_vmap_and_run_by_nnx_scan():
     make = nnx.split_rngs(splits=3)(nnx.vmap(Layer, in_axes=0, out_axes=0))
     model = make(nnx.Rngs(0))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    x, y = jax.random.normal(jax.random.key(1), (6, 4)), jnp.arange(6) % 4
+    x, y = standard_normal(1, 6, 4), jnp.arange(6) % 4
 
     def loss(params, x, y, layer=no_layer):
         if layer is not no_layer:

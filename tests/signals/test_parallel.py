@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import optalr
+from tests.signals.reference import standard_normal
 
 NUM_DEVICES = 8
 
@@ -20,15 +21,23 @@ def loss_fn(params, x, y):
     return -jnp.mean(jnp.take_along_axis(logits, y[:, None], 1))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def problem():
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
-        "conv": jax.random.normal(keys[0], (3, 3, 2, 4)) * 0.3,
+        "conv": standard_normal(keys[0], 3, 3, 2, 4) * 0.3,
         "bias": jnp.full(4, 0.1),
-        "out": jax.random.normal(keys[1], (64, 3)) * 0.2,
+        "out": standard_normal(keys[1], 64, 3) * 0.2,
     }
-    return params, jax.random.normal(keys[2], (16, 4, 4, 2)), jnp.arange(16) % 3
+    return params, standard_normal(keys[2], 16, 4, 4, 2), jnp.arange(16) % 3
+
+
+@pytest.fixture(scope="module")
+def whole(problem):
+    """Return the compiled evaluation on one device, and its value, gradient and signals."""
+    evaluate = jax.jit(optalr.value_grad_and_extras(loss_fn))
+    value, grads, extras = evaluate(*problem)
+    return evaluate, (value, grads, extras["signals"])
 
 
 @pytest.fixture
@@ -47,20 +56,17 @@ def assert_same(actual, expected):
     jax.tree.map(close, actual, expected)
 
 
-def test_sharded_batch_under_jit(problem, mesh):
+def test_sharded_batch_under_jit(problem, mesh, whole):
     params, x, y = problem
-    evaluate = jax.jit(optalr.value_grad_and_extras(loss_fn))
-    value, grads, extras = evaluate(params, x, y)
+    evaluate, expected = whole
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     sharded = evaluate(params, jax.device_put(x, sharding), jax.device_put(y, sharding))
-    assert_same((sharded[0], sharded[1]), (value, grads))
-    assert_same(sharded[2]["signals"], extras["signals"])
+    assert_same((sharded[0], sharded[1], sharded[2]["signals"]), expected)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["always", "traced flag"])
-def test_shard_map_with_a_loss_local_to_each_device(problem, mesh, traced):
+def test_shard_map_with_a_loss_local_to_each_device(problem, mesh, whole, traced):
     params, x, y = problem
-    value, grads, extras = jax.jit(optalr.value_grad_and_extras(loss_fn))(params, x, y)
     evaluate = optalr.value_grad_and_extras(loss_fn, axis_name="data")
 
     def local(params, x, y, flag):
@@ -74,15 +80,15 @@ def test_shard_map_with_a_loss_local_to_each_device(problem, mesh, traced):
         in_specs=(PartitionSpec(), split, split, PartitionSpec()),
         out_specs=PartitionSpec(),
     )
-    assert_same(jax.jit(mapped)(params, x, y, True), (value, grads, extras["signals"]))
+    run = jax.jit(mapped)
+    assert_same(run(params, x, y, True), whole[1])
     if traced:
-        off = jax.jit(mapped)(params, x, y, False)[2]
+        off = run(params, x, y, False)[2]
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(off))
 
 
-def test_shard_map_with_a_loss_that_averages_over_devices(problem, mesh):
+def test_shard_map_with_a_loss_that_averages_over_devices(problem, mesh, whole):
     params, x, y = problem
-    value, grads, extras = jax.jit(optalr.value_grad_and_extras(loss_fn))(params, x, y)
 
     def averaged(params, x, y):
         return jax.lax.pmean(loss_fn(params, x, y), "data")
@@ -97,12 +103,11 @@ def test_shard_map_with_a_loss_that_averages_over_devices(problem, mesh):
     mapped = jax.shard_map(
         local, mesh=mesh, in_specs=(PartitionSpec(), split, split), out_specs=PartitionSpec()
     )
-    assert_same(jax.jit(mapped)(params, x, y), (value, grads, extras["signals"]))
+    assert_same(jax.jit(mapped)(params, x, y), whole[1])
 
 
-def test_shard_map_inside_the_loss(problem, mesh):
+def test_shard_map_inside_the_loss(problem, mesh, whole):
     params, x, y = problem
-    value, grads, extras = jax.jit(optalr.value_grad_and_extras(loss_fn))(params, x, y)
     split = PartitionSpec("data")
 
     def outer(params, x, y):
@@ -114,8 +119,7 @@ def test_shard_map_inside_the_loss(problem, mesh):
         )(params, x, y)
 
     inside = jax.jit(optalr.value_grad_and_extras(outer))(params, x, y)
-    assert_same((inside[0], inside[1]), (value, grads))
-    assert_same(inside[2]["signals"], extras["signals"])
+    assert_same((inside[0], inside[1], inside[2]["signals"]), whole[1])
 
 
 def test_an_axis_over_which_nothing_varies_is_refused(problem):

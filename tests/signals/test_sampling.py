@@ -9,6 +9,7 @@ import pytest
 
 import optalr
 from optalr.signals.tracing.sampling import comb, scatter
+from tests.signals.reference import standard_normal
 
 
 @pytest.mark.parametrize("pick", [comb, scatter])
@@ -34,31 +35,35 @@ def conv_loss(params, x, y, scale):
     return scale * jnp.mean(jnp.sum((out - y) ** 2, 1))
 
 
-def sampled_and_full(num_steps, **options):
-    """Moments of ``num_steps`` steps, whose losses differ by a factor that is divided out."""
-    params = {"conv": jax.random.normal(jax.random.key(0), (2, 2, 2, 3))}
-    params["out"] = jax.random.normal(jax.random.key(1), (3, 2))
-    x = jax.random.normal(jax.random.key(2), (6, 4, 3, 2))
+@pytest.fixture(scope="module")
+def problem():
+    params = {"conv": standard_normal(0, 2, 2, 2, 3)}
+    params["out"] = standard_normal(1, 3, 2)
+    x = standard_normal(2, 6, 4, 3, 2)
     x = x + jnp.linspace(-1, 1, 4)[None, :, None, None]  # what a position sees depends on it
-    y = jnp.linspace(-2, 2, 12).reshape(6, 2)
+    return params, x, jnp.linspace(-2, 2, 12).reshape(6, 2)
+
+
+@pytest.fixture(scope="module")
+def full_moments(problem):
+    return jax.jit(optalr.value_grad_and_extras(conv_loss))(*problem, 1.0)[2]["signals"]
+
+
+def sampled_moments(problem, num_steps, **options):
+    """Moments of ``num_steps`` steps, whose losses differ by a factor that is divided out."""
+    evaluate = optalr.value_grad_and_extras(conv_loss, **options)
     scales = jax.random.uniform(jax.random.key(3), (num_steps,), minval=0.5)
-
-    def moments(evaluate):
-        signals = jax.jit(jax.vmap(lambda s: evaluate(params, x, y, s)[2]["signals"]))(scales)
-        over = lambda m: dataclasses.replace(m, cols=m.cols / scales[:, None, None] ** 2)  # noqa: E731
-        return {name: over(m) for name, m in signals.items()}
-
-    sampled = moments(optalr.value_grad_and_extras(conv_loss, **options))
-    full = optalr.value_grad_and_extras(conv_loss)(params, x, y, 1.0)[2]["signals"]
-    return sampled, full
+    signals = jax.jit(jax.vmap(lambda s: evaluate(*problem, s)[2]["signals"]))(scales)
+    over = lambda m: dataclasses.replace(m, cols=m.cols / scales[:, None, None] ** 2)  # noqa: E731
+    return {name: over(m) for name, m in signals.items()}
 
 
 @pytest.mark.parametrize(
     "options", [{"every": 3}, {"max_positions": 5}, {"every": 2, "max_positions": 3}]
 )
-def test_the_mean_over_many_steps_is_the_full_moment(options):
-    steps = 4000
-    sampled, full = sampled_and_full(steps, **options)
+def test_the_mean_over_many_steps_is_the_full_moment(problem, full_moments, options):
+    steps, full = 4000, full_moments
+    sampled = sampled_moments(problem, steps, **options)
     for name in ("conv", "out"):
         assert np.all(sampled[name].count == full[name].count)
         np.testing.assert_allclose(sampled[name].positions, full[name].positions, rtol=1e-6)
@@ -73,8 +78,8 @@ def test_the_mean_over_many_steps_is_the_full_moment(options):
 
 
 def test_softmax_cotangents_which_sum_to_zero_start_samples_at_different_places():
-    params = jax.random.normal(jax.random.key(0), (3, 2))
-    x = jax.random.normal(jax.random.key(1), (8, 3))
+    params = standard_normal(0, 3, 2)
+    x = standard_normal(1, 8, 3)
 
     def loss(w, x, scale):
         return -jnp.mean(jax.nn.log_softmax(scale * (x @ w))[:, 0])

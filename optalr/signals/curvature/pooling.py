@@ -9,7 +9,8 @@ grows with their number. Written as a sum over the window's offsets,
 the derivative is slices and selections, the transpose pads and additions, and nothing is kept but
 one bit an offset and output, which all products share.
 
-``with_light_pooling`` gives a function's poolings this derivative; values stay as they are.
+In: a function of arrays. Out: the same function, whose poolings have this derivative
+(``with_light_pooling``); values stay as they are.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from optalr.signals.tracing.jaxprs import extract, is_literal, variables
+from optalr.signals.tracing.jaxprs import replay
 
 # Larger windows (global pooling) have small outputs: unrolling them would cost more than it saves.
 _MAX_OFFSETS = 16
@@ -32,8 +33,8 @@ _MAX_OFFSETS = 16
 def with_light_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the same function of arrays with another derivative of its max poolings.
 
-    Found are poolings outside and inside ``jit``, of windows of at most 16 entries. Those in loops,
-    branches, ``jax.checkpoint`` and functions with a derivative of their own stay as they are.
+    It finds poolings outside and inside ``jit``, with windows of at most 16 entries. Those in
+    loops, branches, ``jax.checkpoint`` and functions with a derivative of their own stay.
     """
 
     def pooled(*args: Any) -> Any:
@@ -43,6 +44,7 @@ def with_light_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*jax.tree.unflatten(treedef, leaves))
 
         closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+        # Without a pooling the function is called as it is, so that its trace has nothing of ours.
         if not any(_holds_pooling(equation) for equation in closed.jaxpr.eqns):
             return function(*args)
         return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(closed, leaves))
@@ -52,40 +54,26 @@ def with_light_pooling(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _evaluate(closed: Any, inputs: Any) -> list[Any]:
     """Evaluate a jaxpr, its poolings with the light derivative."""
-    jaxpr = closed.jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    values.update(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(var: Any) -> Any:
-        return var.val if is_literal(var) else values[var]
-
-    last_reads = _last_reads(jaxpr)
-    for start, stop in _stretches(jaxpr.eqns):
-        equations = jaxpr.eqns[start:stop]
-        if _holds_pooling(equations[0]):
-            (equation,) = equations
-            results = _replacement(equation, [read(var) for var in equation.invars])
-            values.update(zip(equation.outvars, results, strict=True))
-            continue
-        made = [var for equation in equations for var in equation.outvars]
-        outputs = [var for var in made if last_reads.get(var, -1) >= stop]
-        read_here = dict.fromkeys(var for equation in equations for var in variables(equation))
-        needed = [var for var in read_here if var not in set(made)]
-        run = extract(jaxpr, equations, needed, outputs)
-        values.update(zip(outputs, run(*map(read, needed)), strict=True))
-    return [read(var) for var in jaxpr.outvars]
+    replacements = {
+        index: functools.partial(_replacement, equation)
+        for index, equation in enumerate(closed.jaxpr.eqns)
+        if _holds_pooling(equation)
+    }
+    return replay(closed, inputs, replacements)
 
 
 def _replacement(equation: Any, inputs: list[Any]) -> list[Any]:
+    params = equation.params
     if equation.primitive.name != "reduce_window_max":
-        return _evaluate(equation.params["jaxpr"], inputs)
-    names = ("window_dimensions", "window_strides", "padding")
-    return [light_max_pool(Window(*(equation.params[name] for name in names)), inputs[0])]
+        return _evaluate(params["jaxpr"], inputs)
+    window = PoolingWindow(params["window_dimensions"], params["window_strides"], params["padding"])
+    return [light_max_pool(window, inputs[0])]
 
 
 def _holds_pooling(equation: Any) -> bool:
-    """Tell whether an equation is, or calls under ``jit``, a pooling that is to be replaced."""
+    """Return whether an equation is, or calls under ``jit``, a pooling that is to be replaced."""
     if equation.primitive.name == "reduce_window_max":
+        # Integers have no derivative, and no pooling of Flax, Equinox or Haiku is dilated.
         few = math.prod(equation.params["window_dimensions"]) <= _MAX_OFFSETS
         floating = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating)
         dilations = {*equation.params["base_dilation"], *equation.params["window_dilation"]}
@@ -98,25 +86,15 @@ def _holds_pooling(equation: Any) -> bool:
     )
 
 
-def _stretches(equations: Any) -> list[tuple[int, int]]:
-    """Return the bounds of runs of equations without a pooling, and of single ones with."""
-    bounds, start = [], 0
-    for i, equation in enumerate(equations):
-        if _holds_pooling(equation):
-            bounds += [(start, i)] * (start < i) + [(i, i + 1)]
-            start = i + 1
-    return bounds + [(start, len(equations))] * (start < len(equations))
-
-
-def _last_reads(jaxpr: Any) -> dict[Any, int]:
-    """Return the position of the last equation that reads each variable; outputs: the end."""
-    last = {var: i for i, equation in enumerate(jaxpr.eqns) for var in variables(equation)}
-    return last | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not is_literal(var)}
-
-
 @dataclasses.dataclass(frozen=True)
-class Window:
-    """Where a pooling looks, as ``jax.lax.reduce_window`` takes it."""
+class PoolingWindow:
+    """Where a pooling looks, as ``jax.lax.reduce_window`` takes it.
+
+    Attributes:
+      sizes: the window's size along each axis.
+      strides: how far it moves.
+      padding: how much is padded before and after each axis.
+    """
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -135,16 +113,17 @@ class Window:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def light_max_pool(window: Window, x: jax.Array) -> jax.Array:
+def light_max_pool(window: PoolingWindow, x: jax.Array) -> jax.Array:
     """Return the largest entry of each window."""
     sizes, strides, padding = dataclasses.astuple(window)
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, sizes, strides, padding)
 
 
 @light_max_pool.defjvp
-def _light_max_pool_jvp(window: Window, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _light_max_pool_jvp(window: PoolingWindow, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (dx,) = primals, tangents
     y = light_max_pool(window, x)
+    # Equal entries share no derivative: the first one takes it all, as in XLA's transpose.
     taken = jnp.zeros(y.shape, bool)
     dy = jnp.zeros(y.shape, dx.dtype)
     for entry, move in zip(

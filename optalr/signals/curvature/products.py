@@ -12,6 +12,9 @@ anew from ``params``, so that it is a function of arrays only; under ``jit`` XLA
 linearizations of the gradient and of all products into one. Max poolings get a derivative that
 takes no memory of its own for every product (``pooling``).
 
+In: functions of parameters, and the point. Out: ``Partial``s ``v ↦ A v``, which may cross a ``jit``
+boundary.
+
 ``H_L`` is found by differentiation for any output loss. The closed forms at the end are for output
 losses that can't be differentiated twice, and where positive semidefiniteness must be certain.
 They go into ``composite_loss`` as its ``output_product``.
@@ -97,18 +100,17 @@ def gauss_newton_product(
       Computation 14(7), 2002; "Exponentially decaying flows for optimization in deep learning",
       eq. 17.
     """
-    return Partial(
-        _apply_gauss_newton,
-        _as_partial(_drop_aux, predict_fn) if has_aux else _as_partial(predict_fn),
-        _as_partial(_differentiated_product, output_loss)
-        if output_product is None
-        else _as_partial(output_product),
-        jax.tree.map(jnp.asarray, params),
-    )
+    predict = _as_partial(_drop_aux, predict_fn) if has_aux else _as_partial(predict_fn)
+    if output_product is None:
+        output_product = _as_partial(_differentiated_product, output_loss)
+    model = (predict, _as_partial(output_product))
+    return Partial(_apply_gauss_newton, model, jax.tree.map(jnp.asarray, params))
 
 
 def output_hessian_product(output_loss: Callable[[Any], jax.Array], outputs: Any, u: Any) -> Any:
     """Return ``H_L u`` by differentiating the gradient of ``output_loss`` along ``u``.
+
+    This is what ``gauss_newton_product`` does if it is given no closed form.
 
     Args:
       output_loss: ``output_loss(outputs) -> scalar``.
@@ -121,6 +123,9 @@ def output_hessian_product(output_loss: Callable[[Any], jax.Array], outputs: Any
 def squared_error_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> jax.Array:
     """Return ``H_L u = scale · u``, the closed form for ``scale/2 · Σ (outputs − targets)²``.
 
+    Choose it in the ``output_product`` of a ``composite_loss`` with squared errors, to save the
+    differentiation of the loss.
+
     Args:
       outputs: the model's outputs, any shape.
       u: a direction of the same shape.
@@ -129,6 +134,8 @@ def squared_error_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0)
 
     Returns:
       ``H_L u``, with the shape and the dtype of ``outputs``.
+
+    Cost: one pass over the outputs.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -141,8 +148,9 @@ def squared_error_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0)
 def softmax_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> jax.Array:
     """Return ``H_L u = scale · (θ∘u − θ ⟨θ, u⟩)``, ``θ = softmax(outputs)`` over the last axis.
 
-    The closed form for the softmax cross-entropy ``−scale · Σ y·ln θ`` whatever the targets, as
-    long as each sums to one (eq. 29 of the paper; ``scale`` takes its ``s_j/n`` otherwise).
+    Choose it in the ``output_product`` of a ``composite_loss`` with the softmax cross-entropy
+    ``−scale · Σ y·ln θ``, where the product must be certain to be positive semidefinite. It is the
+    closed form for all targets that sum to one; for others ``scale`` takes the paper's ``s_j/n``.
 
     Args:
       outputs: class scores, ``(..., classes)``.
@@ -153,11 +161,17 @@ def softmax_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
     Returns:
       ``H_L u``, with the shape and the dtype of ``outputs``.
 
+    Cost: a few passes over the outputs.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> softmax_product(jnp.zeros(2), jnp.array([1.0, 0.0])).tolist()
       [0.25, -0.25]
+
+    Reference: "Exponentially decaying flows for optimization in deep learning", eq. 29.
     """
+    # Probabilities of half-precision scores would sum to one only up to their rounding, and the
+    # product would lose its null space.
     theta = jax.nn.softmax(outputs.astype(wide_dtype(outputs)), axis=-1)
     weighted = theta * u
     product = weighted - theta * jnp.sum(weighted, axis=-1, keepdims=True)
@@ -167,7 +181,9 @@ def softmax_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
 def sigmoid_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> jax.Array:
     """Return ``H_L u = scale · σ(1−σ)∘u``, ``σ = sigmoid(outputs)``.
 
-    The closed form for the sigmoid (binary) cross-entropy, whatever the targets.
+    Choose it in the ``output_product`` of a ``composite_loss`` with the sigmoid (binary)
+    cross-entropy, where the product must be certain to be positive semidefinite. It is the closed
+    form for all targets.
 
     Args:
       outputs: scores, any shape.
@@ -177,6 +193,8 @@ def sigmoid_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
 
     Returns:
       ``H_L u``, with the shape and the dtype of ``outputs``.
+
+    Cost: a few passes over the outputs.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -189,13 +207,17 @@ def sigmoid_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> ja
 
 
 def _apply_hessian(loss_fn: Any, params: Any, v: Any) -> Any:
+    # Forward over reverse: one pass each way. Reverse over reverse would keep every intermediate of
+    # the first backward pass for the second.
     gradient = jax.grad(with_light_pooling(loss_fn))
-    return jax.jvp(gradient, (params,), (_cast_like(v, params),))[1]
+    return jax.jvp(gradient, (params,), (in_dtypes_of(params, v),))[1]
 
 
-def _apply_gauss_newton(predict_fn: Any, output_product: Any, params: Any, v: Any) -> Any:
-    predict_fn = with_light_pooling(predict_fn)
-    outputs, pushed = jax.jvp(predict_fn, (params,), (_cast_like(v, params),))
+def _apply_gauss_newton(model: tuple[Any, Any], params: Any, v: Any) -> Any:
+    predict_fn, output_product = with_light_pooling(model[0]), model[1]
+    # Forward for J v and reverse for Jᵀ, each with a linearization of its own: written in this way
+    # they are equal to XLA, which merges them, and no residuals cross a jit boundary.
+    outputs, pushed = jax.jvp(predict_fn, (params,), (in_dtypes_of(params, v),))
     _, pull = jax.vjp(predict_fn, params)
     return pull(output_product(outputs, pushed))[0]
 
@@ -217,10 +239,12 @@ def _differentiated_product(output_loss: Any, outputs: Any, u: Any) -> Any:
 
 def _as_partial(fn: Any, *bound: Any) -> Partial:
     """Return a Partial all of whose callables are static and all of whose arrays are leaves."""
+    # A plain function among a Partial's arguments would be a leaf, and jit takes arrays only.
     if bound:
         return Partial(fn, *(_as_partial(item) for item in bound))
     return fn if isinstance(fn, Partial) else Partial(fn)
 
 
-def _cast_like(v: Any, params: Any) -> Any:
-    return jax.tree.map(lambda x, p: jnp.asarray(x).astype(p.dtype), v, params)
+def in_dtypes_of(params: Any, v: Any) -> Any:
+    """Return a direction in the dtypes of the parameters."""
+    return jax.tree.map(lambda x, p: jnp.asarray(x).astype(jnp.result_type(p)), v, params)

@@ -1,5 +1,7 @@
 """The true Fisher: signals of targets drawn from the model's own predictions.
 
+In: a tapped model, the likelihood of its outputs, and a key. Out: what each slot gathered.
+
 The empirical Fisher squares the gradients of the targets in the batch. The true one squares those
 of targets drawn from the predictive distribution, which takes a backward pass of its own:
 
@@ -8,69 +10,65 @@ of targets drawn from the predictive distribution, which takes a backward pass o
 For the three likelihoods here the gradient at the outputs is prediction minus sample.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 
-from optalr.signals.problem import Problem, Traced, trace_predictions
-from optalr.signals.tapping.capture import evaluate_tapped, zero_slots
+from optalr.signals.tapping.capture import Tapped
 from optalr.signals.tapping.measuring import Dummies
-from optalr.signals.tracing.layers import find_layers
-from optalr.signals.tracing.plan import Layers
-from optalr.signals.tracing.sampling import Sampling
 
 
-def softmax(outputs: jax.Array, key: jax.Array) -> jax.Array:
-    """Return ``softmax(f) − onehot(y)`` for a class y drawn for each row of logits."""
+def _softmax(outputs: jax.Array, key: jax.Array) -> jax.Array:
+    """Return ``softmax(f) − onehot(y)`` for a class y drawn for each row of class scores."""
     classes = jax.random.categorical(key, outputs)
     return jax.nn.softmax(outputs) - jax.nn.one_hot(classes, outputs.shape[-1], dtype=outputs.dtype)
 
 
-def bernoulli(outputs: jax.Array, key: jax.Array) -> jax.Array:
+def _bernoulli(outputs: jax.Array, key: jax.Array) -> jax.Array:
     """Return ``sigmoid(f) − y`` for independent y drawn for each logit."""
     mean = jax.nn.sigmoid(outputs)
     return mean - jax.random.bernoulli(key, mean).astype(outputs.dtype)
 
 
-def gaussian(outputs: jax.Array, key: jax.Array) -> jax.Array:
+def _gaussian(outputs: jax.Array, key: jax.Array) -> jax.Array:
     """Return ``f − y`` for ``y ~ N(f, I)``: minus a standard normal."""
     return -jax.random.normal(key, outputs.shape, outputs.dtype)
 
 
-LIKELIHOODS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "softmax": softmax,
-    "bernoulli": bernoulli,
-    "gaussian": gaussian,
-}
+# By name: outputs and a key in, the gradient of −ln p(y | f) at the outputs out.
+LIKELIHOODS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxyType(
+    {"softmax": _softmax, "bernoulli": _bernoulli, "gaussian": _gaussian}
+)
 
 
-def sampled_sums(
-    problem: Problem, params: Any, likelihood: str, key: jax.Array, flag: Any, sampling: Sampling
-) -> tuple[Traced, Layers, dict[Any, Dummies]]:
-    """Return the model's layers and the sums of signals of sampled targets.
+def draw_and_measure(tapped: Tapped, likelihood: str, key: jax.Array) -> dict[int, Dummies]:
+    """Return what each slot gathered of the signals of sampled targets.
 
     A loss is taken to be the mean over all axes of the outputs but the last, and a sum over the
     last (classes, or components of the target).
+
+    Args:
+      tapped: the model, from parameters to outputs.
+      likelihood: one of ``LIKELIHOODS``.
+      key: draws the targets.
     """
-    traced = trace_predictions(problem, params)
-    layers = find_layers(traced.closed, traced.leaf_shapes)
-    slots = zero_slots(traced, layers, flag)
-    if flag is False or not slots:
-        return traced, layers, slots
-
-    def predict(slots):
-        return evaluate_tapped(traced, layers, traced.leaves, slots, flag, sampling)
-
-    outputs, pull_back = jax.vjp(predict, slots)
+    slots = tapped.zero_slots()
+    if tapped.is_off:
+        return slots
+    # With the leaves held fixed the pull-back computes no gradient: only the slots are filled.
+    outputs, pull_back = jax.vjp(lambda slots: tapped(tapped.traced.leaves, slots), slots)
+    # Outputs of several heads are independent given the model: each draws with a key of its own.
     keys = jax.random.split(key, len(outputs))
     cotangents = [
         LIKELIHOODS[likelihood](output, key) / _num_predictions(output)
         for output, key in zip(outputs, keys, strict=True)
     ]
     (sums,) = pull_back(cotangents)
-    return traced, layers, sums
+    return sums
 
 
 def _num_predictions(output: jax.Array) -> int:
+    # The gradient of a mean over this many rows. A vector of outputs is a row an entry: there is no
+    # last axis left to sum over.
     return output.size // output.shape[-1] if output.ndim > 1 else max(output.size, 1)

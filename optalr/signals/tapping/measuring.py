@@ -1,10 +1,11 @@
 """What is measured of one layer: sums of Gram products over its positions, and when.
 
-A layer's two sides, its input and its output's cotangent, are laid out by its site; here they
-become sums. Where the two sides take less memory than their Gram matrices they can be handed on as
-they are, and be measured after the backward pass (``Operands``).
+In: a layer's two sides, its input and its output's cotangent (``Operands``), which its site lays
+out as rows. Out: their ``Sums``. Where the two sides take less memory than their Gram matrices they
+can be handed on as they are, and be measured after the backward pass.
 """
 
+import dataclasses
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from optalr.signals.tracing.compat import vary, varying_axes
 from optalr.signals.tracing.sampling import Sampling, spread
-from optalr.signals.tracing.sites import Site
+from optalr.signals.tracing.sites.site import Operands, Site
 
 
 class Sums(NamedTuple):
@@ -32,18 +33,6 @@ class Sums(NamedTuple):
     outputs: Any
     mean: Any
     total: Any
-
-
-class Operands(NamedTuple):
-    """The two sides of a layer's only use, not yet measured.
-
-    Fields:
-      data: the product's other operand, in its own shape and dtype.
-      cotangent: the cotangent of the product.
-    """
-
-    data: Any
-    cotangent: Any
 
 
 # What a slot holds: zeros before the backward pass, then what was measured or is to be.
@@ -67,102 +56,112 @@ def zeros_of(like: Any) -> Any:
 
 def operands_like(site: Site) -> Operands:
     """Return the shapes and dtypes of the two sides of a site's product."""
-    data, _ = site.operands([var.aval for var in site.equation.invars])
-    cotangent = site.equation.outvars[0].aval
-    return Operands(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (data, cotangent)))
+    return Operands(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in site.operand_types()))
 
 
 def operands_are_smaller(site: Site, leaf_shape: tuple[int, ...]) -> bool:
-    """Whether the two sides of a site's product have fewer entries than their Gram matrices."""
-    data, _ = site.operands([var.aval for var in site.equation.invars])
-    cotangent = site.equation.outvars[0].aval
+    """Return whether a product's two sides have fewer entries than their Gram matrices."""
+    data, cotangent = site.operand_types()
+    # Cotangents of integers have a dtype of their own, and operands that differ between devices
+    # cannot leave the shard_map by a dummy that is the same on all of them.
     if not jnp.issubdtype(data.dtype, jnp.floating) or varying_axes(data):
         return False
     stack, m, n = site.leaf_view.matrix_shape(leaf_shape)
     return data.size + cotangent.size < math.prod(stack) * (m * m + n * n)
 
 
-def measure_if(flag: Any, site: Site, sampling: Sampling, operands: Operands, like: Sums) -> Sums:
-    """Measure, or return zeros where a traced ``flag`` is off (only this sits in a ``cond``).
+@dataclasses.dataclass(frozen=True)
+class Gauge:
+    """How one site is measured.
 
-    Args:
-      flag: None or a Python bool to measure always, else a traced bool.
+    Attributes:
       site: the layer's product.
       sampling: which examples and positions to look at.
-      operands: the product's two sides.
       like: arrays, or shapes and dtypes, of the sums.
     """
-    axes = varying_axes(jax.typeof(operands.cotangent))
 
-    def skip(operands):
-        del operands
-        return jax.tree.map(lambda zero: vary(zero, axes), zeros_of(like))
+    site: Site
+    sampling: Sampling
+    like: Sums
 
-    if flag is None:
-        return measure(site, sampling, operands, like)
-    return jax.lax.cond(flag, lambda both: measure(site, sampling, both, like), skip, operands)
+    def read_if(self, flag: jax.Array | None, operands: Operands) -> Sums:
+        """Measure, or return zeros where a traced ``flag`` is off; None measures always."""
+        if flag is None:
+            return self.read(operands)
+        axes = varying_axes(jax.typeof(operands.cotangent))
 
+        def skip(operands: Operands) -> Sums:
+            del operands
+            # Both branches of a cond must vary over the same mesh axes.
+            return jax.tree.map(lambda zero: vary(zero, axes), zeros_of(self.like))
 
-def measure(site: Site, sampling: Sampling, operands: Operands, like: Sums) -> Sums:
-    """Return a site's four sums, each an estimate of the sum over all positions."""
-    data, cotangent = _only_once(operands)
-    # Where a sample starts is hashed from the cotangent, so that it varies from step to step with
-    # no key to pass. Of absolute values: a softmax's cotangents sum to zero.
-    size = jnp.sum(jnp.abs(cotangent.astype(jnp.float32)))
-    seed = jax.lax.bitcast_convert_type(size, jnp.uint32)
-    dtype = like.total.dtype
-    edges = site.piece_edges(data, cotangent, sampling)
-    if edges is None:
-        total = _sums(site, (data, cotangent), sampling, spread(seed), dtype)
-    else:
-        total = _sums_by_pieces(site, (data, cotangent), edges, sampling, spread(seed), dtype)
-    axes = varying_axes(jax.typeof(cotangent))
-    placed = _into_whole(site, total, like)
-    return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), placed, like)
+        # Nothing but the Gram products sits in the cond. On a CPU, XLA runs the gradient of a
+        # convolution inside a cond (or a loop) many times slower than outside.
+        return jax.lax.cond(flag, self.read, skip, operands)
 
+    def read(self, operands: Operands) -> Sums:
+        """Return the site's four sums, each an estimate of the sum over all positions."""
+        operands = _refuse_derivatives(operands)
+        # Where a sample starts is hashed from the cotangent, so that it varies from step to step
+        # with no key to pass. Of absolute values: a softmax's cotangents sum to zero.
+        size = jnp.sum(jnp.abs(operands.cotangent.astype(jnp.float32)))
+        seed = spread(jax.lax.bitcast_convert_type(size, jnp.uint32))
+        total = self._sums_by_pieces(operands, seed)
+        axes = varying_axes(jax.typeof(operands.cotangent))
+        placed = self._place_in_leaf(total)
+        # A site stacks the layers of a vmap in one axis. The leaf may have several, or none.
+        return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), placed, self.like)
 
-def _into_whole(site: Site, sums: Sums, like: Sums) -> Sums:
-    """Place the sums of a part that was cut out of its leaf; the rest of the leaf saw zeros."""
-    cut = site.view.cut
-    if cut is None:
-        return sums
-    name = "inputs" if cut.axis in site.sides.inputs else "outputs"
-    after = getattr(like, name).shape[-1] - cut.start - cut.size
-    room = (cut.start, after)
-    placed = {name: jnp.pad(getattr(sums, name), ((0, 0), room, room))}
-    if name == "inputs":
-        placed["mean"] = jnp.pad(sums.mean, ((0, 0), room))
-    return sums._replace(**placed)
-
-
-def _sums_by_pieces(
-    site: Site, both: tuple[jax.Array, jax.Array], edges: list[int], sampling, seed, dtype
-) -> Sums:
-    """Add up the sums over pieces of the examples, one after the other in the same memory."""
-    total: Sums | None = None
-    for start, end in itertools.pairwise(edges):
-        begin: Any = start
-        if total is not None:
+    def _sums_by_pieces(self, operands: Operands, seed: jax.Array) -> Sums:
+        """Add up the sums over pieces of the examples, one after the other in the same memory."""
+        edges = self.site.piece_edges(operands, self.sampling)
+        if not edges:
+            return self._sums(operands, seed)
+        spans = list(itertools.pairwise(edges))
+        first_start, first_end = spans[0]
+        first = self.site.piece(operands, first_start, first_end - first_start)
+        total = self._sums(first, seed)
+        for start, end in spans[1:]:
             # A piece must wait for the one before, or a scheduler lays them all out at once (the
-            # CPU's does, and drops barriers first). Entries of a Gram diagonal are not negative.
+            # CPU's does, and drops barriers first). Entries of a Gram diagonal are not negative,
+            # so the start stays what it is, but not so that the compiler could tell.
             begin = start + (total.inputs[0, 0, 0] < 0)
-        piece = site.piece(*both, begin, end - start)
-        sums = _sums(site, piece, sampling, seed, dtype)
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    assert total is not None
-    return total
+            piece = self.site.piece(operands, begin, end - start)
+            total = jax.tree.map(jnp.add, total, self._sums(piece, seed))
+        return total
+
+    def _sums(self, piece: Operands, seed: jax.Array) -> Sums:
+        """Compute the sums over one piece of the examples."""
+        dtype = self.like.total.dtype
+        inputs, outputs, scale = self.site.signals(piece, (self.sampling, seed))
+        inputs, outputs = inputs.astype(dtype), outputs.astype(dtype)
+        # Groups of a convolution are further rows of the inputs, but no further positions.
+        per_group = scale / self.site.groups
+        return Sums(
+            _gram(inputs) * per_group,
+            _gram(outputs) * scale,
+            jnp.sum(inputs, axis=1) * per_group,
+            jnp.full(inputs.shape[0], outputs.shape[1] * scale, dtype),
+        )
+
+    def _place_in_leaf(self, sums: Sums) -> Sums:
+        """Place the sums of a part that was cut out of its leaf; the rest of the leaf saw zeros."""
+        cut = self.site.view.cut
+        if cut is None:
+            return sums
+        if cut.axis in self.site.sides.inputs:
+            room = _room(cut.start, cut.size, self.like.inputs.shape[-1])
+            return sums._replace(
+                inputs=jnp.pad(sums.inputs, ((0, 0), room, room)),
+                mean=jnp.pad(sums.mean, ((0, 0), room)),
+            )
+        room = _room(cut.start, cut.size, self.like.outputs.shape[-1])
+        return sums._replace(outputs=jnp.pad(sums.outputs, ((0, 0), room, room)))
 
 
-def _sums(site: Site, piece: tuple[jax.Array, jax.Array], sampling: Sampling, seed, dtype) -> Sums:
-    """Compute the sums over one piece of the examples."""
-    inputs, outputs, scale = site.signals(*piece, sampling, seed)
-    inputs, outputs = inputs.astype(dtype), outputs.astype(dtype)
-    return Sums(
-        _gram(inputs) * (scale / site.groups),
-        _gram(outputs) * scale,
-        jnp.sum(inputs, axis=1) * (scale / site.groups),
-        jnp.full(inputs.shape[0], outputs.shape[1] * scale, dtype),
-    )
+def _room(start: int, size: int, whole: int) -> tuple[int, int]:
+    """Return how many entries come before a part and after it."""
+    return start, whole - start - size
 
 
 def _gram(rows: jax.Array) -> jax.Array:
@@ -171,12 +170,12 @@ def _gram(rows: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
-def _only_once(signals):
+def _refuse_derivatives(signals):
     """Pass signals on, and refuse to be differentiated: the sums are quadratic in them."""
     return signals
 
 
-@_only_once.defjvp
+@_refuse_derivatives.defjvp
 def _refuse(primals, tangents):
     raise TypeError(
         "value_grad_and_extras cannot be differentiated while it captures signals: their Gram "

@@ -1,13 +1,18 @@
-"""What differs between the releases of jax that we support, in one place."""
+"""What differs between the releases of jax that we support, in one place.
+
+In: types and equations as one of these releases makes them. Out: the same facts for all of them.
+"""
 
 from typing import Any
 
 import jax
-from jax.extend import core as jex_core
+
+from optalr.signals.tracing.jaxprs import open_jaxpr
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
     """Return the mesh axes over which a value of this type varies inside a ``shard_map``."""
+    # Newer releases keep the axes in a type of their own, older ones as a plain set.
     manual = getattr(aval, "manual_axis_type", None)
     if manual is not None:
         return frozenset(manual.varying)
@@ -21,7 +26,8 @@ def vary(array: Any, axes: frozenset[str]) -> Any:
         return array
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(array, missing, to="varying")
-    return getattr(jax.lax, "pvary")(array, missing)  # noqa: B009  (gone in newer releases)
+    # By name, because newer releases lack it and the type checker reads the newest.
+    return getattr(jax.lax, "pvary")(array, missing)  # noqa: B009
 
 
 def manual_axes(shard_map_params: dict[str, Any]) -> frozenset[str]:
@@ -33,10 +39,9 @@ def manual_axes(shard_map_params: dict[str, Any]) -> frozenset[str]:
 
 
 def scan_arity(equation: Any) -> tuple[int, int]:
-    """Return how many constants and carries a scan has.
-
-    Read off the shapes: what is scanned or stacked has one more axis outside than inside.
-    """
+    """Return how many constants and carries a scan has."""
+    # Releases differ in the parameters that say so. The shapes say it in all of them: what is
+    # scanned or stacked has one more axis outside than inside, and nothing else has.
     body = open_jaxpr(equation.params["jaxpr"])
 
     def rank(var):
@@ -45,8 +50,3 @@ def scan_arity(equation: Any) -> tuple[int, int]:
     carries = [rank(a) == rank(b) for a, b in zip(equation.outvars, body.outvars, strict=True)]
     scanned = [rank(a) != rank(b) for a, b in zip(equation.invars, body.invars, strict=True)]
     return len(scanned) - sum(scanned) - sum(carries), sum(carries)
-
-
-def open_jaxpr(jaxpr: Any) -> Any:
-    """Return the open jaxpr of a closed one, or the jaxpr itself."""
-    return jaxpr.jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jaxpr

@@ -1,31 +1,102 @@
-"""Small tools for reading traced functions through jax's public API."""
+"""Small tools for reading and evaluating traced functions through jax's public API.
 
-from collections.abc import Callable, Sequence
+In: a jaxpr, jax's record of a function as a list of equations. Out: facts about it, parts of it as
+functions, or its value with some equations evaluated in another way (``replay``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core as jex_core
 
+# Evaluates one equation in a way of its own: the values of its inputs in, those of its outputs out.
+Replacement = Callable[[list[Any]], Sequence[Any]]
+
 
 def is_literal(var: Any) -> bool:
-    """Whether an equation's input is a constant written into it."""
+    """Return whether an equation's input is a constant written into it."""
     return isinstance(var, jex_core.Literal)
 
 
 def variables(equation: Any) -> list[Any]:
     """Return the distinct variables that an equation reads, in order."""
+    # A dict, unlike a set, keeps the order. Variables compare by identity.
     return list(dict.fromkeys(var for var in equation.invars if not is_literal(var)))
 
 
+def open_jaxpr(jaxpr: Any) -> Any:
+    """Return the open jaxpr of a closed one, or the jaxpr itself."""
+    return jaxpr.jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jaxpr
+
+
+def closed_jaxpr(jaxpr: Any) -> Any:
+    """Return a closed jaxpr as it is, and close an open one that has no constants."""
+    # Primitives differ: ``jit`` and ``scan`` hold closed jaxprs, remat and ``shard_map`` open ones.
+    return jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(jaxpr, ())
+
+
 def extract(
-    jaxpr: Any, equations: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]
+    jaxpr: Any, equations: Sequence[Any], *, inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> Callable[..., list[Any]]:
     """Return some equations of a jaxpr as a function of ``inputs`` that returns ``outputs``."""
-    effects = frozenset().union(*(equation.effects for equation in equations))
+    # ``replace`` on the jaxpr at hand, because the constructor's signature differs between
+    # releases of jax, and binding equations one by one needs interfaces that are private.
     part = jaxpr.replace(
         constvars=[],
         invars=list(inputs),
         outvars=list(outputs),
         eqns=list(equations),
-        effects=effects,
+        effects=frozenset().union(*(equation.effects for equation in equations)),
     )
     return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(part, ()))
+
+
+def replay(closed: Any, args: Sequence[Any], replacements: Mapping[int, Replacement]) -> list[Any]:
+    """Evaluate a jaxpr, with some of its equations evaluated in another way.
+
+    Args:
+      closed: the ``ClosedJaxpr``.
+      args: its flat inputs.
+      replacements: by equation index, what to do in place of the equation.
+
+    Returns:
+      The flat outputs.
+    """
+    jaxpr = closed.jaxpr
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+    last_reads = _last_reads(jaxpr)
+
+    def read(var: Any) -> Any:
+        return var.val if is_literal(var) else values[var]
+
+    def run_stretch(start: int, end: int) -> None:
+        """Evaluate the equations between two indices, and store what is read after them."""
+        equations = jaxpr.eqns[start:end]
+        if not equations:
+            return
+        made = dict.fromkeys(var for equation in equations for var in equation.outvars)
+        read_here = dict.fromkeys(var for equation in equations for var in variables(equation))
+        inputs = [var for var in read_here if var not in made]
+        # Only what is read later leaves the stretch. To return everything would keep it alive.
+        outputs = [var for var in made if last_reads.get(var, -1) >= end]
+        run = extract(jaxpr, equations, inputs=inputs, outputs=outputs)
+        values.update(zip(outputs, run(*map(read, inputs)), strict=True))
+
+    start = 0
+    # Stretches without a replacement run as one closed jaxpr each: fewer and larger calls, and the
+    # equations in them stay exactly as jax traced them.
+    for index in sorted(replacements):
+        run_stretch(start, index)
+        equation = jaxpr.eqns[index]
+        results = replacements[index]([read(var) for var in equation.invars])
+        values.update(zip(equation.outvars, results, strict=True))
+        start = index + 1
+    run_stretch(start, len(jaxpr.eqns))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _last_reads(jaxpr: Any) -> dict[Any, int]:
+    """Return the index of the last equation that reads each variable; for outputs, the end."""
+    last = {var: i for i, equation in enumerate(jaxpr.eqns) for var in variables(equation)}
+    return last | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not is_literal(var)}

@@ -1,15 +1,102 @@
-"""What was found in a traced loss: its layers, and which equations to tap, jaxpr by jaxpr."""
+"""What was found in a traced loss: its layers, and which equations to tap, jaxpr by jaxpr.
+
+A ``Plan`` has the shape of the traced loss: equations that hold jaxprs have plans of their own for
+these (``Nested``). The finder (``layers``) writes it, and ``tapping`` follows it. ``Layers`` is the
+plan with what it covers, leaf by leaf.
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from optalr.signals.moments import LeafView
-from optalr.signals.tracing.compat import open_jaxpr
-from optalr.signals.tracing.sites import Site
+from optalr.signals.tracing.sites.site import Site
 
-# Equations that evaluate a jaxpr once, as it stands.
-CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+
+@dataclasses.dataclass
+class Plan:
+    """What to tap in one jaxpr.
+
+    Attributes:
+      taps: sites by equation index; several if the equation's kernel joins several leaves.
+      nested: by equation index, equations that hold jaxprs with something to tap.
+    """
+
+    taps: dict[int, tuple[Site, ...]] = dataclasses.field(default_factory=dict)
+    nested: dict[int, "Nested"] = dataclasses.field(default_factory=dict)
+
+    def all_sites(self) -> Iterator[Site]:
+        """Iterate over the sites of this jaxpr and of those inside it."""
+        for sites in self.taps.values():
+            yield from sites
+        for nested in self.nested.values():
+            for inner in nested.plans:
+                yield from inner.all_sites()
+
+    def sites_run_once(self) -> Iterator[Site]:
+        """Iterate over the sites outside loops, branches and remat."""
+        for sites in self.taps.values():
+            yield from sites
+        # A remat's inside runs twice, a branch perhaps not at all, a shard_map's on every device.
+        for nested in self.nested.values():
+            if isinstance(nested, Call):
+                yield from nested.plans[0].sites_run_once()
+
+    def keep(self, accepted: set[Site]) -> None:
+        """Drop the sites that are not accepted."""
+        # Emptied inner plans stay: their equations are rebuilt to the same effect.
+        kept = {i: tuple(s for s in sites if s in accepted) for i, sites in self.taps.items()}
+        self.taps = {index: sites for index, sites in kept.items() if sites}
+        for nested in self.nested.values():
+            for inner in nested.plans:
+                inner.keep(accepted)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tap."""
+        return not self.taps and not self.nested
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """An equation that holds jaxprs, and a plan for each of them.
+
+    Each subclass is one way in which an equation runs its jaxprs, and so one way to rebuild it.
+
+    Attributes:
+      equation: the equation.
+      plans: the plans, in the order of the jaxprs.
+    """
+
+    equation: Any
+    plans: Sequence[Plan]
+
+
+class Call(Nested):
+    """An inner ``jit``: the jaxpr runs once, as it stands."""
+
+
+class Remat(Nested):
+    """A ``jax.checkpoint``: the jaxpr runs again in the backward pass."""
+
+
+class Branches(Nested):
+    """A ``cond`` or ``switch``: one of the jaxprs runs."""
+
+
+class ShardMap(Nested):
+    """A ``shard_map``: the jaxpr runs on each device's part of the data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan(Nested):
+    """A ``scan``, or a ``fori_loop`` with static bounds: the jaxpr runs once a step.
+
+    Attributes:
+      sliced: the leaves of which the scan takes one slice a step.
+    """
+
+    sliced: frozenset[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,38 +118,15 @@ class Derivative:
     closed: Any
 
 
-@dataclasses.dataclass
-class Plan:
-    """What to tap in one jaxpr.
+@dataclasses.dataclass(frozen=True)
+class CustomJvp(Nested):
+    """A ``custom_jvp`` call: what is tapped is its derivative, not its value.
 
     Attributes:
-      taps: sites by equation index; several if the equation's kernel joins several leaves.
-      nested: plans of the jaxprs inside an equation, by equation index.
-      sliced: for a scan, by equation index, the leaves of which it takes one slice a step.
-      derivatives: for a custom_jvp, by equation index, its derivative; the nested plan is for it.
+      derivative: the derivative, which the plan is for.
     """
 
-    taps: dict[int, tuple[Site, ...]] = dataclasses.field(default_factory=dict)
-    nested: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
-    sliced: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
-    derivatives: dict[int, Derivative] = dataclasses.field(default_factory=dict)
-
-    def all_sites(self) -> Iterator[Site]:
-        """Iterate over the sites of this jaxpr and of those inside it."""
-        for sites in self.taps.values():
-            yield from sites
-        for plans in self.nested.values():
-            for inner in plans:
-                yield from inner.all_sites()
-
-    def sites_run_once(self, jaxpr: Any) -> Iterator[Site]:
-        """Iterate over the sites of ``jaxpr``, this plan's, outside loops, branches and remat."""
-        for sites in self.taps.values():
-            yield from sites
-        for index, plans in self.nested.items():
-            equation = jaxpr.eqns[index]
-            if equation.primitive.name in CALLS:
-                yield from plans[0].sites_run_once(open_jaxpr(equation.params["jaxpr"]))
+    derivative: Derivative
 
 
 @dataclasses.dataclass
@@ -80,6 +144,7 @@ class Layers:
 
     plan: Plan
     sites: list[Site]
+    # Keyed by leaf index, as everything in tracing is: key paths are looked up for printing only.
     views: dict[int, LeafView]
     biases: dict[int, int]
     notes: dict[int, list[str]]

@@ -1,9 +1,16 @@
-"""Following a parameter through reshapes, transposes and casts.
+"""Following one array through transposes, reshapes, broadcasts and slices.
 
 A layer's kernel rarely reaches its product untouched: it is cast, transposed, reshaped. A ``View``
 says, for each dimension of an intermediate array, which pieces (*atoms*) of which leaf axes it
 holds, so that a product found downstream can be traced back to axes of the leaf. The same algebra
 follows a layer's output to the place where its bias is added.
+
+In: a view and what an equation does to it. Out: the view of the result, or None where the result
+is no rearrangement that atoms can describe.
+
+An example. A leaf of shape ``(6, 4)`` begins as ``((axis 0), (axis 1))``. Reshaped to
+``(2, 3, 4)`` it is ``((axis 0, stride 3, size 2), (axis 0, stride 1, size 3), (axis 1))``, and
+transposing swaps these three entries.
 """
 
 import dataclasses
@@ -69,15 +76,23 @@ class View:
         shape = tuple(math.prod(atom.size for atom in dim) for dim in dims)
         return dataclasses.replace(self, shape=shape, dims=dims)
 
+    def is_whole_axis(self, dimension: int) -> bool:
+        """Return whether a dimension is one axis of the leaf, which stands nowhere else."""
+        atoms = self.dims[dimension]
+        # A stride above 1 is the major part of a split axis: its minor part stands elsewhere.
+        if len(atoms) != 1 or atoms[0].axis < 0 or atoms[0].stride != 1:
+            return False
+        return sum(atom.axis == atoms[0].axis for dim in self.dims for atom in dim) == 1
 
-def whole(source: Any, shape: tuple[int, ...]) -> View:
-    """Return the identity view of a source of this ``shape``."""
+
+def identity_view(source: Any, shape: tuple[int, ...]) -> View:
+    """Return the view of a source of this ``shape`` that nothing has rearranged yet."""
     dims = tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape))
     return View(source, tuple(shape), dims)
 
 
-def transpose(view: View, permutation: Sequence[int]) -> View:
-    """Permute dimensions."""
+def permute(view: View, permutation: Sequence[int]) -> View:
+    """Put the dimensions into another order."""
     return view.with_dims([view.dims[axis] for axis in permutation])
 
 
@@ -94,6 +109,8 @@ def broadcast(view: View, shape: Sequence[int], dimensions: Sequence[int]) -> Vi
         if source is not None and view.shape[source] == size:
             dims.append(view.dims[source])
         else:
+            # A new dimension gets an axis of its own, -1, -2, ..., which is none of the leaf's:
+            # a product that reaches across it is recognized as broadcast.
             dims.append((Atom(-1 - axis, 1, size),) if size > 1 else ())
     return dataclasses.replace(view, shape=tuple(shape), dims=tuple(dims))
 
@@ -106,6 +123,7 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
     shape = tuple(shape)
     if shape == view.shape:
         return view
+    # Row-major order: the atoms, major first, spell out the array whatever its dimensions are.
     pending = [atom for dim in view.dims for atom in dim if atom.size > 1]
     dims: list[tuple[Atom, ...]] = []
     for size in shape:
@@ -129,191 +147,42 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
     return dataclasses.replace(view, shape=shape, dims=tuple(dims))
 
 
-@dataclasses.dataclass(frozen=True)
-class Joined:
-    """Several views of one kind (all parameters, or all layers' outputs), concatenated.
-
-    Attributes:
-      parts: the views, in order; they agree in every dimension but ``axis``.
-      axis: the dimension along which they follow one another.
-    """
-
-    parts: tuple[View, ...]
-    axis: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole."""
-        shape = list(self.parts[0].shape)
-        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
-        return tuple(shape)
-
-    @property
-    def is_parameter(self) -> bool:
-        """Whether the parts are parameter leaves rather than layers' outputs."""
-        return self.parts[0].is_parameter
-
-    def starts(self) -> tuple[int, ...]:
-        """Return where each part begins along ``axis``."""
-        sizes = [part.shape[self.axis] for part in self.parts]
-        return tuple(sum(sizes[:i]) for i in range(len(sizes)))
-
-
-def parts_of(view: "View | Joined | None") -> tuple[View, ...]:
-    """Return the plain views in ``view``."""
-    if view is None:
-        return ()
-    return view.parts if isinstance(view, Joined) else (view,)
-
-
-def join(seen: Sequence["View | Joined | None"], axis: int) -> Joined | None:
-    """Concatenate views of parameters; None if something else is among them."""
-    parts = tuple(view for view in seen if isinstance(view, View) and view.is_parameter)
-    return Joined(parts, axis) if len(parts) == len(seen) else None
-
-
-def cut_parts(name: str, params: dict[str, Any], view: View | Joined | None) -> list[View | None]:
-    """Follow a parameter through a ``slice`` or ``split``: what each output holds of it.
-
-    Only whole axes of a leaf can be cut, once and without gaps; None for other parts.
-    """
-    if not isinstance(view, View) or not view.is_parameter:
-        return [None]
-    if name == "split":
-        sizes, axis = params["sizes"], params["axis"]
-        return [_cut(view, axis, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
-    starts, limits = params["start_indices"], params["limit_indices"]
-    strided = any(stride != 1 for stride in params["strides"] or ())
-    narrowed = [a for a, size in enumerate(view.shape) if (starts[a], limits[a]) != (0, size)]
-    if strided or len(narrowed) > 1:
-        return [None]
-    if not narrowed:
-        return [view]
-    (axis,) = narrowed
-    return [_cut(view, axis, starts[axis], limits[axis] - starts[axis])]
-
-
-def _cut(view: View, dimension: int, start: int, size: int) -> View | None:
-    atoms = view.dims[dimension]
-    if view.cut is not None or len(atoms) != 1 or atoms[0].axis < 0 or atoms[0].stride != 1:
+def cut_out(view: View, part: Cut) -> View | None:
+    """Return the part of a view along dimension ``part.axis``, or None if it cannot be named."""
+    # A second cut of a cut would need two starts, and part of an axis has no single start.
+    if view.cut is not None or not view.is_whole_axis(part.axis):
         return None
-    axis = atoms[0].axis
-    if sum(atom.axis == axis for dim in view.dims for atom in dim) != 1:
-        return None
+    axis = view.dims[part.axis][0].axis
     dims = list(view.dims)
-    dims[dimension] = (Atom(axis, 1, size),)
-    return dataclasses.replace(view.with_dims(dims), cut=Cut(axis, start, size))
+    dims[part.axis] = (Atom(axis, 1, part.size),)
+    return dataclasses.replace(view.with_dims(dims), cut=Cut(axis, part.start, part.size))
 
 
-REARRANGEMENTS = frozenset({"transpose", "squeeze", "reshape", "broadcast_in_dim"})
+def split_parts(view: View, sizes: Sequence[int], axis: int) -> list[View | None]:
+    """Return the parts of a view that was split into pieces of these ``sizes``."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [cut_out(view, Cut(axis, start, n)) for start, n in zip(starts, sizes, strict=True)]
 
 
-def rearrange(name: str, params: dict[str, Any], view: View | Joined) -> View | Joined | None:
-    """Follow a view through one of ``REARRANGEMENTS``; None where it cannot be followed."""
-    if isinstance(view, Joined):
-        return _rearrange_joined(name, params, view)
-    if name == "transpose":
-        return transpose(view, params["permutation"])
-    if name == "squeeze":
-        return squeeze(view, params["dimensions"])
-    if name == "reshape":
-        if params["dimensions"] is not None:
-            view = transpose(view, params["dimensions"])
-        return reshape(view, params["new_sizes"])
-    return broadcast(view, params["shape"], tuple(params["broadcast_dimensions"]))
-
-
-def _rearrange_joined(name: str, params: dict[str, Any], joined: Joined) -> Joined | None:
-    """Rearrange each part; the joint must stay one whole dimension."""
-    if params.get("dimensions") is not None and name == "reshape":
+def slice_part(view: View, starts: Sequence[int], limits: Sequence[int]) -> View | None:
+    """Return the part of a view between ``starts`` and ``limits``; None if several axes are cut."""
+    narrowed = [a for a, size in enumerate(view.shape) if (starts[a], limits[a]) != (0, size)]
+    if not narrowed:
+        return view
+    if len(narrowed) > 1:
         return None
-    old, sizes = joined.axis, joined.shape
-    field = "shape" if name == "broadcast_in_dim" else "new_sizes"
-    if name == "transpose":
-        new = list(params["permutation"]).index(old)
-    elif name == "squeeze":
-        new = old - sum(axis < old for axis in params["dimensions"])
-    elif name == "broadcast_in_dim":
-        new = params["broadcast_dimensions"][old]
-    else:
-        before = math.prod(sizes[:old])
-        fits = [
-            axis
-            for axis, size in enumerate(params["new_sizes"])
-            if size == sizes[old] and math.prod(params["new_sizes"][:axis]) == before
-        ]
-        if not fits:
-            return None
-        new = fits[0]
-    parts = []
-    for part in joined.parts:
-        changed = dict(params)
-        if field in params:
-            shape = list(params[field])
-            shape[new] = part.shape[old]
-            changed[field] = tuple(shape)
-        parts.append(rearrange(name, changed, part))
-    if any(part is None for part in parts):
-        return None
-    return Joined(tuple(parts), new)
+    (axis,) = narrowed
+    return cut_out(view, Cut(axis, starts[axis], limits[axis] - starts[axis]))
 
 
-def slice_leading(view: View) -> View | None:
+def scan_slice(view: View) -> View | None:
     """Return what one step of a scan sees of a scanned view: the view without its first axis."""
-    if len(view.dims[0]) != 1 or view.dims[0][0].axis < 0:
+    if not view.is_whole_axis(0):
         return None
-    axis, stride, _ = view.dims[0][0]
-    if stride != 1 or sum(a.axis == axis for dim in view.dims for a in dim) != 1:
-        return None
+    axis = view.dims[0][0].axis
+    # Steps of a scan over part of a stack would be numbered from the wrong layer.
     if view.cut is not None and view.cut.axis == axis:
         return None
     return dataclasses.replace(
         view, shape=view.shape[1:], dims=view.dims[1:], scanned=(*view.scanned, axis)
     )
-
-
-def leaf_order(atoms: Sequence[Atom]) -> list[int]:
-    """Return the permutation that puts ``atoms`` into the leaf's own (row-major) order."""
-    return sorted(range(len(atoms)), key=lambda i: (atoms[i].axis, -atoms[i].stride))
-
-
-def axes_of(atoms: Sequence[Atom]) -> tuple[int, ...]:
-    """Return the leaf axes that ``atoms`` touch, ascending."""
-    return tuple(sorted({atom.axis for atom in atoms}))
-
-
-class Sides(NamedTuple):
-    """Which leaf axes lie on which side of a product."""
-
-    stack: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-def split_sides(
-    rank: int,
-    scanned: tuple[int, ...],
-    stack: Sequence[Atom],
-    inputs: Sequence[Atom],
-    outputs: Sequence[Atom],
-) -> Sides | str:
-    """Sort the leaf's axes by the side of the product they stand on.
-
-    Axes of size 1 that a reshape dropped join the input's side, or an output's side left empty.
-
-    Returns:
-      The sides, or a sentence that says why the leaf cannot be seen as a matrix here.
-    """
-    groups = [axes_of(stack), axes_of(inputs), axes_of(outputs)]
-    if any(axis < 0 for group in groups for axis in group):
-        return "broadcast before its product"
-    flat = [axis for group in groups for axis in group]
-    if len(flat) != len(set(flat)):
-        return "an axis is split between the input and the output of its product"
-    dropped = [axis for axis in range(rank) if axis not in flat and axis not in scanned]
-    if dropped and not groups[2]:
-        groups[2] = (dropped.pop(),)
-    groups[1] = tuple(sorted((*groups[1], *dropped)))
-    if not groups[1] or not groups[2]:
-        return "a vector or scalar, not a matrix"
-    return Sides((*scanned, *groups[0]), groups[1], groups[2])

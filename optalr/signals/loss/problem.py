@@ -1,0 +1,176 @@
+"""A loss and the arguments of one call.
+
+In: the loss, the parameters and the further arguments. Out: the callables that ``extras`` holds,
+the loss as a function of parameters and the curvature products, all of them ``Partial``s.
+
+Arguments are split (``bind``) into a ``Bound``, which is static, and arrays, which are not. Both
+together make a ``Partial`` that a compiled program takes as an argument. A plain closure over the
+arrays would be a new constant, and so a new compilation, at every step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from optalr.signals.curvature.products import gauss_newton_product, hessian_product
+from optalr.signals.loss.composite import CompositeLoss
+from optalr.signals.tracing.compat import varying_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A function with its arguments split into arrays, given later, and the rest, kept here.
+
+    Equal bindings compare equal, so a ``Partial`` of one crosses ``jit`` without a retrace.
+
+    Attributes:
+      function: the function.
+      treedef: the structure of the arguments.
+      kept: the leaves of the arguments, with a mark in place of each array.
+    """
+
+    function: Callable[..., Any]
+    treedef: Any
+    kept: tuple[Any, ...]
+
+    def args(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """Put the arrays back among the arguments that were kept."""
+        remaining = iter(arrays)
+        leaves = [next(remaining) if kept is _ARRAY else kept for kept in self.kept]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def __call__(self, arrays: Sequence[Any], *first: Any) -> Any:
+        """Return the function's value on ``first`` and its bound arguments."""
+        return self.function(*first, *self.args(arrays))
+
+
+def bind(function: Callable[..., Any], args: Any) -> tuple[Bound, tuple[Any, ...]]:
+    """Return a function with its arguments bound, and the arrays that it is then called on."""
+    leaves, treedef = jax.tree.flatten(args)
+    kept = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
+    return Bound(function, treedef, kept), tuple(leaf for leaf in leaves if _is_array(leaf))
+
+
+def _is_array(leaf: Any) -> bool:
+    """Return whether an argument is an array, or the shape of one."""
+    # Python numbers are no arrays here: a loss may branch on a bool that it is given.
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+class _Array:
+    """Marks the place of an array among the kept arguments."""
+
+    def __repr__(self) -> str:
+        return "<array>"
+
+
+_ARRAY = _Array()
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A loss and the arguments of one call.
+
+    Attributes:
+      loss_fn: the loss, as it was given.
+      has_aux: whether it returns ``(loss, aux)``; None for whatever it returns.
+      bound: the loss with its arguments, but for the arrays among them.
+      arrays: these arrays.
+    """
+
+    loss_fn: Callable[..., Any]
+    has_aux: bool | None
+    bound: Bound
+    arrays: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, loss_fn: Callable[..., Any], params: Any, args: Any, *, has_aux: bool | None
+    ) -> "Problem":
+        """Check the parameters and split the arguments."""
+        # Integer leaves would get gradients of dtype float0, which fail far from here.
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            dtype = jnp.result_type(leaf) if _is_numeric(leaf) else type(leaf)
+            if not _is_numeric(leaf) or not jnp.issubdtype(dtype, jnp.floating):
+                name = jax.tree_util.keystr(path) or "params"
+                raise TypeError(
+                    f"params must be a pytree of floating arrays, but {name} is {dtype}. Keep what "
+                    "is not trained (counters, keys, functions) out of params and pass it as a "
+                    "further argument of loss_fn."
+                )
+        return cls(loss_fn, has_aux, *bind(loss_fn, args))
+
+    def value_fn(self, axis_name: str | None) -> Partial:
+        """Return ``params -> loss`` on this call's arguments."""
+        function = _First(self.bound) if self.has_aux else self.bound
+        if axis_name is not None:
+            function = _Averaged(function, axis_name)
+        return Partial(function, self.arrays)
+
+    def products(self, params: Any, value_fn: Partial) -> dict[str, Any]:
+        """Return the curvature products, and the outputs of a composite loss."""
+        found: dict[str, Any] = {"hessian": hessian_product(value_fn, params)}
+        loss = self.loss_fn
+        if not isinstance(loss, CompositeLoss):
+            return found
+        predict = Partial(predictions(loss, self.bound), self.arrays)
+        found["outputs"] = predict(params)
+        # Partials throughout: what they bind crosses a jit as data, and a new batch needs no trace.
+        found["gauss_newton"] = gauss_newton_product(
+            predict,
+            self._with(loss.output_loss),
+            params,
+            output_product=None if loss.output_product is None else self._with(loss.output_product),
+        )
+        return found
+
+    def _with(self, function: Callable[..., Any]) -> Partial:
+        """Return another function bound to this call's arguments."""
+        return Partial(dataclasses.replace(self.bound, function=function), self.arrays)
+
+
+def predictions(loss: CompositeLoss, bound: Bound) -> Callable[..., Any]:
+    """Return ``(arrays, params) -> outputs`` of a composite loss with its arguments bound."""
+    bound = dataclasses.replace(bound, function=loss.predict_fn)
+    return _First(bound) if loss.has_aux else bound
+
+
+def mean_over(loss: Any, axis_name: str) -> Any:
+    """Average a loss over a mesh axis if it differs between the axis's devices."""
+    # A loss that the user has averaged over the axis no longer varies over it, and is left alone.
+    varies = axis_name in varying_axes(jax.typeof(loss))
+    return jax.lax.pmean(loss, axis_name) if varies else loss
+
+
+def _is_numeric(leaf: Any) -> bool:
+    return _is_array(leaf) or isinstance(leaf, float | int | complex)
+
+
+# The two wrappers are dataclasses rather than closures, so that equal ones compare equal and their
+# Partials cross ``jit`` without a retrace.
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """A function that keeps the first of two results."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Averaged:
+    """A loss averaged over a mesh axis if it varies over it."""
+
+    function: Callable[..., Any]
+    axis_name: str
+
+    def __call__(self, *args: Any) -> Any:
+        return mean_over(self.function(*args), self.axis_name)

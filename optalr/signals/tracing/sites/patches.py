@@ -1,0 +1,91 @@
+"""The receptive fields of a convolution, laid out as rows.
+
+In: padded channels-last data and where the window stands (``Geometry``). Out: what the window sees,
+``(N, T, K, C)`` for N examples, T output positions, K kernel positions and C channels.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Geometry(NamedTuple):
+    """Where a convolution's window stands: all per spatial axis.
+
+    Fields:
+      kernel: the window's size.
+      out: the size of the output.
+      strides: how far the window moves from one output position to the next.
+      dilation: how far apart neighbours in the window are.
+    """
+
+    kernel: Sequence[int]
+    out: Sequence[int]
+    strides: Sequence[int]
+    dilation: Sequence[int]
+
+    @property
+    def area(self) -> int:
+        """The number of kernel positions."""
+        return math.prod(self.kernel)
+
+
+def slice_patches(padded: jax.Array, geometry: Geometry) -> jax.Array:
+    """Return every patch, by one strided slice a kernel position."""
+    # With all patches wanted, the entries at one kernel position form a regular grid, and a slice
+    # copies it without an index array.
+    pieces = []
+    for flat in range(geometry.area):
+        offset = _unravel(flat, geometry.kernel)
+        start = [o * d for o, d in zip(offset, geometry.dilation, strict=True)]
+        limit = [
+            s + (out - 1) * stride + 1
+            for s, out, stride in zip(start, geometry.out, geometry.strides, strict=True)
+        ]
+        piece = jax.lax.slice(
+            padded,
+            (0, *start, 0),
+            (padded.shape[0], *limit, padded.shape[-1]),
+            (1, *geometry.strides, 1),
+        )
+        pieces.append(piece.reshape(padded.shape[0], -1, padded.shape[-1]))
+    return jnp.stack(pieces, axis=2)
+
+
+def gather_patches(padded: jax.Array, geometry: Geometry, index: jax.Array) -> jax.Array:
+    """Return the patches at the flat output positions ``index``."""
+    # All spatial axes are one flat axis here. A pitch is the distance, in that axis, between
+    # neighbours along one of them.
+    spatial = padded.shape[1:-1]
+    pitches = [math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))]
+    corner = jnp.zeros_like(index)
+    rest = index
+    for axis in reversed(range(len(spatial))):
+        corner = corner + (rest % geometry.out[axis]) * geometry.strides[axis] * pitches[axis]
+        rest = rest // geometry.out[axis]
+    window = [
+        sum(
+            o * d * p
+            for o, d, p in zip(
+                _unravel(flat, geometry.kernel), geometry.dilation, pitches, strict=True
+            )
+        )
+        for flat in range(geometry.area)
+    ]
+    flat_data = padded.reshape(padded.shape[0], math.prod(spatial), padded.shape[-1])
+    places = corner[:, None] + jnp.array(window, corner.dtype)[None, :]
+    # The default mode fills places out of bounds with NaN, at the price of a comparison an entry.
+    # No place is out of bounds: the padding holds every window.
+    return jnp.take(flat_data, places, axis=1, mode="clip")
+
+
+def _unravel(flat: int, shape: Sequence[int]) -> list[int]:
+    """Return the multi-index of a flat, row-major index."""
+    index = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    return index[::-1]
