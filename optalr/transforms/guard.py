@@ -60,9 +60,12 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
         def run(carry: Any, inputs: Any) -> Any:
             wide, inner_state = carry
+            # optax lets dtypes drift (a float32 rate on bfloat16); a loop's carry may not.
             new_updates, new_state = inner.update(wide, inner_state, inputs[0], **inputs[1])
             return settle_like(new_updates, wide), settle_like(new_state, inner_state)
 
+        # Not run at all, rather than run and thrown away: inside inner a NaN may raise
+        # (jax_debug_nans), and counters or random keys would move on.
         inputs = (at_least_float32(params), extras)
         carry = (at_least_float32(updates), state.inner_state)
         new_updates, inner_state = update_when(usable, run, carry, inputs)

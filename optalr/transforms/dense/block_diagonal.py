@@ -94,17 +94,7 @@ def scale_by_block_diagonal(
     def init_fn(params: Any) -> BlockDiagonalState:
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
             _refuse_large(path, leaf, max_size)
-        return BlockDiagonalState(
-            count=jnp.zeros([], jnp.int32),
-            weight=jnp.zeros([], jnp.float32),
-            root_age=jnp.zeros([], jnp.int32),
-            failures=jnp.zeros([], jnp.int32),
-            damping=jnp.asarray(damping, jnp.float32),
-            update_norm=jnp.zeros([], jnp.float32),
-            moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),
-            root_residual=jnp.zeros([], jnp.float32),
-            roots=jax.tree.map(lambda x: jnp.eye(x.size, dtype=wide_dtype(x)), params),
-        )
+        return _first_state(params, damping)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extras: Any
@@ -127,6 +117,21 @@ def scale_by_block_diagonal(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _first_state(params: Any, damping: Any) -> BlockDiagonalState:
+    """Return the state before the first update."""
+    return BlockDiagonalState(
+        count=jnp.zeros([], jnp.int32),
+        weight=jnp.zeros([], jnp.float32),
+        root_age=jnp.zeros([], jnp.int32),
+        failures=jnp.zeros([], jnp.int32),
+        damping=jnp.asarray(damping, jnp.float32),
+        update_norm=jnp.zeros([], jnp.float32),
+        moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),
+        root_residual=jnp.zeros([], jnp.float32),
+        roots=jax.tree.map(lambda x: jnp.eye(x.size, dtype=wide_dtype(x)), params),
+    )
 
 
 def _memory(state: BlockDiagonalState) -> Memory:

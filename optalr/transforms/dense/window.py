@@ -46,17 +46,8 @@ def scale_by_window(
     """Return ``scale_by_full_matrix`` with a window of ``size`` gradients."""
 
     def init_fn(params: Any) -> WindowedState:
-        leaves = jax.tree.leaves(params)
-        _refuse_large(leaves, size, max_size)
-        return WindowedState(
-            count=jnp.zeros([], jnp.int32),
-            num_gradients=jnp.zeros([], jnp.int32),
-            failures=jnp.zeros([], jnp.int32),
-            damping=jnp.asarray(rule.damping, jnp.float32),
-            update_norm=jnp.zeros([], jnp.float32),
-            gram=jnp.zeros((size, size), working_dtype(leaves)),
-            gradients=jax.tree.map(lambda x: jnp.zeros((size, *x.shape), wide_dtype(x)), params),
-        )
+        _refuse_large(jax.tree.leaves(params), size, max_size)
+        return _first_state(params, size, rule.damping)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extras: Any
@@ -92,6 +83,19 @@ def scale_by_window(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _first_state(params: Any, size: int, damping: Any) -> WindowedState:
+    """Return the state before the first update, an empty window."""
+    return WindowedState(
+        count=jnp.zeros([], jnp.int32),
+        num_gradients=jnp.zeros([], jnp.int32),
+        failures=jnp.zeros([], jnp.int32),
+        damping=jnp.asarray(damping, jnp.float32),
+        update_norm=jnp.zeros([], jnp.float32),
+        gram=jnp.zeros((size, size), working_dtype(jax.tree.leaves(params))),
+        gradients=jax.tree.map(lambda x: jnp.zeros((size, *x.shape), wide_dtype(x)), params),
+    )
 
 
 def _take_in(state: WindowedState, kept: list[jax.Array], grads: list[jax.Array]) -> Window:

@@ -76,23 +76,27 @@ class LevenbergMarquardt(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A step that was solved, and what the state held before it."""
+    """A step that was solved, before it is judged."""
 
     solved: MinresResult
     gradient: Any  # what was solved against, a pytree in float32 or wider
     direction: Any  # the step without its length, of the same structure
     descends: jax.Array  # () bool, whether the solve ended in a direction of descent
     damping: jax.Array  # () float32, λ of the solve
-    next_damping: jax.Array  # () float32, λ that the rule had set for it
-    reduction_ratio: jax.Array  # () float32, the ratio of the step before
+
+
+class Outlook(NamedTuple):
+    """What the state remembers of the last judgement."""
+
+    next_damping: jax.Array  # () float32, λ of the next solve
+    reduction_ratio: jax.Array  # () float32, actual over predicted decrease, or 0 if meaningless
 
 
 class Verdict(NamedTuple):
     """What the damping makes of a step."""
 
     direction: Any  # the direction, or zeros where the step is refused
-    next_damping: jax.Array  # () float32, λ of the next solve
-    reduction_ratio: jax.Array  # () float32, actual over predicted decrease, or 0 if meaningless
+    outlook: Outlook
     rejected: jax.Array  # () bool, whether the step is refused
 
 
@@ -119,11 +123,10 @@ class PowerOfNorm:
         factor = jnp.asarray(value_at(self.factor, count))
         return (factor * norm ** jnp.asarray(self.power, norm.dtype)).astype(jnp.float32)
 
-    def judge(self, trial: Trial, extras: dict[str, Any]) -> Verdict:
+    def judge(self, trial: Trial, last: Outlook, extras: dict[str, Any]) -> Verdict:
         """Return the verdict that changes nothing."""
         del extras
-        no = jnp.zeros((), bool)
-        return Verdict(trial.direction, trial.next_damping, trial.reduction_ratio, no)
+        return Verdict(trial.direction, last, jnp.zeros((), bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +150,7 @@ class JudgedDamping:
         del count, norm
         return next_damping
 
-    def judge(self, trial: Trial, extras: dict[str, Any]) -> Verdict:
+    def judge(self, trial: Trial, last: Outlook, extras: dict[str, Any]) -> Verdict:
         """Compare the loss after the step with the quadratic model."""
         rule, still = self.rule, dot(trial.gradient, trial.direction) == 0
         actual, predicted = self._decreases(trial, extras)
@@ -161,12 +164,11 @@ class JudgedDamping:
         refused = ~(actual > 0) if rule.reject else jnp.asarray(False)
         zeros = jax.tree.map(jnp.zeros_like, trial.direction)
         # A zero gradient says nothing about the model.
-        return Verdict(
-            direction=where(refused, zeros, trial.direction),
+        outlook = Outlook(
             next_damping=jnp.where(still, trial.damping, following).astype(jnp.float32),
-            reduction_ratio=jnp.where(still, trial.reduction_ratio, ratio),
-            rejected=refused & ~still,
+            reduction_ratio=jnp.where(still, last.reduction_ratio, ratio),
         )
+        return Verdict(where(refused, zeros, trial.direction), outlook, refused & ~still)
 
     def _decreases(self, trial: Trial, extras: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         """Return the actual decrease of the loss along the step, and the predicted one."""

@@ -8,7 +8,6 @@ the curvature along the gradient, a large ``k`` is a Gauss-Newton or Newton step
 "Exponentially decaying flows for optimization in deep learning", eq. 20-24 and appendix A.
 """
 
-import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,22 +18,23 @@ import optax
 
 from optalr.arguments import (
     check_choice,
-    check_count,
     check_interval,
     require_extra,
 )
 from optalr.arrays import wide_dtype
-from optalr.linalg.minres.solver import MinresResult, minres, minres_step
-from optalr.linalg.minres.vectors import divide, dot, largest, where
+from optalr.linalg.minres.solver import MinresResult
+from optalr.linalg.minres.vectors import divide, dot, largest
 from optalr.states import count_up
 from optalr.transforms.krylov_flow.damping import (
     Damping,
     LevenbergMarquardt,
+    Outlook,
     Trial,
     Verdict,
     refuse_schedule,
     resolve_damping,
 )
+from optalr.transforms.krylov_flow.minres_steps import ENDINGS, KrylovSolver, checked_steps
 from optalr.transforms.shared.subtrees import restrict
 
 _NAME = "scale_by_krylov_flow"
@@ -145,19 +145,12 @@ def scale_by_krylov_flow(
       vector. The paper leaves negative curvature (type H) unguarded: ``"keep"``.
     """
     check_choice("curvature", curvature, tuple(_REMEDIES))
-    check_choice("negative_curvature", negative_curvature, tuple(_ENDINGS))
-    num_steps = _checked_steps(num_steps)
+    check_choice("negative_curvature", negative_curvature, tuple(ENDINGS))
+    num_steps = checked_steps(num_steps)
     refuse_schedule("tol", tol)
     check_interval("tol", tol, 0.0, 1.0, open_high=True)
     rule = resolve_damping(damping)
-    end = _ENDINGS[negative_curvature]
-
-    def solve(matvec: Any, gradient: Any, *, shift: jax.Array, extras: Any) -> MinresResult:
-        if num_steps == 1 and preconditioner is None:
-            return minres_step(matvec, gradient, damping=shift)
-        inverse = None if preconditioner is None else preconditioner(extras, shift)
-        options: dict[str, Any] = {"damping": shift, "tol": tol, "preconditioner": inverse}
-        return minres(matvec, gradient, num_steps=num_steps, **options)
+    solver = KrylovSolver(num_steps, tol, preconditioner, end=ENDINGS[negative_curvature])
 
     def init_fn(params: Any) -> KrylovFlowState:
         del params
@@ -165,9 +158,7 @@ def scale_by_krylov_flow(
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params
-        product = require_extra(extras, curvature, _NAME, _REMEDIES[curvature])
-        for name in rule.needs:
-            require_extra(extras, name, f"{_NAME} with LevenbergMarquardt")
+        product = _required(extras, curvature, rule)
         # Parameters may be Python numbers, which have no dtype.
         updates, point = jax.tree.map(jnp.asarray, (updates, extras.get("point")))
         extras["point"] = point
@@ -181,18 +172,10 @@ def scale_by_krylov_flow(
 
         # Refresh the direction, and judge it.
         matvec = restrict(product, updates, point)
-        solved = solve(matvec, gradient, shift=shift, extras=extras)
-        direction, descends = end(solved, gradient)
-        trial = Trial(
-            solved,
-            gradient,
-            direction,
-            descends,
-            damping=shift,
-            next_damping=state.next_damping,
-            reduction_ratio=state.reduction_ratio,
-        )
-        verdict = rule.judge(trial, extras)
+        solved = solver.solve(matvec, gradient, shift=shift, extras=extras)
+        trial = Trial(solved, gradient, *solver.end(solved, gradient), shift)
+        last = Outlook(state.next_damping, state.reduction_ratio)
+        verdict = rule.judge(trial, last, extras)
 
         # Apply it.
         state = _after(state, solved, verdict, damping=shift, failed=~jnp.isfinite(wanted))
@@ -201,37 +184,12 @@ def scale_by_krylov_flow(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _descend(solved: MinresResult, gradient: Any) -> tuple[Any, jax.Array]:
-    """Return the last iterate where it descends, else the one that is trusted to."""
-    descends = dot(gradient, solved.solution) > 0
-    return where(descends, solved.solution, solved.trusted), descends
-
-
-def _keep(solved: MinresResult, gradient: Any) -> tuple[Any, jax.Array]:
-    """Return the last iterate, and that it is to be taken for a direction of descent."""
-    del gradient
-    return solved.solution, jnp.asarray(True)
-
-
-# How a solve ends that met negative curvature.
-_ENDINGS: Mapping[str, Callable[[MinresResult, Any], tuple[Any, jax.Array]]] = MappingProxyType(
-    {"descend": _descend, "keep": _keep}
-)
-
-
-def _checked_steps(num_steps: Any) -> int:
-    """Return ``num_steps`` as a Python int."""
-    try:
-        whole = None if isinstance(num_steps, bool) else operator.index(num_steps)
-    except TypeError:  # a tracer's error is one, too
-        whole = None
-    if whole is None:
-        raise TypeError(
-            f"num_steps must be an integer, got {num_steps!r}: the steps are unrolled. Under "
-            "optax.inject_hyperparams pass static_args=('num_steps',)."
-        )
-    check_count("num_steps", whole)
-    return whole
+def _required(extras: dict[str, Any], curvature: str, rule: Damping) -> Callable[[Any], Any]:
+    """Return the product with the curvature matrix; raise where an extra is missing."""
+    product = require_extra(extras, curvature, _NAME, _REMEDIES[curvature])
+    for name in rule.needs:
+        require_extra(extras, name, f"{_NAME} with LevenbergMarquardt")
+    return product
 
 
 def _first_state(rule: Damping, *, wants_signals: bool) -> KrylovFlowState:
@@ -275,9 +233,9 @@ def _after(
     return state._replace(
         count=count_up(state.count),
         damping=damping,
-        next_damping=verdict.next_damping,
+        next_damping=verdict.outlook.next_damping,
         krylov_residual=jnp.where(jnp.isfinite(relative), relative, state.krylov_residual),
-        reduction_ratio=verdict.reduction_ratio,
+        reduction_ratio=verdict.outlook.reduction_ratio,
         negative_curvature=state.negative_curvature + met_negative,
         rejections=state.rejections + verdict.rejected.astype(jnp.int32),
         failures=state.failures + (solved.failed | failed).astype(jnp.int32),

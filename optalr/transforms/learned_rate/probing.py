@@ -75,14 +75,14 @@ class Probe:
     Attributes:
       derivatives: how f' and f'' are taken.
       name: the extra that holds the loss.
-      order: 1 where only f' is needed, else 2.
+      order: 1 where only f' is needed; 2, or traced, where f'' is, too.
       every: updates between probes.
       compares: whether f(0) and gᵀu are wanted, too, where the extra ``grad`` is there.
     """
 
     derivatives: ExactDerivatives | FiniteDifferences
     name: str
-    order: int
+    order: Any
     every: Any
     compares: bool
 
@@ -133,11 +133,14 @@ class Probe:
 
     def _differentiate(self, ray: Callable[[jax.Array], jax.Array], eta: jax.Array) -> Any:
         """Return f, f' and f'', or say what to do where a loss has no forward derivative."""
+        # A traced order may turn out to be 2.
+        order = int(self.order) if is_concrete(self.order) else 2
         try:
-            return self.derivatives.measure(ray, eta, self.order)
+            return self.derivatives.measure(ray, eta, order)
         except (TypeError, NotImplementedError) as error:
             if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
                 raise
+            # jax names neither the loss nor a way out.
             raise TypeError(
                 "the loss has no forward derivative, because of a jax.custom_vjp in it. Pass "
                 "derivatives=optalr.FiniteDifferences(step=1e-2) to scale_by_learned_rate."

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_count, check_interval, is_concrete
+from optalr.arguments import check_count, check_interval
 from optalr.arrays import all_finite
 from optalr.states import count_up
 from optalr.transforms.learned_rate.probing import (
@@ -153,18 +153,14 @@ def scale_by_learned_rate(
         reader = GradientComparison()
         lag = False  # the gradient comes a step late: the rate that it moves is applied at once
     else:
-        # A traced order may turn out to be 2, so both derivatives are taken.
-        known_order = int(order) if is_concrete(order) else 2
         compares = safeguards.runaway is not None
-        reader = Probe(derivatives, probe, order=known_order, every=every, compares=compares)
+        reader = Probe(derivatives, probe, order=order, every=every, compares=compares)
     rule = RateRule(order, meta_rate, rate_momentum, lag, safeguards)
 
     def init_fn(params: Any) -> LearnedRateState:
         return _first_state(initial_rate, reader.init_direction(params))
 
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extras: Any
-    ) -> tuple[Any, LearnedRateState]:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         # Measure the loss along the ray, where it is due.
         inputs = UpdateInputs(updates, state.direction, params, extras)
         due = state.count % jnp.asarray(every, jnp.int32) == 0
@@ -175,11 +171,7 @@ def scale_by_learned_rate(
         outcome = rule.decide(reading, memory).unless(~due, keep_rate(memory))
         if safeguards.nonfinite is not None:
             outcome = outcome.unless(~all_finite(updates), refuse_step(memory))
-        if (limit := safeguards.max_step) is not None:
-            watch = watch_loss(state.watch, extras.get("value"), safeguards.max_rise)
-            applied, cut = bound_step(outcome.applied, updates, max_step=limit, watch=watch)
-            outcome = outcome._replace(applied=applied)
-            state = state._replace(watch=watch, bounded_steps=state.bounded_steps + cut)
+        outcome, state = _bound(outcome, state, inputs, safeguards=safeguards)
 
         # Apply it.
         state = _advance(state, outcome, reading, due=due, every=every)
@@ -187,6 +179,20 @@ def scale_by_learned_rate(
         return follow_unless_zero(updates, outcome.applied), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _bound(
+    outcome: Outcome, state: LearnedRateState, inputs: UpdateInputs, *, safeguards: RateSafeguards
+) -> tuple[Outcome, LearnedRateState]:
+    """Shorten a step that is longer than ``max_step``; what is learned of the rate stays."""
+    if safeguards.max_step is None:
+        return outcome, state
+    watch = watch_loss(state.watch, inputs.extras.get("value"), safeguards.max_rise)
+    applied, cut = bound_step(
+        outcome.applied, inputs.updates, max_step=safeguards.max_step, watch=watch
+    )
+    state = state._replace(watch=watch, bounded_steps=state.bounded_steps + cut)
+    return outcome._replace(applied=applied), state
 
 
 def _first_state(initial_rate: Any, direction: Any) -> LearnedRateState:

@@ -106,5 +106,6 @@ def rate_for(averages: tuple[float, ...]) -> RateOfConstant:
 
 def _advance(old: jax.Array, new: jax.Array, known: Constants, *, decay: float) -> jax.Array:
     """Return the moving average after one more value, once a constant is known."""
+    # Before, the constant is 0, and an average with it would give a rate that is too large.
     advanced = decay * old + (1 - decay) * new
     return jnp.where(known.lipschitz_constant > 0, advanced, old).astype(jnp.float32)

@@ -50,6 +50,7 @@ class Gauge:
         second_moment = moments.rows if moments.input_side == "rows" else moments.cols
         energies = jnp.diagonal(second_moment, axis1=-2, axis2=-1)
         rows = moments.count * moments.positions
+        # The moments of a step that captured nothing are zeros, which is no measurement.
         present = rows > 0
         # ‖a‖_F² = N T tr(A); of a stack of layers the largest.
         norm = jnp.sqrt(rows * jnp.max(jnp.sum(energies, axis=-1)))
@@ -97,6 +98,7 @@ def _norm_of_squares(extras: dict[str, Any], rows: jax.Array, energies: jax.Arra
     """Return ‖a∘a‖_F from the activations, or the lower bound that the moments give."""
     if extras.get("activations") is not None:
         return jnp.sqrt(jnp.sum(extras["activations"].astype(jnp.float32) ** 4))
+    # By Jensen's inequality: the mean of a fourth power is at least the square of A_jj.
     return jnp.sqrt(rows * jnp.max(jnp.sum(energies**2, axis=-1)))
 
 

@@ -136,16 +136,14 @@ def scale_by_lipschitz_rate(
     rate_of = rate_for(averages)
     guards = resolve_guards(guards)
     norms = further_norms(loss, target_norm)
-    gauge = Gauge(loss, num_classes, norms, last_layer, squares=rate_of.wants_squares)
+    gauge = Gauge(loss, num_classes, norms, last_layer, rate_of.wants_squares)
     epochs = Epochs(steps_per_epoch, weight_decay)
 
     def init_fn(params: Any) -> LipschitzRateState:
         del params
         return _first_state(guards.warmup_rate)
 
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extras: Any
-    ) -> tuple[Any, LipschitzRateState]:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         # Measure.
         measured = gauge.measure(extras)
         finite = all_finite(updates)
@@ -155,27 +153,32 @@ def scale_by_lipschitz_rate(
         known = epochs.advance(_known(state), measured, count=state.count, weights=weights)
         averaged = rate_of.advance(Averages(state.average, state.square_average), known)
         raw = rate_of.rate(averaged, known, state.count)
+        watch = watch_loss(state.watch, extras.get("value"), guards.max_rise)
         is_known = known.lipschitz_constant > 0
         rate, guarded = bound_rate(raw, guards, count=state.count, measured=is_known)
-        watch = watch_loss(state.watch, extras.get("value"), guards.max_rise)
         if guards.max_step is not None:
             rate, cut = bound_step(rate, updates, max_step=guards.max_step, watch=watch)
             guarded |= cut
 
         # Apply. A direction that is not finite is not followed.
         rate = jnp.where(finite, rate, 0)
-        return follow_unless_zero(updates, rate), LipschitzRateState(
-            count=count_up(state.count),
-            learning_rate=rate,
-            **known._asdict(),
-            **averaged._asdict(),
-            watch=watch,
-            guarded_rates=state.guarded_rates + guarded,
-            failures=state.failures + (measured.failed | ~finite),
-            wants_signals=state.wants_signals,
-        )
+        state = state._replace(**known._asdict(), **averaged._asdict(), watch=watch)
+        state = _count(state, rate, guarded=guarded, failed=measured.failed | ~finite)
+        return follow_unless_zero(updates, rate), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _count(
+    state: LipschitzRateState, rate: jax.Array, *, guarded: jax.Array, failed: jax.Array
+) -> LipschitzRateState:
+    """Return the state with this update counted, and the rate that it applies."""
+    return state._replace(
+        count=count_up(state.count),
+        learning_rate=rate,
+        guarded_rates=state.guarded_rates + guarded,
+        failures=state.failures + failed,
+    )
 
 
 def _known(state: LipschitzRateState) -> Constants:

@@ -34,6 +34,7 @@ def restrict(product: Callable[[Any], Any], updates: Any, point: Any) -> Callabl
             "extras of the parameters that are being updated."
         )
 
+    # By key path: masking leaves holes in the structure, so that leaves cannot be paired in order.
     def restricted(v: Any) -> Any:
         found = by_path(product(embed(v, point)))
         return jax.tree_util.tree_map_with_path(

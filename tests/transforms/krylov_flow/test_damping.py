@@ -7,12 +7,8 @@ import optax
 import pytest
 
 import optalr
-from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
-from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
-
-
-def squared(z):
-    return 0.5 * jnp.sum(z**2)
+from optalr import LevenbergMarquardt, scale_by_krylov_flow
+from tests.transforms.krylov_flow.problems import rosenbrock, squared
 
 
 def test_levenberg_marquardt_grows_where_the_model_fails_and_shrinks_where_it_is_exact():
@@ -37,10 +33,6 @@ def test_levenberg_marquardt_grows_where_the_model_fails_and_shrinks_where_it_is
         np.testing.assert_allclose(
             tx.update(grads, tx.init(w), w, **extras)[1].reduction_ratio, 1.0, rtol=1e-4
         )
-
-
-def rosenbrock(w):
-    return jnp.stack([10 * (w[1] - w[0] ** 2), 1 - w[0]])
 
 
 def test_rejected_steps_never_raise_the_loss():
