@@ -50,7 +50,7 @@ class MomentumRate:
 
     def advance(self, averages: Averages, known: Constants) -> Averages:
         """Return the averages after an update."""
-        average = _advance(averages.average, known.lipschitz_constant, known, decay=self.decay)
+        average = _advance(averages.average, known.lipschitz_constant, self.decay)
         return averages._replace(average=average)
 
     def rate(self, averages: Averages, known: Constants, count: jax.Array) -> jax.Array:
@@ -71,8 +71,8 @@ class AdamRate:
         """Return the averages after an update."""
         first, second = averages
         return Averages(
-            _advance(first, known.lipschitz_constant, known, decay=self.first_decay),
-            _advance(second, known.square_constant, known, decay=self.second_decay),
+            _advance(first, known.lipschitz_constant, self.first_decay),
+            _advance(second, known.square_constant, self.second_decay),
         )
 
     def rate(self, averages: Averages, known: Constants, count: jax.Array) -> jax.Array:
@@ -104,8 +104,7 @@ def rate_for(averages: tuple[float, ...]) -> RateOfConstant:
     return kinds[len(averages)](*averages)
 
 
-def _advance(old: jax.Array, new: jax.Array, known: Constants, *, decay: float) -> jax.Array:
-    """Return the moving average after one more value, once a constant is known."""
-    # Before, the constant is 0, and an average with it would give a rate that is too large.
-    advanced = decay * old + (1 - decay) * new
-    return jnp.where(known.lipschitz_constant > 0, advanced, old).astype(jnp.float32)
+def _advance(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
+    """Return the moving average after one more value, float32."""
+    # Without a bias correction: before a measurement both are 0, and the average stays there.
+    return (decay * old + (1 - decay) * new).astype(jnp.float32)

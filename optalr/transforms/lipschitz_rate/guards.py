@@ -86,7 +86,7 @@ def bound_rate(
       count: updates so far.
       measured: whether there is a constant.
     """
-    # The warm-up rate is bounded, too: one outside the bounds would be a contradiction in the guards.
+    # The bounds hold for the warm-up rate, too.
     early = (count < guards.warmup_steps) | ~measured
     bounded = jnp.clip(jnp.where(early, guards.warmup_rate, rate), guards.min_rate, guards.max_rate)
     return bounded.astype(jnp.float32), early | (bounded != rate)
