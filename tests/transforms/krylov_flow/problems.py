@@ -56,11 +56,13 @@ def dense(curvature):
         flat, unravel = ravel_pytree(params)
         gradient = jax.grad(lambda w: LOSS(unravel(w), *batch))(flat)
         if curvature == "hessian":
-            matrix = jax.jit(jax.hessian(lambda w: LOSS(unravel(w), *batch)))(flat)
+            matrix = quick_jit(jax.hessian(lambda w: LOSS(unravel(w), *batch)))(flat)
         else:
             z = predict(params, *batch)
-            J = jax.jit(jax.jacobian(lambda w: predict(unravel(w), *batch).ravel()))(flat)
-            H_L = jax.jit(jax.hessian(lambda z: softmax_loss(z.reshape(12, 3), *batch)))(z.ravel())
+            J = quick_jit(jax.jacobian(lambda w: predict(unravel(w), *batch).ravel()))(flat)
+            H_L = quick_jit(jax.hessian(lambda z: softmax_loss(z.reshape(12, 3), *batch)))(
+                z.ravel()
+            )
             matrix = J.T @ H_L @ J
         return np.asarray(gradient), np.asarray(matrix)
 

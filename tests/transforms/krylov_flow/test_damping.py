@@ -8,6 +8,7 @@ import pytest
 
 import optalr
 from optalr import LevenbergMarquardt, scale_by_krylov_flow
+from tests.transforms.compiling import quick_jit
 from tests.transforms.krylov_flow.problems import rosenbrock, squared
 
 
@@ -42,7 +43,7 @@ def test_rejected_steps_never_raise_the_loss():
         rule = LevenbergMarquardt(initial=1e-8, reject=reject)
         tx = optalr.edf(1.0, num_steps=2, damping=rule)
 
-        @jax.jit
+        @quick_jit
         def step(w, state):
             value, grads, extras = evaluate(w)
             updates, state = tx.update(grads, state, w, **extras)

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import optalr
 from optalr import LevenbergMarquardt, scale_by_krylov_flow
+from tests.transforms.compiling import quick_jit
 from tests.transforms.krylov_flow.problems import (
     LOSS,
     compiled_direction,
@@ -99,7 +100,7 @@ def test_negative_curvature_descends_unless_the_paper_is_followed():
     tx = optalr.edf(0.5, curvature="hessian", num_steps=2, damping=(0.01, 0.0))
     state = tx.init(w)
 
-    @jax.jit
+    @quick_jit
     def step(w, state):
         value, grads, extras = evaluate(w)
         updates, state = tx.update(grads, state, w, **extras)
@@ -139,8 +140,8 @@ def test_sequence_outputs_are_solved_like_any_other():
     params = make_params()
     tx = scale_by_krylov_flow(num_steps=3, damping=(0.1, 0.0))
     sequences = optalr.value_grad_and_extras(optalr.composite_loss(net, masked))
-    _, grads, extras = jax.jit(sequences)(params, x, y)
-    update = jax.jit(tx.update)
+    _, grads, extras = quick_jit(sequences)(params, x, y)
+    update = quick_jit(tx.update)
     found, _ = update(grads, tx.init(params), params, **extras)
     # The same positions as nine examples of their own.
     _, grads, extras = evaluate_jitted(params, x[mask], y[mask])

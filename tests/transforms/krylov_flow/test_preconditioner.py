@@ -9,6 +9,7 @@ import pytest
 
 import optalr
 from optalr import scale_by_krylov_flow
+from tests.transforms.compiling import quick_jit
 from tests.transforms.krylov_flow.problems import evaluate_jitted, make_batch, make_params
 
 
@@ -47,14 +48,14 @@ def test_kronecker_preconditioner_needs_and_survives_signals():
     tx = scale_by_krylov_flow(num_steps=3, preconditioner=optalr.kronecker_preconditioner())
     params, (x, y) = make_params(), make_batch()
     _, grads, extras = evaluate_jitted(params, x, y)
-    update = jax.jit(tx.update)
+    update = quick_jit(tx.update)
     direction, state = update(grads, tx.init(params), params, **extras)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(direction))
     assert int(state.failures) == 0
     # Captured off: the identity, so the plain iterates.
     _, _, off = evaluate_jitted(params, x, y, signals=False)
     plain_tx = scale_by_krylov_flow(num_steps=3)
-    plain, _ = jax.jit(plain_tx.update)(grads, state, params, **extras)
+    plain, _ = quick_jit(plain_tx.update)(grads, state, params, **extras)
     same, _ = update(grads, tx.init(params), params, **off)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), same, plain)
     with pytest.raises(TypeError, match="signals"):
