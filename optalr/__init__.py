@@ -56,12 +56,11 @@ from optalr.transforms.guard import guard
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
 from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
-from optalr.transforms.learned_rate.transform import (
-    RateSafeguards,
-    SuccessiveGradients,
-    scale_by_learned_rate,
-)
-from optalr.transforms.lipschitz_rate.transform import LipschitzGuards, scale_by_lipschitz_rate
+from optalr.transforms.learned_rate.probing import SuccessiveGradients
+from optalr.transforms.learned_rate.safeguards import RateSafeguards
+from optalr.transforms.learned_rate.transform import scale_by_learned_rate
+from optalr.transforms.lipschitz_rate.guards import LipschitzGuards
+from optalr.transforms.lipschitz_rate.transform import scale_by_lipschitz_rate
 from optalr.transforms.local_gains import scale_by_local_gains
 from optalr.transforms.nesterov_flow import accelerate_by_nesterov_flow
 from optalr.transforms.recorded_rate import scale_by_recorded_rate

@@ -63,7 +63,7 @@ def methods_of(path: pathlib.Path) -> tuple[str, ...]:
 
 
 # What several methods share: no method itself.
-SHARED = {"__init__", "loss_watch", "subtrees"}
+SHARED = {"__init__", "shared"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "transforms").rglob("*.py")), ids=own_name)

@@ -10,11 +10,8 @@ import optax
 
 from optalr import phases
 from optalr.arguments import check_interval
-from optalr.transforms.learned_rate.transform import (
-    LearnedRateState,
-    RateSafeguards,
-    scale_by_learned_rate,
-)
+from optalr.transforms.learned_rate.safeguards import RateSafeguards
+from optalr.transforms.learned_rate.transform import LearnedRateState, scale_by_learned_rate
 
 
 def learned_rate_sgd(

@@ -6,7 +6,8 @@ from typing import Any
 import optax
 
 from optalr.arguments import check_interval, is_concrete
-from optalr.transforms.lipschitz_rate.transform import LipschitzGuards, scale_by_lipschitz_rate
+from optalr.transforms.lipschitz_rate.guards import LipschitzGuards
+from optalr.transforms.lipschitz_rate.transform import scale_by_lipschitz_rate
 
 
 def lipschitz_sgd(

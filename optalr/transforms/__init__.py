@@ -1,1 +1,4 @@
-"""One method family a file, each a composable optax transformation."""
+"""Each method as a composable optax transformation: a module, or a folder where it needs several.
+
+``shared`` holds what several methods use and is no method itself.
+"""

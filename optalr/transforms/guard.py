@@ -1,4 +1,4 @@
-"""Making a foreign transformation keep this library's promises on numbers."""
+"""Any optax transformation, made to keep this library's promises on precision and faults."""
 
 from typing import Any, NamedTuple
 
@@ -11,22 +11,20 @@ from optalr.states import count_up, settle, settle_like, update_when
 
 
 class GuardState(NamedTuple):
-    """State of ``guard``.
+    """State of ``guard``."""
 
-    Attributes:
-      failures: int32 scalar, updates that were not finite.
-      inner_state: the state of the guarded transformation, in float32 or wider.
-    """
-
-    failures: jax.Array
-    inner_state: Any
+    failures: jax.Array  # () int32, gradients that were not finite
+    inner_state: Any  # the state of the guarded transformation, in float32 or wider
 
 
 def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Run a transformation in float32, and not at all on a gradient that is not finite.
 
     Choose it around optax's rules where parameters are bfloat16 or float16 (a decay of 0.999 is 1
-    in bfloat16, an eps of 1e-8 is 0 in float16), or where one bad batch must not end a run.
+    in bfloat16, and an eps of 1e-8 is 0 in float16), or where one bad batch must not end a run.
+    With ``g`` the gradient in float32 or wider and ``s`` the state,
+
+        u, s ← inner(g, s)    where g is finite,    else    u = 0
 
     Args:
       inner: any gradient transformation.
@@ -38,7 +36,8 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     Raises:
       TypeError: ``inner`` is not a gradient transformation.
 
-    Cost: that of ``inner`` and one pass over the gradient; its state is in float32.
+    Cost: that of ``inner`` and one pass over the gradient. The state of ``inner`` is in float32, so
+      it takes twice the memory where parameters are in half precision.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -61,9 +60,12 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
 
         def run(carry: Any, inputs: Any) -> Any:
             wide, inner_state = carry
+            # optax lets dtypes drift (a float32 rate on bfloat16); a loop's carry may not.
             new_updates, new_state = inner.update(wide, inner_state, inputs[0], **inputs[1])
             return settle_like(new_updates, wide), settle_like(new_state, inner_state)
 
+        # Not run at all, rather than run and thrown away: no NaN is made inside inner, and a
+        # donated state is left where it is.
         inputs = (at_least_float32(params), extras)
         carry = (at_least_float32(updates), state.inner_state)
         new_updates, inner_state = update_when(usable, run, carry, inputs)

@@ -12,17 +12,13 @@ from optalr.states import count_up
 
 
 class LocalGainsState(NamedTuple):
-    """State of ``scale_by_local_gains``.
+    """State of ``scale_by_local_gains``; the trees have the structure of the parameters."""
 
-    Attributes:
-      gains: structure of params, float32 (float64 for float64 params): the gain of each weight.
-      signs: structure of params, int8: the sign of the previous gradient; 0 before the first.
-      failures: int32 scalar, updates whose gradient was not finite.
-    """
-
-    gains: Any
-    signs: Any
-    failures: jax.Array
+    # every update
+    gains: Any  # float32 (float64 of such leaves), the gain of each weight
+    signs: Any  # int8, the signs of the previous gradient; 0 before the first
+    # where a gradient is not finite
+    failures: jax.Array  # () int32, updates with such a gradient
 
 
 def scale_by_local_gains(
@@ -30,19 +26,19 @@ def scale_by_local_gains(
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each weight's gradient by a gain that grows while its sign persists.
 
-    Choose it with full batches or large ones, where a change of sign says something about the
-    weight and not about the batch. With ``g`` the gradient and all operations element by element,
+    Choose it with full or large batches, where a change of sign says something about the weight
+    and not about the batch. With ``g`` the gradient, element by element,
 
         gain ← gain + β        where g·g_previous > 0
         gain ← gain·(1 − β)    where g·g_previous < 0
         u = gain · g,
 
-    and no change where the product is zero, as in the first step, where the gain is 1. Growth by
-    addition and shrinkage by a factor make large gains fall fast when a weight begins to oscillate.
-    The learning rate comes after it in the chain.
+    and no change where the product is zero, as it is in the first step. Gains start at 1. They grow
+    by addition and shrink by a factor, so that large ones fall fast when a weight begins to
+    oscillate. The learning rate comes after this transformation in the chain.
 
     Args:
-      beta: β, in [0, 1).
+      beta: β in [0, 1), what a gain grows by and the share that it loses.
       min_gain: lower bound of the gains, in [0, 1].
       max_gain: upper bound of the gains, at least 1; ``float("inf")`` for none.
 
@@ -85,6 +81,7 @@ def scale_by_local_gains(
         usable = all_finite(updates)
 
         def next_gain(g: jax.Array, gain: jax.Array, sign: jax.Array) -> jax.Array:
+            # Signs, because the product of two tiny gradients underflows to zero.
             agreement = jnp.sign(g).astype(jnp.int8) * sign
             grown = jnp.where(agreement > 0, gain + beta, gain)
             moved = jnp.where(agreement < 0, gain * (1 - beta), grown)

@@ -16,22 +16,14 @@ from optalr.states import count_up
 
 
 class NesterovFlowState(NamedTuple):
-    """State of ``accelerate_by_nesterov_flow``.
+    """State of ``accelerate_by_nesterov_flow``."""
 
-    Attributes:
-      count: int32 scalar, updates taken so far, which leaves out those that were dropped.
-      failures: int32 scalar, updates that were not finite and left velocity and count as they were.
-      velocity: like the parameters, float32 or wider: ``w_k − w_{k−1}``.
-    """
-
-    count: jax.Array
-    failures: jax.Array
-    velocity: Any
+    count: jax.Array  # () int32, updates taken so far; those that were dropped do not count
+    failures: jax.Array  # () int32, updates that were not finite, and dropped
+    velocity: Any  # like the parameters, float32 or wider: w_k − w_{k−1}
 
 
-def accelerate_by_nesterov_flow(
-    friction: float = 3.0,
-) -> optax.GradientTransformationExtraArgs:
+def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransformationExtraArgs:
     """Accelerate finished updates by Nesterov's scheme with friction ``α/t``.
 
     Choose it as the last link of a chain for full-batch or low-noise training, where the vanishing
@@ -40,24 +32,25 @@ def accelerate_by_nesterov_flow(
 
         w_k = y_{k−1} + u_k        y_k = w_k + (k−1)/(k+α−1) (w_k − w_{k−1})
 
-    where ``u_k = −η v(y_{k−1})`` is the update that arrives; the first one passes unchanged.
-    One that is not finite is dropped, and the scheme goes on as if it had not arrived. A velocity
-    that rests goes on as it is: under ``two_stage``, a phase set back to 0 resumes the old one.
+    where ``u_k = −η v(y_{k−1})`` is the update that arrives; the first one passes unchanged. An
+    update that is not finite is dropped, and the scheme goes on as if it had not arrived. A
+    velocity that has rested is not reset: where ``two_stage`` goes back to a stage with this link,
+    the scheme resumes with its old velocity.
 
     Args:
-      friction: α, greater than 0; the theory wants at least 3.
+      friction: α > 0; the theory wants at least 3.
 
     Returns:
-      A transformation of updates with the learning rate already applied.
+      A transformation of updates to which the learning rate has been applied.
 
     Raises:
       ValueError: ``friction`` is out of range.
 
-    Cost: two multiply-adds an element; memory of the parameters once.
+    Cost: two multiply-adds for each number; the memory of the parameters once.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> tx = accelerate_by_nesterov_flow(3.0)
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> tx = optalr.accelerate_by_nesterov_flow(3.0)
       >>> w = jnp.zeros(1)
       >>> state = tx.init(w)
       >>> for _ in range(2):
@@ -66,12 +59,13 @@ def accelerate_by_nesterov_flow(
       >>> float(w[0])  # y_1 = 1, w_2 = 2, y_2 = 2 + 1/4 (2 − 1)
       2.25
 
-    Reference:
-      Su, Boyd & Candès 2014, eq. 1 and 3.
+    Reference: Su, Boyd & Candès, "A differential equation for modeling Nesterov's accelerated
+      gradient method", 2014, eq. 1 and 3. Dropping what is not finite is ours.
     """
     check_interval("friction", friction, 0.0, open_low=True, open_high=True)
 
     def weight(k: jax.Array) -> jax.Array:
+        """Return (k−1)/(k+α−1), the share of the velocity that the k-th update adds."""
         k = jnp.maximum(k, 1).astype(jnp.float32)
         return (k - 1) / (k + jnp.asarray(friction, jnp.float32) - 1)
 
@@ -87,18 +81,17 @@ def accelerate_by_nesterov_flow(
         del params, extras
         before, now = weight(state.count), weight(state.count + 1)
         finite = all_finite(updates)
-        velocity = jax.tree.map(
-            lambda m, u: jnp.where(finite, before * m + u.astype(m.dtype), m),
-            state.velocity,
-            updates,
-        )
-        moved = jax.tree.map(
-            lambda u, m: jnp.where(finite, u.astype(m.dtype) + now * m, 0.0).astype(u.dtype),
-            updates,
-            velocity,
-        )
+
+        # w_k − w_{k−1} = u_k + (y_{k−1} − w_{k−1}), and the bracket was added by the last update.
+        def next_velocity(m: jax.Array, u: jax.Array) -> jax.Array:
+            return jnp.where(finite, before * m + u.astype(m.dtype), m)
+
+        def moved(u: jax.Array, m: jax.Array) -> jax.Array:
+            return jnp.where(finite, u.astype(m.dtype) + now * m, 0.0).astype(u.dtype)
+
+        velocity = jax.tree.map(next_velocity, state.velocity, updates)
         failures = state.failures + (~finite).astype(jnp.int32)
         count = jnp.where(finite, count_up(state.count), state.count)
-        return moved, NesterovFlowState(count, failures, velocity)
+        return jax.tree.map(moved, updates, velocity), NesterovFlowState(count, failures, velocity)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

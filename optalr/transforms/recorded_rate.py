@@ -1,4 +1,4 @@
-"""A learning rate that can be read in the state, whatever decided it."""
+"""A learning rate, a number or a schedule, that can be read in the state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,24 +8,18 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval
-from optalr.arrays import wide_dtype
 from optalr.states import count_up
+from optalr.transforms.shared.rates import follow, value_at
 
 # A learning rate: a number, or a schedule of the updates so far.
 Rate = float | Callable[[jax.Array], Any]
 
 
 class RecordedRateState(NamedTuple):
-    """State of ``scale_by_recorded_rate``.
+    """State of ``scale_by_recorded_rate``; every field changes at every update."""
 
-    Attributes:
-      count: int32 scalar, updates so far.
-      learning_rate: float32 scalar, the rate applied by the last update; before the first, the one
-        that it will apply.
-    """
-
-    count: jax.Array
-    learning_rate: jax.Array
+    count: jax.Array  # () int32, updates so far
+    learning_rate: jax.Array  # () float32, the rate applied last; before, the one of the first
 
 
 def scale_by_recorded_rate(
@@ -33,12 +27,12 @@ def scale_by_recorded_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply by minus the learning rate, and keep the rate where it can be read.
 
-    Choose it as the last link of a chain instead of ``optax.scale_by_learning_rate``, which keeps
-    a rate in a closure and turns bfloat16 updates into float32 ones when the rate is an array. The
-    update is ``u ← −η u``, computed in float32 at least and returned in the dtype it came in.
+    Choose it as the last link of a chain instead of ``optax.scale_by_learning_rate``, which hides
+    the rate in a closure and turns bfloat16 updates into float32 ones where the rate is an array.
+    The update is ``u ← −η u``, computed in float32 or wider and returned in the dtype it came in.
 
     Args:
-      learning_rate: η, a number of at least 0 or a schedule: a function of the updates so far.
+      learning_rate: η ≥ 0, a number or a schedule, which is a function of the updates so far.
 
     Returns:
       A transformation whose state holds ``learning_rate``.
@@ -46,7 +40,7 @@ def scale_by_recorded_rate(
     Raises:
       ValueError: ``learning_rate`` is negative.
 
-    Cost: one multiplication an element.
+    Cost: one multiplication for each number of the update.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -63,8 +57,7 @@ def scale_by_recorded_rate(
     check_interval("learning_rate", learning_rate, 0.0, remedy="The sign is flipped for you.")
 
     def rate_at(count: jax.Array) -> jax.Array:
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        return jnp.asarray(rate).astype(jnp.float32)
+        return jnp.asarray(value_at(learning_rate, count)).astype(jnp.float32)
 
     def init_fn(params: Any) -> RecordedRateState:
         del params
@@ -74,11 +67,6 @@ def scale_by_recorded_rate(
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras
         rate = rate_at(state.count)
-
-        def scale(update: jax.Array) -> jax.Array:
-            dtype = wide_dtype(update)
-            return (-rate.astype(jnp.finfo(dtype).dtype) * update).astype(update.dtype)
-
-        return jax.tree.map(scale, updates), RecordedRateState(count_up(state.count), rate)
+        return follow(updates, rate), RecordedRateState(count_up(state.count), rate)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,6 +1,5 @@
-"""Preconditioning by powers of dense matrices: the whole Fisher matrix or its blocks."""
+"""Preconditioning by powers of dense matrices: the whole second moment, or its blocks.
 
-from optalr.transforms.dense.block_diagonal import scale_by_block_diagonal
-from optalr.transforms.dense.full_matrix import scale_by_full_matrix
-
-__all__ = ["scale_by_block_diagonal", "scale_by_full_matrix"]
+Two methods share the room, ``block_diagonal`` and ``full_matrix`` (with its ``window`` of the last
+gradients), and with it ``second_moment``: how moments are accumulated and when roots are taken.
+"""

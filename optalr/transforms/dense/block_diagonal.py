@@ -1,7 +1,8 @@
-"""Preconditioning by a power of the exact block-diagonal second moment, one block a leaf.
+"""Preconditioning by a power of the exact block-diagonal second moment, one block for each leaf.
 
-The block of a leaf holds all correlations within it, none with other leaves (Ida & Fujiwara 2020,
-eq. 12-13). Exact where the Kronecker form approximates, and small: a leaf of k numbers takes k².
+The block of a leaf holds all correlations within it, and none with other leaves (Ida & Fujiwara
+2020, eq. 12-13). It is exact where the Kronecker form approximates, and for small leaves only: a
+leaf of k numbers takes k².
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count
-from optalr.arrays import all_finite, wide_dtype
-from optalr.states import count_up
-from optalr.transforms.dense import moments as dense
+from optalr.arrays import wide_dtype
+from optalr.transforms.dense.second_moment import Memory, SecondMoment, precondition
+from optalr.transforms.shared.rates import length
 
 
 class BlockDiagonalState(NamedTuple):
@@ -22,14 +23,14 @@ class BlockDiagonalState(NamedTuple):
     # every update
     count: jax.Array  # () int32
     weight: jax.Array  # () float32, sum of the moving average's weights
-    root_age: jax.Array  # () int32, updates since roots were last due, taken or kept back
+    root_age: jax.Array  # () int32, updates since roots were last due, whether taken or kept back
     failures: jax.Array  # () int32, roots kept back and updates not finite
-    damping: jax.Array  # () float32
-    update_norm: jax.Array  # () float32
-    moments: Any  # (k, k) float32 (float64 of such leaves) a leaf of k numbers
+    damping: jax.Array  # () float32, λ as it was given
+    update_norm: jax.Array  # () float32, of all leaves together
+    moments: Any  # (k, k) float32 (float64 of such leaves) for a leaf of k numbers
     # every refresh
     root_residual: jax.Array  # () float32, the worst among the roots in use
-    roots: Any  # (k, k) a leaf, as the moments
+    roots: Any  # (k, k), as the moments
 
 
 def scale_by_block_diagonal(
@@ -49,96 +50,105 @@ def scale_by_block_diagonal(
 
         F ← decay·F + (1 − decay) g gᵀ   (``decay=None``: F ← F + g gᵀ),     u = (F + λI)^p g.
 
-    A gradient that is not finite, or too large for g gᵀ to be, is not folded in; its update is 0.
-    g itself is part of a fresh F, so ``|u|² <= 1/(1 − decay)`` at p = −1/2 whatever the damping.
-    With gradients of batch means F is N times smaller than the Fisher matrix of one example that
-    ``scale_by_kronecker`` estimates (N examples a batch): at p = −1/2 this update is √N times its.
+    A gradient that is not finite, or too large for g gᵀ to be finite, is not folded in; its update
+    is 0. g itself is part of a fresh F, so ``|u|² ≤ 1/(1 − decay)`` at p = −1/2 whatever the
+    damping. ``scale_by_kronecker`` estimates the Fisher matrix of one example. F is N times smaller
+    where g is the mean over a batch of N examples, and at p = −1/2 this update √N times longer.
 
     Args:
       power: p, in [−1, 0].
       decay: of the moving average, in [0, 1); None for AdaGrad's sum.
-      damping: λ >= 0.
+      damping: λ ≥ 0.
       damping_form: ``"relative"`` to the mean eigenvalue of each block, or ``"absolute"``.
-      update_every: updates between roots, >= 1. Early in training roots are taken when they are as
+      update_every: updates between roots, ≥ 1. Early in training roots are taken when they are as
         old as half the updates so far.
-      bias_correction: divide out the moving average's start at zero.
-      max_size: the largest leaf, in numbers, that is accepted.
+      bias_correction: whether to divide out the moving average's start at zero.
+      max_size: the largest leaf that is accepted, in numbers, ≥ 1.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``; it needs no extras.
+      A transformation that needs no extras.
 
     Raises:
       ValueError: an argument is out of range; at ``init``, a leaf is larger than ``max_size``.
 
-    Cost: a leaf of k numbers ``4k²`` flops an update, some ``20 k³`` a refresh; ``2k²`` numbers.
+    Cost: for a leaf of k numbers, ``4k²`` flops an update and some ``20 k³`` a refresh; the state
+      has ``2k²`` numbers.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from optalr.transforms.dense.block_diagonal import scale_by_block_diagonal
-      >>> tx = scale_by_block_diagonal(decay=0.0, damping=0.0)
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> tx = optax.chain(optalr.scale_by_block_diagonal(decay=0.0, damping=0.0), optax.scale(-1))
       >>> params = {"w": jnp.array([3.0, 4.0])}
       >>> updates, _ = tx.update({"w": jnp.array([30.0, 40.0])}, tx.init(params), params)
-      >>> params = optax.apply_updates(params, jax.tree.map(lambda u: -u, updates))
+      >>> params = optax.apply_updates(params, updates)
       >>> bool(jnp.allclose(params["w"], jnp.array([2.4, 3.2]), atol=1e-2))  # one unit nearer
       True
 
     Reference: Yasutoshi Ida and Yasuhiro Fujiwara, "Improving Generalization Performance of
-    Adaptive Learning Rate by Switching from Block Diagonal Matrix Preconditioning to SGD", 2020,
-    eq. 5, 12 and 13. Bias correction and relative damping are ours.
+      Adaptive Learning Rate by Switching from Block Diagonal Matrix Preconditioning to SGD", 2020,
+      eq. 5, 12 and 13. Bias correction and relative damping are ours.
     """
-    rule = dense.Rule(power, decay, damping, damping_form, bias_correction)
-    dense.check_update_every(update_every)
+    rule = SecondMoment(power, decay, damping, damping_form, bias_correction)
+    check_count("update_every", update_every)
     check_count("max_size", max_size)
 
-    def init_fn(params):
+    def init_fn(params: Any) -> BlockDiagonalState:
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
             _refuse_large(path, leaf, max_size)
-        return BlockDiagonalState(
-            count=jnp.zeros([], jnp.int32),
-            weight=jnp.zeros([], jnp.float32),
-            root_age=jnp.zeros([], jnp.int32),
-            failures=jnp.zeros([], jnp.int32),
-            damping=jnp.asarray(damping, jnp.float32),
-            update_norm=jnp.zeros([], jnp.float32),
-            moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),
-            root_residual=jnp.zeros([], jnp.float32),
-            roots=jax.tree.map(lambda x: jnp.eye(x.size, dtype=wide_dtype(x)), params),
-        )
+        return _first_state(params, damping)
 
-    def update_fn(updates, state, params=None, **extras):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extras: Any
+    ) -> tuple[Any, BlockDiagonalState]:
         del params, extras
         leaves, structure = jax.tree.flatten(updates)
         vectors = [leaf.astype(wide_dtype(leaf)).reshape(-1) for leaf in leaves]
-
-        moments = jax.tree.leaves(state.moments)
-        moments, weight, good = dense.fold_vectors(rule, moments, vectors, state.weight)
-
-        age = count_up(state.root_age)
-        due = dense.is_due(state.count, age, update_every) & good
-        kept = jax.tree.leaves(state.roots), state.root_residual
-        roots, residual, failed = dense.refresh_roots(rule, due, moments, weight, kept)
-
-        new = [dense.multiply(root, x) for root, x in zip(roots, vectors, strict=True)]
-        safe = good & all_finite(new)
-        new = [jnp.where(safe, u, 0) for u in new]
-        new_state = BlockDiagonalState(
-            count=count_up(state.count),
-            weight=weight,
-            root_age=jnp.where(due, 0, age),
-            failures=state.failures + failed + (~safe).astype(jnp.int32),
-            damping=jnp.asarray(damping, jnp.float32),
-            update_norm=dense.global_norm(new),
-            moments=structure.unflatten(moments),
-            root_residual=residual,
-            roots=structure.unflatten(roots),
-        )
+        new, memory = precondition(rule, _memory(state), vectors, update_every=update_every)
         shaped = [u.reshape(x.shape).astype(x.dtype) for u, x in zip(new, leaves, strict=True)]
-        return structure.unflatten(shaped), new_state
+        return structure.unflatten(shaped), BlockDiagonalState(
+            count=memory.count,
+            weight=memory.weight,
+            root_age=memory.root_age,
+            failures=memory.failures,
+            damping=jnp.asarray(damping, jnp.float32),
+            update_norm=length(new),
+            moments=structure.unflatten(memory.moments),
+            root_residual=memory.root_residual,
+            roots=structure.unflatten(memory.roots),
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _first_state(params: Any, damping: Any) -> BlockDiagonalState:
+    """Return the state before the first update."""
+    return BlockDiagonalState(
+        count=jnp.zeros([], jnp.int32),
+        weight=jnp.zeros([], jnp.float32),
+        root_age=jnp.zeros([], jnp.int32),
+        failures=jnp.zeros([], jnp.int32),
+        damping=jnp.asarray(damping, jnp.float32),
+        update_norm=jnp.zeros([], jnp.float32),
+        moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),
+        root_residual=jnp.zeros([], jnp.float32),
+        roots=jax.tree.map(lambda x: jnp.eye(x.size, dtype=wide_dtype(x)), params),
+    )
+
+
+def _memory(state: BlockDiagonalState) -> Memory:
+    """Return what the state remembers, leaf by leaf."""
+    return Memory(
+        count=state.count,
+        weight=state.weight,
+        root_age=state.root_age,
+        failures=state.failures,
+        moments=jax.tree.leaves(state.moments),
+        root_residual=state.root_residual,
+        roots=jax.tree.leaves(state.roots),
+    )
+
+
 def _refuse_large(path: Any, leaf: Any, max_size: int) -> None:
+    """Raise where the block of a leaf is too large, with its bytes and the way out."""
     if leaf.size <= max_size:
         return
     needed = 2 * leaf.size**2 * jnp.dtype(wide_dtype(leaf)).itemsize

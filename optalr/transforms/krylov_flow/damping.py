@@ -1,16 +1,22 @@
-"""The damping λ of the flow: a power of the gradient's norm, or a rule that judges each step."""
+"""The damping λ of the flow: a power of the gradient's norm, or a rule that judges each step.
 
-from collections.abc import Callable
+Both answer the same three questions: which extras do you need, what is λ now, and what do you make
+of the step that was solved with it?
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optalr.arguments import check_interval
+from optalr.arguments import check_interval, from_fields
 from optalr.arrays import wide_dtype
 from optalr.linalg.minres.solver import MinresResult
 from optalr.linalg.minres.vectors import dot, where
-from optalr.transforms.subtrees import embed
+from optalr.transforms.shared.rates import value_at
+from optalr.transforms.shared.subtrees import embed
 
 
 class LevenbergMarquardt(NamedTuple):
@@ -20,9 +26,10 @@ class LevenbergMarquardt(NamedTuple):
     ``s ∇ᵀv − s²/2 vᵀAv``. Below ``low`` (or where the loss is not finite, or curvature was not
     positive) the next λ is ``grow`` times larger, above ``high`` ``shrink`` times.
 
-    The rule sets the next λ only: a step that raises the loss is taken all the same, unless
-    ``reject`` is set. What is judged is ``−s v``; a schedule, momentum or a learned rate after the
-    flow moves the parameters by something else, and ``reject`` then guards a step not taken. Under
+    Choose it in full-batch fitting, where the right λ changes during the fit. The rule sets the
+    next λ only: a step that raises the loss is still taken, unless ``reject`` is set. The step that
+    is judged is ``−s v``. A schedule, momentum or a learned rate after the flow moves the
+    parameters by something else, and ``reject`` then guards a step that is not taken. Under
     ``optax.MultiSteps`` the gradient is the mean of the micro-batches, while ``value`` and
     ``value_fn`` are those of the last one: the ratio compares two different losses.
 
@@ -31,16 +38,30 @@ class LevenbergMarquardt(NamedTuple):
       grow: factor, > 1.
       shrink: factor, in (0, 1).
       low: ratio below which λ grows, in (0, high].
-      high: ratio above which λ shrinks.
+      high: ratio above which λ shrinks, > 0.
       step_size: s, the step that is judged; the learning rate that follows in the chain, > 0.
       smallest: λ never falls below it, > 0.
-      largest: λ never rises above it.
+      largest: λ never rises above it; at least ``smallest``.
       reject: whether a step whose actual decrease is not positive (or not finite) becomes a zero
         update while λ grows. Near a minimum, where decreases drown in rounding, nothing moves then.
 
-    Reference:
-      Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", 1963; factors
-      as in Martens, "Deep learning via Hessian-free optimization", 2010.
+    Cost: one evaluation of the loss a step.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optalr
+      >>> loss = optalr.composite_loss(lambda w: 2 * w, lambda z: 0.5 * jnp.sum(z**2))
+      >>> tx = optalr.edf(1.0, num_steps=2, damping=optalr.LevenbergMarquardt(initial=3.0))
+      >>> w = jnp.array([1.0, -2.0])
+      >>> value, grads, extras = optalr.value_grad_and_extras(loss)(w)
+      >>> updates, state = tx.update(grads, tx.init(w), w, **extras)
+      >>> bool(loss(optax.apply_updates(w, updates)) < value)
+      True
+      >>> bool(state[0].next_damping < 3.0)  # on a quadratic the model is exact
+      True
+
+    Reference: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters", 1963;
+      factors as in Martens, "Deep learning via Hessian-free optimization", 2010. ``reject`` is
+      ours.
     """
 
     initial: float = 1.0
@@ -54,20 +75,117 @@ class LevenbergMarquardt(NamedTuple):
     reject: bool = False
 
 
+class Trial(NamedTuple):
+    """A step that was solved, before it is judged."""
+
+    solved: MinresResult
+    gradient: Any  # what was solved against, a pytree in float32 or wider
+    direction: Any  # the step without its length, of the same structure
+    descends: jax.Array  # () bool, whether the solve ended in a direction of descent
+    damping: jax.Array  # () float32, λ of the solve
+
+
+class Outlook(NamedTuple):
+    """What the state remembers of the last judgement."""
+
+    next_damping: jax.Array  # () float32, λ of the next solve
+    reduction_ratio: jax.Array  # () float32, actual over predicted decrease, or 0 if meaningless
+
+
 class Verdict(NamedTuple):
-    """What a Levenberg-Marquardt rule makes of a step.
+    """What the damping makes of a step."""
 
-    Attributes:
-      direction: the direction, or zeros where the step is refused.
-      damping: float32 scalar, λ of the next solve.
-      reduction_ratio: float32 scalar, actual over predicted decrease, 0 where that says nothing.
-      rejected: bool scalar, whether the step is refused.
-    """
+    direction: Any  # the direction, or zeros where the step is refused
+    outlook: Outlook
+    rejected: jax.Array  # () bool, whether the step is refused
 
-    direction: Any
-    damping: jax.Array
-    reduction_ratio: jax.Array
-    rejected: jax.Array
+
+@dataclasses.dataclass(frozen=True)
+class PowerOfNorm:
+    """The damping ``λ = a ‖∇‖^b``, which takes every step as it is."""
+
+    factor: Any  # a, a number or a schedule
+    power: Any  # b
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The extras that ``judge`` reads."""
+        return ()
+
+    @property
+    def initial(self) -> float:
+        """What ``next_damping`` is before the first step."""
+        return 0.0
+
+    def value(self, count: jax.Array, norm: jax.Array, next_damping: jax.Array) -> jax.Array:
+        """Return λ, float32, for a gradient of this norm after ``count`` updates."""
+        del next_damping
+        factor = jnp.asarray(value_at(self.factor, count))
+        return (factor * norm ** jnp.asarray(self.power, norm.dtype)).astype(jnp.float32)
+
+    def judge(self, trial: Trial, last: Outlook, extras: dict[str, Any]) -> Verdict:
+        """Return the verdict that changes nothing."""
+        del extras
+        return Verdict(trial.direction, last, jnp.zeros((), bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedDamping:
+    """The damping that a Levenberg-Marquardt rule sets from step to step."""
+
+    rule: LevenbergMarquardt
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The extras that ``judge`` reads."""
+        return ("value", "value_fn", "point")
+
+    @property
+    def initial(self) -> float:
+        """What ``next_damping`` is before the first step."""
+        return self.rule.initial
+
+    def value(self, count: jax.Array, norm: jax.Array, next_damping: jax.Array) -> jax.Array:
+        """Return λ: what the last verdict says."""
+        del count, norm
+        return next_damping
+
+    def judge(self, trial: Trial, last: Outlook, extras: dict[str, Any]) -> Verdict:
+        """Compare the loss after the step with the quadratic model."""
+        rule, still = self.rule, dot(trial.gradient, trial.direction) == 0
+        actual, predicted = self._decreases(trial, extras)
+        ratio = actual / jnp.where(predicted == 0, 1.0, predicted)
+        trusted = jnp.isfinite(ratio) & trial.descends & (predicted > 0)
+        ratio = jnp.where(trusted, ratio, 0.0).astype(jnp.float32)
+        shrunk = jnp.where(ratio > rule.high, rule.shrink, 1.0)
+        factor = jnp.where(ratio < rule.low, rule.grow, shrunk)
+        following = jnp.clip(trial.damping * factor, rule.smallest, rule.largest)
+        # Negated, so that a decrease that is not finite is refused, too.
+        refused = ~(actual > 0) if rule.reject else jnp.asarray(False)
+        zeros = jax.tree.map(jnp.zeros_like, trial.direction)
+        # A zero gradient says nothing about the model.
+        outlook = Outlook(
+            next_damping=jnp.where(still, trial.damping, following).astype(jnp.float32),
+            reduction_ratio=jnp.where(still, last.reduction_ratio, ratio),
+        )
+        return Verdict(where(refused, zeros, trial.direction), outlook, refused & ~still)
+
+    def _decreases(self, trial: Trial, extras: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Return the actual decrease of the loss along the step, and the predicted one."""
+        step, direction = self.rule.step_size, trial.direction
+        moved = jax.tree.map(
+            lambda p, v: (p - step * v.astype(wide_dtype(p))).astype(p.dtype),
+            extras["point"],
+            embed(direction, extras["point"]),
+        )
+        slope = dot(trial.gradient, direction)
+        # vᵀ(A + λI)v = vᵀ(∇ − r), at no further product.
+        damped = slope - dot(direction, trial.solved.residual)
+        curved = damped - trial.damping * dot(direction, direction)
+        return extras["value"] - extras["value_fn"](moved), step * slope - 0.5 * step**2 * curved
+
+
+Damping = PowerOfNorm | JudgedDamping
 
 
 def refuse_schedule(name: str, value: Any, remedy: str = "") -> None:
@@ -76,85 +194,36 @@ def refuse_schedule(name: str, value: Any, remedy: str = "") -> None:
         raise TypeError(f"{name} must be a number, got {value!r}.{remedy}")
 
 
-def damping_rule(damping: Any) -> Callable[[Any, Any, Any], jax.Array]:
-    """Check ``damping`` and return ``(count, gradient norm, λ of the rule) ↦ λ``.
+def resolve_damping(given: tuple[Any, Any] | LevenbergMarquardt | Mapping[str, Any]) -> Damping:
+    """Check ``damping`` as the user gave it, and return what it stands for.
 
     Raises:
       ValueError: a number is out of range.
       TypeError: neither a pair nor a rule, or a schedule for the power.
     """
-    if isinstance(damping, LevenbergMarquardt):
-        check_interval("damping.initial", damping.initial, 0.0, open_low=True)
-        check_interval("damping.grow", damping.grow, 1.0, open_low=True)
-        check_interval("damping.shrink", damping.shrink, 0.0, 1.0, open_low=True, open_high=True)
-        check_interval("damping.high", damping.high, 0.0, open_low=True)
-        check_interval("damping.low", damping.low, 0.0, damping.high, open_low=True)
-        check_interval("damping.step_size", damping.step_size, 0.0, open_low=True)
-        check_interval("damping.smallest", damping.smallest, 0.0, open_low=True)
-        check_interval("damping.largest", damping.largest, damping.smallest)
-        return lambda count, norm, following: following
-    if not isinstance(damping, tuple | list) or len(damping) != 2:
+    given = from_fields("damping", given, LevenbergMarquardt)
+    if isinstance(given, LevenbergMarquardt):
+        _check_rule(given)
+        return JudgedDamping(given)
+    if not isinstance(given, tuple | list) or len(given) != 2:
         raise TypeError(
             f"damping must be a pair (a, b) for a * norm(gradient)**b, or a LevenbergMarquardt "
-            f"rule or a mapping of its fields, got {damping!r}. Pass (value, 0) for a constant."
+            f"rule or a mapping of its fields, got {given!r}. Pass (value, 0) for a constant."
         )
-    factor, power = damping
+    factor, power = given
     refuse_schedule("damping[1]", power, " Only damping[0] may be a schedule.")
     check_interval("damping[0]", factor, 0.0, open_high=True)
     check_interval("damping[1]", power, 0.0, open_high=True)
-
-    def rule(count: Any, norm: Any, following: Any) -> jax.Array:
-        del following
-        scale = factor(count) if callable(factor) else factor
-        return (jnp.asarray(scale) * norm ** jnp.asarray(power, norm.dtype)).astype(jnp.float32)
-
-    return rule
+    return PowerOfNorm(factor, power)
 
 
-def judge(
-    rule: LevenbergMarquardt,
-    solved: MinresResult,
-    gradient: Any,
-    direction: Any,
-    *,
-    descends: Any,
-    damping: Any,
-    last_ratio: Any,
-    extras: dict[str, Any],
-) -> Verdict:
-    """Compare the loss after the step with the quadratic model; set the next λ, refuse the step.
-
-    Args:
-      rule: the rule.
-      solved: the solve that ``direction`` is from.
-      gradient: what was solved against, a pytree in float32 or wider.
-      direction: the step over ``−rule.step_size``, of the same structure.
-      descends: bool scalar, whether the solve ended in a direction of descent.
-      damping: λ of the solve.
-      last_ratio: the ratio to report after a zero gradient, which says nothing about the model.
-      extras: the update's, with ``value``, ``value_fn`` and ``point``.
-    """
-    step = rule.step_size
-    moved = jax.tree.map(
-        lambda p, v: (p - step * v.astype(wide_dtype(p))).astype(p.dtype),
-        extras["point"],
-        embed(direction, extras["point"]),
-    )
-    actual = extras["value"] - extras["value_fn"](moved)
-    slope = dot(gradient, direction)
-    # vᵀ(A + λI)v = vᵀ(∇ − r), at no further product.
-    curved = slope - dot(direction, solved.residual) - damping * dot(direction, direction)
-    predicted = step * slope - 0.5 * step**2 * curved
-    ratio = actual / jnp.where(predicted == 0, 1.0, predicted)
-    trusted = jnp.isfinite(ratio) & descends & (predicted > 0)
-    ratio = jnp.where(trusted, ratio, 0.0).astype(jnp.float32)
-    factor = jnp.where(ratio < rule.low, rule.grow, jnp.where(ratio > rule.high, rule.shrink, 1.0))
-    following = jnp.clip(damping * factor, rule.smallest, rule.largest)
-    still = slope == 0
-    refused = ~(actual > 0) if rule.reject else jnp.asarray(False)  # also where it is not finite
-    return Verdict(
-        direction=where(refused, jax.tree.map(jnp.zeros_like, direction), direction),
-        damping=jnp.where(still, damping, following).astype(jnp.float32),
-        reduction_ratio=jnp.where(still, last_ratio, ratio),
-        rejected=refused & ~still,
-    )
+def _check_rule(rule: LevenbergMarquardt) -> None:
+    """Raise where a field is out of range. A named tuple has no place to check itself."""
+    check_interval("damping.initial", rule.initial, 0.0, open_low=True)
+    check_interval("damping.grow", rule.grow, 1.0, open_low=True)
+    check_interval("damping.shrink", rule.shrink, 0.0, 1.0, open_low=True, open_high=True)
+    check_interval("damping.high", rule.high, 0.0, open_low=True)
+    check_interval("damping.low", rule.low, 0.0, rule.high, open_low=True)
+    check_interval("damping.step_size", rule.step_size, 0.0, open_low=True)
+    check_interval("damping.smallest", rule.smallest, 0.0, open_low=True)
+    check_interval("damping.largest", rule.largest, rule.smallest)

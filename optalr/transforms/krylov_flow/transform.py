@@ -8,8 +8,8 @@ the curvature along the gradient, a large ``k`` is a Gauss-Newton or Newton step
 "Exponentially decaying flows for optimization in deep learning", eq. 20-24 and appendix A.
 """
 
-import operator
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,58 +18,52 @@ import optax
 
 from optalr.arguments import (
     check_choice,
-    check_count,
     check_interval,
-    from_fields,
     require_extra,
 )
 from optalr.arrays import wide_dtype
-from optalr.linalg.minres.solver import MinresResult, minres, minres_step
-from optalr.linalg.minres.vectors import divide, dot, largest, where
+from optalr.linalg.minres.solver import MinresResult
+from optalr.linalg.minres.vectors import divide, dot, largest
 from optalr.states import count_up
 from optalr.transforms.krylov_flow.damping import (
+    Damping,
     LevenbergMarquardt,
-    damping_rule,
-    judge,
+    Outlook,
+    Trial,
+    Verdict,
     refuse_schedule,
+    resolve_damping,
 )
-from optalr.transforms.subtrees import restrict
+from optalr.transforms.krylov_flow.minres_steps import ENDINGS, KrylovSolver, checked_steps
+from optalr.transforms.shared.subtrees import restrict
 
+_NAME = "scale_by_krylov_flow"
 _SUPPLY = (
     "Give the loss as optalr.composite_loss(predict_fn, output_loss), replace jax.value_and_grad "
     "by evaluate = optalr.value_grad_and_extras(loss), call value, grads, extras = "
     "evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); or choose "
     "curvature='hessian', which works with any loss."
 )
+# What to do where the extra of a curvature is missing; the empty one is the usual sentence.
+_REMEDIES: Mapping[str, str] = MappingProxyType({"gauss_newton": _SUPPLY, "hessian": ""})
 
 
 class KrylovFlowState(NamedTuple):
-    """State of ``scale_by_krylov_flow``; every field changes at every update.
+    """State of ``scale_by_krylov_flow``; every field but ``wants_signals`` changes each update."""
 
-    Attributes:
-      count: int32 scalar, updates so far.
-      wants_signals: bool scalar, constant: whether a preconditioner reads signals.
-      damping: float32 scalar, λ of the last solve; before the first, that of a gradient of norm 1.
-      next_damping: float32 scalar, λ of the next solve under a Levenberg-Marquardt rule.
-      krylov_residual: float32 scalar, ``‖∇ − (A + λI) v‖/‖∇‖`` of the last solve; with a
-        preconditioner M in its norm, ``√(rᵀ M r)``. v is the last iterate, also where an earlier
-        one was taken for negative curvature.
-      reduction_ratio: float32 scalar, actual over predicted decrease; 1 without the rule.
-      negative_curvature: int32 scalar, updates that met a direction of nonpositive curvature.
-      rejections: int32 scalar, steps that a ``LevenbergMarquardt`` rule turned into zero updates;
-        ``reduction_ratio`` is then that of the step refused.
-      failures: int32 scalar, updates in which the gradient, a product or λ was not finite; λ then
-        keeps its last value.
-    """
-
-    count: jax.Array
-    wants_signals: jax.Array
-    damping: jax.Array
-    next_damping: jax.Array
+    count: jax.Array  # () int32, updates so far
+    wants_signals: jax.Array  # () bool, constant: whether there is a preconditioner to read them
+    damping: jax.Array  # () float32, λ of the last solve; before, that of a gradient of norm 1
+    next_damping: jax.Array  # () float32, λ of the next solve under a Levenberg-Marquardt rule
+    # () float32, ‖∇ − (A + λI) v‖/‖∇‖ of the last solve; with a preconditioner M in its norm,
+    # √(rᵀ M r). v is the last iterate, also where an earlier one was taken for negative curvature.
     krylov_residual: jax.Array
+    # () float32, actual over predicted decrease, also of a step refused; 1 without the rule
     reduction_ratio: jax.Array
-    negative_curvature: jax.Array
-    rejections: jax.Array
+    negative_curvature: jax.Array  # () int32, updates that met nonpositive curvature
+    rejections: jax.Array  # () int32, steps that the rule turned into zero updates
+    # () int32, updates in which the gradient, a product or λ was not finite; a λ that is not leaves
+    # the last one in place
     failures: jax.Array
 
 
@@ -84,11 +78,15 @@ def scale_by_krylov_flow(
 ) -> optax.GradientTransformationExtraArgs:
     """Replace the gradient by a few MINRES steps toward ``(A + λI)⁻¹`` of it.
 
-    Choose it for least squares and cross-entropy losses where a gradient step makes slow progress
-    and one to a few curvature products a step are affordable: in full-batch fitting with many
-    steps and little damping, in mini-batch training with ``num_steps`` 1 or 2 and the default
-    damping. The result is an ascent direction: a learning rate (1 for the undamped flow), a learned
-    rate, momentum or clipping may follow.
+    Choose it for least squares and cross-entropy losses where gradient steps make slow progress
+    and a few curvature products a step are affordable: with many steps and little damping in
+    full-batch fitting, with ``num_steps`` 1 or 2 and the default damping in mini-batch training.
+    With A the curvature and ∇ the gradient, the update is the k-th iterate ``v`` of MINRES for
+
+        (A + λI) v = ∇,        λ = a ‖∇‖^b.
+
+    It is an ascent direction: a learning rate (1 for the undamped flow), a learned rate, momentum
+    or clipping may follow.
 
     Args:
       curvature: ``"gauss_newton"`` (type G; the loss must be an ``optalr.composite_loss``) or
@@ -101,41 +99,40 @@ def scale_by_krylov_flow(
       tol: leave the solution alone once its residual is below ``tol ‖∇‖``; in [0, 1).
       preconditioner: ``preconditioner(extras, damping)`` returns the linear map ``r ↦ M r`` that
         approximates ``(A + λI)⁻¹``, for example ``optalr.kronecker_preconditioner()``.
-      negative_curvature: ``"descend"``: where MINRES ends in a direction along which the loss
-        rises, take its last iterate before nonpositive curvature showed up (in the first step,
-        the gradient with the absolute value of its factor). ``"keep"``: the flow as the paper has
-        it, which can climb.
+      negative_curvature: ``"descend"`` acts where MINRES ends in a direction along which the loss
+        rises: it takes the last iterate before nonpositive curvature showed up (in the first step,
+        the gradient with the absolute value of its factor). ``"keep"`` is the flow as the paper
+        has it, which can climb.
 
     Returns:
       A transformation that solves against whatever arrives in the chain.
 
     Raises:
       ValueError: an argument is out of range.
-      TypeError: ``num_steps`` is no integer, or an argument other than ``a`` a schedule; at
-        ``update``, an extra is missing.
+      TypeError: ``num_steps`` is no integer, ``damping`` is of another kind, or an argument other
+        than ``a`` is a schedule; at ``update``, an extra is missing.
 
     Cost:
       A product is one pass of the linearized model and one of its transpose (type G; four matrix
-      products a layer where the gradient takes three) or about two gradients (type H). Memory: some
-      ten times the parameters, and one linearization, whatever ``num_steps`` is; but on a CPU XLA
-      keeps the cotangents of max poolings over windows of more than 16 entries, and of those inside
-      ``jax.checkpoint``, loops and branches, the size of their inputs, once a product (a pooling by
-      ``reshape`` and ``max`` avoids it).
+      products a layer where the gradient takes three) or about two gradients (type H). Memory is
+      some ten times the parameters, and one linearization, whatever ``num_steps`` is. On a CPU, XLA
+      also keeps the cotangents of some max poolings once a product, each of the size of the
+      pooling's input: of those over windows of more than 16 entries, and of those inside
+      ``jax.checkpoint``, loops and branches. A pooling by ``reshape`` and ``max`` avoids this.
 
-      On a CPU XLA runs gradients of convolutions 10 to 20 times slower inside ``cond``, ``scan``
+      On a CPU, XLA runs gradients of convolutions 10 to 20 times slower inside ``cond``, ``scan``
       or ``while``. The flow has none around its products, but ``optalr.two_stage`` and
-      ``optax.apply_if_finite`` put a whole step inside one: with three convolutions of 32 channels
-      and 16 images of 16x16, k = 1, 152 ms a step instead of 12.6 (SGD: 6.6). Switch in Python
-      instead (train with the flow, go on with another optimizer on the same parameters), or use an
-      accelerator.
+      ``optax.apply_if_finite`` put a whole step inside one. With three convolutions of 32 channels,
+      16 images of 16x16 and k = 1, a step takes 152 ms there instead of 12.6 (SGD: 6.6). Switch in
+      Python instead (train with the flow, then go on with another optimizer on the same
+      parameters), or use an accelerator.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
       >>> X, y = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([5.0, 6.0])
       >>> loss = optalr.composite_loss(lambda w: X @ w, lambda z: 0.5 * jnp.sum((z - y) ** 2))
-      >>> tx = optax.chain(
-      ...     scale_by_krylov_flow(num_steps=2, damping=(0.0, 1.0)), optax.scale(-1.0)
-      ... )
+      >>> flow = optalr.scale_by_krylov_flow(num_steps=2, damping=(0.0, 1.0))
+      >>> tx = optax.chain(flow, optax.scale(-1.0))
       >>> w = jnp.zeros(2)
       >>> value, grads, extras = optalr.value_grad_and_extras(loss)(w)
       >>> updates, state = tx.update(grads, tx.init(w), w, **extras)
@@ -147,128 +144,106 @@ def scale_by_krylov_flow(
       2. Algorithm 1 as printed adds ``λ∇`` to each product, which must be λ times the Lanczos
       vector. The paper leaves negative curvature (type H) unguarded: ``"keep"``.
     """
-    check_choice("curvature", curvature, ("gauss_newton", "hessian"))
-    check_choice("negative_curvature", negative_curvature, ("descend", "keep"))
-    num_steps = _checked_steps(num_steps)
+    check_choice("curvature", curvature, tuple(_REMEDIES))
+    check_choice("negative_curvature", negative_curvature, tuple(ENDINGS))
+    num_steps = checked_steps(num_steps)
     refuse_schedule("tol", tol)
     check_interval("tol", tol, 0.0, 1.0, open_high=True)
-    damping = from_fields("damping", damping, LevenbergMarquardt)
-    rule = damping_rule(damping)
+    rule = resolve_damping(damping)
+    solver = KrylovSolver(num_steps, tol, preconditioner, end=ENDINGS[negative_curvature])
 
     def init_fn(params: Any) -> KrylovFlowState:
         del params
-        count = jnp.zeros((), jnp.int32)
-        first = rule(count, jnp.float32(1.0), jnp.float32(getattr(damping, "initial", 0.0)))
-        return KrylovFlowState(
-            count=count,
-            wants_signals=jnp.asarray(preconditioner is not None),
-            damping=first,
-            next_damping=first,
-            krylov_residual=jnp.zeros((), jnp.float32),
-            reduction_ratio=jnp.ones((), jnp.float32),
-            negative_curvature=jnp.zeros((), jnp.int32),
-            rejections=jnp.zeros((), jnp.int32),
-            failures=jnp.zeros((), jnp.int32),
-        )
+        return _first_state(rule, wants_signals=preconditioner is not None)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params
-        remedy = _SUPPLY if curvature == "gauss_newton" else ""
-        product = require_extra(extras, curvature, "scale_by_krylov_flow", remedy)
-        if isinstance(damping, LevenbergMarquardt):
-            for name in ("value", "value_fn", "point"):
-                require_extra(extras, name, "scale_by_krylov_flow with LevenbergMarquardt")
+        product = _required(extras, curvature, rule)
         # Parameters may be Python numbers, which have no dtype.
         updates, point = jax.tree.map(jnp.asarray, (updates, extras.get("point")))
         extras["point"] = point
         if not jax.tree.leaves(updates):
             return updates, _idle(state, rule)
 
+        # Measure the gradient, which sets the damping.
         gradient = jax.tree.map(lambda u: u.astype(wide_dtype(u)), updates)
-        wanted = rule(state.count, _norm(gradient), state.next_damping)
+        wanted = rule.value(state.count, _norm_in_range(gradient), state.next_damping)
         shift = jnp.where(jnp.isfinite(wanted), wanted, state.damping)
-        matvec = restrict(product, updates, point)
-        if num_steps == 1 and preconditioner is None:
-            solved = minres_step(matvec, gradient, damping=shift)
-        else:
-            mapping = None if preconditioner is None else preconditioner(extras, shift)
-            solved = minres(
-                matvec,
-                gradient,
-                num_steps=num_steps,
-                damping=shift,
-                tol=tol,
-                preconditioner=mapping,
-            )
 
-        direction, descends = solved.solution, jnp.asarray(True)
-        if negative_curvature == "descend":
-            descends = dot(gradient, direction) > 0
-            direction = where(descends, direction, solved.trusted)
-        state = _measured(state, solved, shift, jnp.isfinite(wanted))
-        if isinstance(damping, LevenbergMarquardt):
-            verdict = judge(
-                damping,
-                solved,
-                gradient,
-                direction,
-                descends=descends,
-                damping=shift,
-                last_ratio=state.reduction_ratio,
-                extras=extras,
-            )
-            direction = verdict.direction
-            state = state._replace(
-                next_damping=verdict.damping,
-                reduction_ratio=verdict.reduction_ratio,
-                rejections=state.rejections + verdict.rejected.astype(jnp.int32),
-            )
-        return jax.tree.map(lambda v, u: v.astype(u.dtype), direction, updates), state
+        # Refresh the direction, and judge it.
+        matvec = restrict(product, updates, point)
+        solved = solver.solve(matvec, gradient, shift=shift, extras=extras)
+        trial = Trial(solved, gradient, *solver.end(solved, gradient), shift)
+        last = Outlook(state.next_damping, state.reduction_ratio)
+        verdict = rule.judge(trial, last, extras)
+
+        # Apply it.
+        state = _after(state, solved, verdict, damping=shift, failed=~jnp.isfinite(wanted))
+        return jax.tree.map(lambda v, u: v.astype(u.dtype), verdict.direction, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _checked_steps(num_steps: Any) -> int:
-    """Return ``num_steps`` as a Python int."""
-    try:
-        whole = None if isinstance(num_steps, bool) else operator.index(num_steps)
-    except TypeError:  # a tracer's error is one, too
-        whole = None
-    if whole is None:
-        raise TypeError(
-            f"num_steps must be an integer, got {num_steps!r}: the steps are unrolled. Under "
-            "optax.inject_hyperparams pass static_args=('num_steps',)."
-        )
-    check_count("num_steps", whole)
-    return whole
+def _required(extras: dict[str, Any], curvature: str, rule: Damping) -> Callable[[Any], Any]:
+    """Return the product with the curvature matrix; raise where an extra is missing."""
+    product = require_extra(extras, curvature, _NAME, _REMEDIES[curvature])
+    for name in rule.needs:
+        require_extra(extras, name, f"{_NAME} with LevenbergMarquardt")
+    return product
 
 
-def _idle(state: KrylovFlowState, rule: Callable[[Any, Any, Any], jax.Array]) -> KrylovFlowState:
+def _first_state(rule: Damping, *, wants_signals: bool) -> KrylovFlowState:
+    """Return the state before the first update."""
+    count = jnp.zeros((), jnp.int32)
+    first = rule.value(count, jnp.float32(1.0), jnp.float32(rule.initial))
+    return KrylovFlowState(
+        count=count,
+        wants_signals=jnp.asarray(wants_signals),
+        damping=first,
+        next_damping=first,
+        krylov_residual=jnp.zeros((), jnp.float32),
+        reduction_ratio=jnp.ones((), jnp.float32),
+        negative_curvature=jnp.zeros((), jnp.int32),
+        rejections=jnp.zeros((), jnp.int32),
+        failures=jnp.zeros((), jnp.int32),
+    )
+
+
+def _idle(state: KrylovFlowState, rule: Damping) -> KrylovFlowState:
     """Return the state after an update without leaves: that after a zero gradient."""
     return state._replace(
         count=count_up(state.count),
-        damping=rule(state.count, jnp.zeros((), jnp.float32), state.next_damping),
+        damping=rule.value(state.count, jnp.zeros((), jnp.float32), state.next_damping),
         krylov_residual=jnp.zeros((), jnp.float32),
     )
 
 
-def _measured(
-    state: KrylovFlowState, solved: MinresResult, shift: Any, has_damping: Any
+def _after(
+    state: KrylovFlowState,
+    solved: MinresResult,
+    verdict: Verdict,
+    *,
+    damping: jax.Array,
+    failed: jax.Array,
 ) -> KrylovFlowState:
+    """Return the state after a solve with this damping, whose wish for another one may fail."""
     start, end = solved.residual_norms[0], solved.residual_norms[-1]
     relative = (end / jnp.where(start > 0, start, 1.0)).astype(jnp.float32)
+    met_negative = solved.nonpositive_curvature.astype(jnp.int32)
     return state._replace(
         count=count_up(state.count),
-        damping=shift,
+        damping=damping,
+        next_damping=verdict.outlook.next_damping,
         krylov_residual=jnp.where(jnp.isfinite(relative), relative, state.krylov_residual),
-        negative_curvature=state.negative_curvature
-        + solved.nonpositive_curvature.astype(jnp.int32),
-        failures=state.failures + (solved.failed | ~has_damping).astype(jnp.int32),
+        reduction_ratio=verdict.outlook.reduction_ratio,
+        negative_curvature=state.negative_curvature + met_negative,
+        rejections=state.rejections + verdict.rejected.astype(jnp.int32),
+        failures=state.failures + (solved.failed | failed).astype(jnp.int32),
     )
 
 
-def _norm(gradient: Any) -> jax.Array:
-    """Return the 2-norm, in range wherever the result is."""
+def _norm_in_range(gradient: Any) -> jax.Array:
+    """Return the 2-norm, float32: finite wherever the result is, though a square may not be."""
     top = largest(gradient)
     unit = divide(gradient, top)
     return (top * jnp.sqrt(dot(unit, unit))).astype(jnp.float32)

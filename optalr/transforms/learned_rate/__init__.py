@@ -1,9 +1,5 @@
-"""Learning the learning rate from the loss along the step."""
+"""A learning rate that is learned from the loss along the step.
 
-from optalr.transforms.learned_rate.transform import (
-    RateSafeguards,
-    SuccessiveGradients,
-    scale_by_learned_rate,
-)
-
-__all__ = ["RateSafeguards", "SuccessiveGradients", "scale_by_learned_rate"]
+``transform`` is the method, ``probing`` takes a reading of the loss along the step, ``rate_rule``
+answers it with a new rate, ``safeguards`` says what happens where that rule fails.
+"""

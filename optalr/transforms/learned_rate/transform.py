@@ -5,104 +5,62 @@ weights move with the rate at hand; then the rate moves downhill on ``f`` (Ravau
 gradient descent via an adaptive learning rate").
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import (
-    check_choice,
-    check_count,
-    check_interval,
-    is_concrete,
-    require_extra,
+from optalr.arguments import check_count, check_interval
+from optalr.arrays import all_finite
+from optalr.states import count_up
+from optalr.transforms.learned_rate.probing import (
+    Derivatives,
+    GradientComparison,
+    Probe,
+    SuccessiveGradients,
+    UpdateInputs,
+    resolve_derivatives,
 )
-from optalr.arrays import all_finite, wide_dtype
-from optalr.signals.ray import (
-    ExactDerivatives,
-    FiniteDifferences,
-    by_path,
-    inner_product,
-    loss_along,
-)
-from optalr.transforms.learned_rate.rule import (
+from optalr.transforms.learned_rate.rate_rule import (
     Outcome,
-    RateSafeguards,
+    RateMemory,
+    RateRule,
     Reading,
-    Rule,
-    keep,
-    resolve_safeguards,
+    keep_rate,
+    refuse_step,
 )
-from optalr.transforms.loss_watch import LossWatch, bound_step, start_watch, watch_loss
+from optalr.transforms.learned_rate.safeguards import RateSafeguards, resolve_safeguards
+from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
+from optalr.transforms.shared.rates import follow_unless_zero
 
-# The window, in rate updates, of the average that is reported and suggested.
+# The window, in rate updates, of the average that is reported and suggested. Single rates are
+# noisy: each is the best one for one batch.
 AVERAGED_UPDATES = 100
-
-_PROBE_REMEDY = (
-    "Pass tx.update(grads, opt_state, params, **extras, {probe}=jax.tree_util.Partial(...)), a "
-    "function of the parameters that returns the loss to probe."
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class SuccessiveGradients:
-    """Take ``f'(η_t) = −u_tᵀ g_{t+1}`` from the next step's gradient, eq. 8: no extra pass.
-
-    Known since as hypergradient descent (Baydin et al. 2018). On stochastic gradients it compares
-    two batches. Gives no curvature, hence ``order=1`` only, and keeps the last direction in the
-    state: one copy of the parameters.
-    """
-
-
-Derivatives = ExactDerivatives | FiniteDifferences | SuccessiveGradients
-DERIVATIVES: Mapping[str, Derivatives] = MappingProxyType(
-    {
-        "exact": ExactDerivatives(),
-        "finite_differences": FiniteDifferences(),
-        "successive_gradients": SuccessiveGradients(),
-    }
-)
 
 
 class LearnedRateState(NamedTuple):
-    """State of ``scale_by_learned_rate``; scalars, float32 unless said otherwise.
+    """State of ``scale_by_learned_rate``."""
 
-    Attributes:
-      count: int32, updates so far.
-      learning_rate: the rate applied by the last update (the initial one before the first).
-      next_rate: the rate that the next update starts from.
-      average_rate: geometric mean of ``next_rate`` over about the last 100 rate updates.
-      velocity: the momentum of the rate.
-      ray_slope: f'(η) at the last probe.
-      ray_curvature: f''(η) at the last probe.
-      nonconvex_probes: int32, probes whose parabola has no minimum at a positive rate.
-      runaway_steps: int32, steps cut because they would have raised the loss out of proportion.
-      clipped_rates: int32, rates brought back to the floor or the ceiling.
-      bounded_steps: int32, steps cut to the safeguards' ``max_step``.
-      failures: int32, probes or directions that were not finite.
-      watch: what that safeguard remembers of the loss.
-      direction: the last direction, a pytree like the parameters, with ``SuccessiveGradients``;
-        else empty.
-    """
-
-    count: jax.Array
-    learning_rate: jax.Array
-    next_rate: jax.Array
-    average_rate: jax.Array
-    velocity: jax.Array
-    ray_slope: jax.Array
-    ray_curvature: jax.Array
-    nonconvex_probes: jax.Array
-    runaway_steps: jax.Array
-    clipped_rates: jax.Array
-    bounded_steps: jax.Array
-    failures: jax.Array
-    watch: LossWatch
-    direction: Any
+    # every update
+    count: jax.Array  # () int32, updates so far
+    learning_rate: jax.Array  # () float32, the rate applied last; before, the initial one
+    # every update of the rate
+    next_rate: jax.Array  # () float32, the rate that the next update starts from
+    average_rate: jax.Array  # () float32, geometric mean of next_rate over about the last 100
+    velocity: jax.Array  # () float32, the momentum of the rate
+    ray_slope: jax.Array  # () float32, f'(η) at the last probe
+    ray_curvature: jax.Array  # () float32, f''(η) at the last probe
+    # where a safeguard acts
+    nonconvex_probes: jax.Array  # () int32, probes without a minimum at a positive rate
+    runaway_steps: jax.Array  # () int32, steps cut: the loss would have risen out of proportion
+    clipped_rates: jax.Array  # () int32, rates brought back to the floor or the ceiling
+    bounded_steps: jax.Array  # () int32, steps cut to the safeguards' max_step
+    failures: jax.Array  # () int32, probes or directions that were not finite
+    watch: LossWatch  # what max_step remembers of the loss
+    # every update, with SuccessiveGradients
+    direction: Any  # the last direction, like the parameters; else empty
 
 
 def scale_by_learned_rate(
@@ -119,50 +77,53 @@ def scale_by_learned_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply by minus a learning rate that is itself learned, from the loss along the step.
 
-    Choose it as the last link of a chain, where the right rate is unknown or changes; in the first
-    epochs above all. The incoming direction ``u`` (gradient, momentum, preconditioned gradient) is
-    an ascent direction, and ``f(η) = L(w − η u)`` on the same batch, with the same dropout key:
+    Choose it as the last link of a chain, where the right rate is unknown or changes, and above all
+    in the first epochs. The direction ``u`` that arrives (gradient, momentum, preconditioned
+    gradient) is one of ascent. With ``f(η) = L(w − η u)`` on the same batch and the same dropout
+    key,
 
         w ← w − η u,    then    η ← η − f'(η) / f''(η)    (order 2)
                                 η ← η − α f'(η)           (order 1)
 
-    On a quadratic, one update of order 2 gives the exact line-search rate from any η. Because
-    it is applied one step late, the method is then that of Barzilai and Borwein, which is fast and
-    not monotone: the loss spikes now and then. ``lag=False`` gives steepest descent instead.
-    Order 2 is invariant under a change of the loss's scale; order 1 is not.
+    On a quadratic, one update of order 2 gives the exact line-search rate from any η. It is applied
+    one step late, which makes the method that of Barzilai and Borwein: fast but not monotone, the
+    loss spikes now and then. ``lag=False`` gives steepest descent instead. Order 2 is invariant
+    under a change of the loss's scale; order 1 is not.
 
     Args:
       initial_rate: η₀ > 0.
-      order: 1 or 2.
-      meta_rate: α > 0 of order 1, in units of η per unit of f'; below η₀ as a rule. The paper's
+      order: 2 for Newton's method on the rate, 1 for gradient descent on it.
+      meta_rate: α > 0 of order 1, in units of η per unit of f'; usually below η₀. The paper's
         are 1e-9 (Boston Housing, η₀ = 1e-7) and 1e-6 (MNIST).
       derivatives: ``"exact"``, ``"finite_differences"`` (the paper's five loss values),
-        ``"successive_gradients"`` (order 1 without a probe); or configured, as an
-        ``ExactDerivatives``, ``FiniteDifferences`` or ``SuccessiveGradients``, or as a mapping
+        ``"successive_gradients"`` (order 1 without a probe). To configure them, pass an
+        ``ExactDerivatives``, a ``FiniteDifferences`` or a ``SuccessiveGradients``, or a mapping
         (``{"name": "finite_differences", "step": 1e-2}``).
       rate_momentum: β in [0, 1) of the rate's own momentum, v ← βv + Δη, η ← η + v (eq. 20-21).
-      every: update the rate at every so many steps (≥ 1); the others cost what plain SGD does.
-      lag: whether a new rate is applied from the next step on, as published, or at once; then it
-        has not been probed: where f is almost straight, bound it by the safeguards' ``ceiling``.
-      probe: the name of the extra argument that holds f's loss, ``value_fn(params) -> scalar``: the
-        training batch by default; pass a ``jax.tree_util.Partial`` over a validation batch
-        (eq. 22-23) or over part of the batch under a name of your own.
+      every: steps between updates of the rate, ≥ 1; the steps between cost what plain SGD does.
+      lag: True to apply a new rate from the next step on, as published; False to apply it at once.
+        It has then not been probed: where f is almost straight, bound it by the safeguards'
+        ``ceiling``. Ignored with ``"successive_gradients"``, whose rates are applied at once.
+      probe: the name of the extra argument that holds the loss to probe,
+        ``value_fn(params) -> scalar``. The default is the loss of the training batch. Pass a
+        ``jax.tree_util.Partial`` over a validation batch (eq. 22-23) or over part of the batch
+        under a name of your own.
       safeguards: what to do where Newton's rule fails: ``"on"``, a ``RateSafeguards`` or a mapping
-        of its fields; ``"off"`` or None for the paper's bare rule, whose only safeguard is the
+        of its fields. ``"off"`` or None is the paper's bare rule, whose only safeguard is the
         floor of 1e-6.
 
     Returns:
-      A transformation. ``update`` reads the extras ``value_fn`` (or ``probe``), ``point``,
-      ``value`` and ``grad``; the last three are optional for unmasked use, the runaway safeguard
-      needs ``grad``.
+      A transformation. ``update`` reads the extra ``value_fn`` (or the one that ``probe`` names)
+      and, where they are given, ``point``, ``value`` and ``grad``. ``point`` is needed under
+      ``optax.masked`` and ``optax.partition``, ``grad`` for the safeguard against runaway rates.
 
     Raises:
       ValueError: an argument is out of range, or ``"successive_gradients"`` with order 2.
-      TypeError: ``update`` got neither ``value_fn`` (or ``probe``), or the loss has no forward
-        derivative.
+      TypeError: ``derivatives`` or ``safeguards`` is of another kind; ``update`` lacks the extra to
+        probe or the parameters, or the loss has no forward derivative.
 
-    Cost: with exact derivatives of order 2 five products a layer, 5/3 of a gradient (2/3 to 1 with
-      order 1); five forward passes with finite differences. No memory beyond a forward pass.
+    Cost: exact derivatives take five products a layer, 5/3 of a gradient (2/3 to 1 with order 1);
+      finite differences take five forward passes. No memory beyond a forward pass.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
@@ -179,164 +140,102 @@ def scale_by_learned_rate(
 
     Reference: Ravaut, Gorti, "Faster gradient descent via an adaptive learning rate", eq. 5-23.
       Departures: exact derivatives instead of differences (at ε = 1e-5 in float32 the paper's are
-      rounding noise), safeguards, and f'' = gᵀHg (eq. 11 lacks the trailing g). The lag as an
+      rounding noise), safeguards, and f'' = gᵀHg (eq. 11 lacks the trailing g). The lag is an
       option, after Barzilai, Borwein, "Two-point step size gradient methods", 1988.
     """
-    derivatives = _resolve(derivatives, order)
+    derivatives = resolve_derivatives(derivatives, order)
     check_interval("initial_rate", initial_rate, 0.0, open_low=True, remedy="Try 1e-2.")
     check_interval("meta_rate", meta_rate, 0.0, open_low=True)
     check_interval("rate_momentum", rate_momentum, 0.0, 1.0, open_high=True)
     check_count("every", every)
     safeguards = resolve_safeguards(safeguards)
-    keeps_direction = isinstance(derivatives, SuccessiveGradients)
-    # The gradient comes a step late, so the rate that it moves is applied at once (eq. 8).
-    rule = Rule(order, meta_rate, rate_momentum, lag and not keeps_direction, safeguards)
+    if isinstance(derivatives, SuccessiveGradients):
+        reader = GradientComparison()
+        lag = False  # the gradient comes a step late: the rate that it moves is applied at once
+    else:
+        compares = safeguards.runaway is not None
+        reader = Probe(derivatives, probe, order=order, every=every, compares=compares)
+    rule = RateRule(order, meta_rate, rate_momentum, lag, safeguards)
 
     def init_fn(params: Any) -> LearnedRateState:
-        def rate() -> jax.Array:  # a buffer for each field, so that states can be donated
-            return jnp.array(initial_rate, jnp.float32)
+        return _first_state(initial_rate, reader.init_direction(params))
 
-        def zeros(dtype: Any) -> jax.Array:
-            return jnp.zeros((), dtype)
-
-        return LearnedRateState(
-            count=zeros(jnp.int32),
-            learning_rate=rate(),
-            next_rate=rate(),
-            average_rate=rate(),
-            velocity=zeros(jnp.float32),
-            ray_slope=zeros(jnp.float32),
-            ray_curvature=zeros(jnp.float32),
-            nonconvex_probes=zeros(jnp.int32),
-            runaway_steps=zeros(jnp.int32),
-            clipped_rates=zeros(jnp.int32),
-            bounded_steps=zeros(jnp.int32),
-            failures=zeros(jnp.int32),
-            watch=start_watch(),
-            direction=jax.tree.map(jnp.zeros_like, params) if keeps_direction else (),
-        )
-
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extras: Any
-    ) -> tuple[Any, LearnedRateState]:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         # Measure the loss along the ray, where it is due.
-        rate, velocity = state.next_rate, state.velocity
+        inputs = UpdateInputs(updates, state.direction, params, extras)
         due = state.count % jnp.asarray(every, jnp.int32) == 0
-        if isinstance(derivatives, SuccessiveGradients):
-            reading = _compare_gradients(state.direction, extras.get("grad", updates))
-        else:
-            measure = _prober(derivatives, rule, updates, params, probe, extras)
-            if is_concrete(every) and int(every) == 1:
-                reading = measure(rate)
-            else:
-                nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, rate))
-                reading = jax.lax.cond(due, measure, lambda _: nothing, rate)
+        reading = reader.read(inputs, state.next_rate, due)
 
         # Refresh the rate.
-        outcome = rule.decide(reading, rate, velocity, state.average_rate)
-        outcome = outcome.unless(~due, keep(rate, velocity, move=True, failed=False))
+        memory = RateMemory(state.next_rate, state.velocity, state.average_rate)
+        outcome = rule.decide(reading, memory).unless(~due, keep_rate(memory))
         if safeguards.nonfinite is not None:
-            refused = keep(rate, velocity, move=False, failed=True)
-            outcome = outcome.unless(~all_finite(updates), refused)
-
-        if safeguards.max_step is not None:
-            watch = watch_loss(state.watch, extras.get("value"), safeguards.max_rise)
-            applied, cut = bound_step(outcome.applied, updates, safeguards.max_step, watch)
-            outcome = outcome._replace(applied=applied)
-            state = state._replace(watch=watch, bounded_steps=state.bounded_steps + cut)
+            outcome = outcome.unless(~all_finite(updates), refuse_step(memory))
+        outcome, state = _bound(outcome, state, inputs, safeguards=safeguards)
 
         # Apply it.
-        new_state = _advance(state, outcome, reading, due, every)
-        if keeps_direction:
-            kept = jax.tree.map(lambda u, old: u.astype(old.dtype), updates, state.direction)
-            new_state = new_state._replace(direction=kept)
-        return jax.tree.map(lambda u: _scale(u, outcome.applied), updates), new_state
+        state = _advance(state, outcome, reading, due=due, every=every)
+        state = state._replace(direction=reader.next_direction(inputs))
+        return follow_unless_zero(updates, outcome.applied), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _resolve(derivatives: str | Mapping[str, Any] | Derivatives, order: Any) -> Derivatives:
-    """Return the configured derivatives, refusing what does not fit the order."""
-    if is_concrete(order) and order not in (1, 2):
-        raise ValueError(f"order must be 1 (gradient descent) or 2 (Newton), got {order!r}.")
-    if isinstance(derivatives, str):
-        derivatives = {"name": derivatives}
-    if isinstance(derivatives, Mapping):
-        fields = dict(derivatives)
-        check_choice("derivatives", name := fields.pop("name", "exact"), tuple(DERIVATIVES))
-        derivatives = dataclasses.replace(DERIVATIVES[name], **fields)
-    if not isinstance(derivatives, Derivatives):
-        raise TypeError(
-            f"derivatives must be one of {', '.join(DERIVATIVES)} or a configured "
-            f"ExactDerivatives, FiniteDifferences or SuccessiveGradients, got {derivatives!r}."
-        )
-    if isinstance(derivatives, SuccessiveGradients) and is_concrete(order) and order != 1:
-        raise ValueError(
-            "derivatives='successive_gradients' gives no curvature. Pass order=1 with it."
-        )
-    return derivatives
+def _bound(
+    outcome: Outcome, state: LearnedRateState, inputs: UpdateInputs, *, safeguards: RateSafeguards
+) -> tuple[Outcome, LearnedRateState]:
+    """Shorten a step that is longer than ``max_step``; what is learned of the rate stays."""
+    if safeguards.max_step is None:
+        return outcome, state
+    watch = watch_loss(state.watch, inputs.extras.get("value"), safeguards.max_rise)
+    applied, cut = bound_step(
+        outcome.applied, inputs.updates, max_step=safeguards.max_step, watch=watch
+    )
+    state = state._replace(watch=watch, bounded_steps=state.bounded_steps + cut)
+    return outcome._replace(applied=applied), state
 
 
-def _prober(
-    derivatives: ExactDerivatives | FiniteDifferences,
-    rule: Rule,
-    updates: Any,
-    params: Any,
-    probe: str,
-    extras: dict[str, Any],
-) -> Callable[[jax.Array], Reading]:
-    """Return the function of the rate that takes a reading along ``updates``."""
-    remedy = "" if probe == "value_fn" else _PROBE_REMEDY.format(probe=probe)
-    value_fn = require_extra(extras, probe, "scale_by_learned_rate", remedy)
-    point = extras.get("point", params)
-    if point is None:
-        raise TypeError(
-            "scale_by_learned_rate needs the parameters: call tx.update(grads, opt_state, params, "
-            "**extras)."
-        )
-    kind = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in by_path(updates).values()))
-    ray = loss_along(value_fn, point, updates)
-    order = int(rule.order) if is_concrete(rule.order) else 2
-    watches = rule.safeguards.runaway is not None and "grad" in extras
-    known = probe == "value_fn" and "value" in extras
+def _first_state(initial_rate: Any, direction: Any) -> LearnedRateState:
+    """Return the state before the first update."""
 
-    def measure(rate: jax.Array) -> Reading:
-        eta = rate.astype(kind)
-        start, decrease = -jnp.inf, 0.0
-        if watches:
-            start = extras["value"] if known else ray(jnp.zeros_like(eta))
-            decrease = inner_product(updates, extras["grad"])
-        try:
-            found = derivatives.measure(ray, eta, order)
-        except (TypeError, NotImplementedError) as error:
-            if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
-                raise
-            raise TypeError(
-                "the loss has no forward derivative, because of a jax.custom_vjp in it. Pass "
-                "derivatives=optalr.FiniteDifferences(step=1e-2) to scale_by_learned_rate."
-            ) from error
-        return Reading(*(jnp.asarray(x).astype(kind) for x in (*found, start, decrease)))
+    def rate() -> jax.Array:  # a buffer for each field, so that states can be donated
+        return jnp.array(initial_rate, jnp.float32)
 
-    return measure
+    def number() -> jax.Array:
+        return jnp.zeros((), jnp.float32)
 
+    def counter() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
 
-def _compare_gradients(direction: Any, gradient: Any) -> Reading:
-    """Return the reading of the last step that the new gradient gives: f' = −uᵀg."""
-    slope = -inner_product(direction, gradient)
-    zero = jnp.zeros_like(slope)
-    return Reading(zero, slope, zero, zero, zero)
+    return LearnedRateState(
+        count=counter(),
+        learning_rate=rate(),
+        next_rate=rate(),
+        average_rate=rate(),
+        velocity=number(),
+        ray_slope=number(),
+        ray_curvature=number(),
+        nonconvex_probes=counter(),
+        runaway_steps=counter(),
+        clipped_rates=counter(),
+        bounded_steps=counter(),
+        failures=counter(),
+        watch=start_watch(),
+        direction=direction,
+    )
 
 
 def _advance(
-    state: LearnedRateState, outcome: Outcome, reading: Reading, due: jax.Array, every: Any
+    state: LearnedRateState, outcome: Outcome, reading: Reading, *, due: jax.Array, every: Any
 ) -> LearnedRateState:
     """Return the state after one update, but for the direction."""
     refreshed = due & ~outcome.failed & (outcome.next_rate > 0)
     updates_so_far = state.count // jnp.asarray(every, jnp.int32) + 1 - state.failures
     share = 1 / jnp.clip(updates_so_far, 1, AVERAGED_UPDATES).astype(jnp.float32)
+    # Geometric, because rates differ by factors: one that is far too large must not rule the mean.
     average = state.average_rate * (outcome.next_rate / state.average_rate) ** share
     return state._replace(
-        count=optax.safe_increment(state.count),
+        count=count_up(state.count),
         learning_rate=outcome.applied,
         next_rate=outcome.next_rate,
         average_rate=jnp.where(refreshed, average, state.average_rate),
@@ -348,10 +247,3 @@ def _advance(
         clipped_rates=state.clipped_rates + outcome.clipped,
         failures=state.failures + outcome.failed,
     )
-
-
-def _scale(update: jax.Array, rate: jax.Array) -> jax.Array:
-    """Return ``−rate · update`` in its dtype; zero where the rate is, finite update or not."""
-    dtype = wide_dtype(update)
-    scaled = -rate.astype(jnp.finfo(dtype).dtype) * update.astype(dtype)
-    return jnp.where(rate == 0, 0, scaled).astype(update.dtype)

@@ -1,6 +1,6 @@
-"""The learning rate as the inverse of a Lipschitz constant."""
+"""The learning rate as the inverse of the loss's Lipschitz constant.
 
-from optalr.transforms.lipschitz_rate.guards import LipschitzGuards
-from optalr.transforms.lipschitz_rate.transform import scale_by_lipschitz_rate
-
-__all__ = ["LipschitzGuards", "scale_by_lipschitz_rate"]
+``transform`` is the method, ``measuring`` says what one minibatch tells about the constant,
+``constants`` which constant is in force, ``averages`` what rate follows from it, ``guards`` what
+bounds that rate.
+"""

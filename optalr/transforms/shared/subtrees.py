@@ -1,4 +1,7 @@
-"""Products of all parameters, as maps of the leaves that a mask has left."""
+"""Trees that lack some leaves of the parameters, as ``optax.masked`` and ``partition`` leave them.
+
+Curvature products and losses are functions of all parameters, while a method may see a part.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.linalg.minres.vectors import cast_like
+from optalr.signals.ray import by_path
 
 
 def restrict(product: Callable[[Any], Any], updates: Any, point: Any) -> Callable[[Any], Any]:
@@ -23,15 +27,16 @@ def restrict(product: Callable[[Any], Any], updates: Any, point: Any) -> Callabl
     if point is None or jax.tree.structure(point) == jax.tree.structure(updates):
         like = updates if point is None else point
         return lambda v: product(cast_like(v, like))
-    places, known = set(_by_path(updates)), set(_by_path(point))
+    places, known = set(by_path(updates)), set(by_path(point))
     if not places <= known:
         raise ValueError(
             f"updates hold leaves that extras['point'] lacks: {sorted(places - known)}. Pass the "
             "extras of the parameters that are being updated."
         )
 
+    # By key path: masking leaves holes in the structure, so that leaves cannot be paired in order.
     def restricted(v: Any) -> Any:
-        found = _by_path(product(embed(v, point)))
+        found = by_path(product(embed(v, point)))
         return jax.tree_util.tree_map_with_path(
             lambda path, _: found[jax.tree_util.keystr(path)], v
         )
@@ -41,15 +46,10 @@ def restrict(product: Callable[[Any], Any], updates: Any, point: Any) -> Callabl
 
 def embed(v: Any, point: Any) -> Any:
     """Return ``v`` in the structure and dtypes of ``point``, zero where ``v`` has no leaf."""
-    found = _by_path(v)
+    found = by_path(v)
 
     def leaf(path: Any, p: Any) -> jax.Array:
         name = jax.tree_util.keystr(path)
         return found[name].astype(p.dtype) if name in found else jnp.zeros_like(p)
 
     return jax.tree_util.tree_map_with_path(leaf, point)
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 
 import optalr
 from optalr import FiniteDifferences, RateSafeguards
-from tests.transforms.learned_rate_problems import one_step, quadratic
+from tests.transforms.learned_rate.problems import one_step, quadratic
 
 
 def test_safeguard_where_the_curvature_is_not_positive():

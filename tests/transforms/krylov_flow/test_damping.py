@@ -7,12 +7,9 @@ import optax
 import pytest
 
 import optalr
-from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
-from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
-
-
-def squared(z):
-    return 0.5 * jnp.sum(z**2)
+from optalr import LevenbergMarquardt, scale_by_krylov_flow
+from tests.transforms.compiling import quick_jit
+from tests.transforms.krylov_flow.problems import rosenbrock, squared
 
 
 def test_levenberg_marquardt_grows_where_the_model_fails_and_shrinks_where_it_is_exact():
@@ -39,10 +36,6 @@ def test_levenberg_marquardt_grows_where_the_model_fails_and_shrinks_where_it_is
         )
 
 
-def rosenbrock(w):
-    return jnp.stack([10 * (w[1] - w[0] ** 2), 1 - w[0]])
-
-
 def test_rejected_steps_never_raise_the_loss():
     evaluate = optalr.value_grad_and_extras(optalr.composite_loss(rosenbrock, squared))
 
@@ -50,7 +43,7 @@ def test_rejected_steps_never_raise_the_loss():
         rule = LevenbergMarquardt(initial=1e-8, reject=reject)
         tx = optalr.edf(1.0, num_steps=2, damping=rule)
 
-        @jax.jit
+        @quick_jit
         def step(w, state):
             value, grads, extras = evaluate(w)
             updates, state = tx.update(grads, state, w, **extras)

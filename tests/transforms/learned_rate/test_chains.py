@@ -9,7 +9,8 @@ from jax.tree_util import Partial
 
 import optalr
 from optalr import FiniteDifferences
-from tests.transforms.learned_rate_problems import jit, network, one_step, quadratic, traced_step
+from tests.transforms.compiling import quick_jit
+from tests.transforms.learned_rate.problems import network, one_step, quadratic, traced_step
 
 MODES = [
     {"order": 2},
@@ -22,17 +23,17 @@ MODES = [
 def test_masked_and_partitioned_parameters_move_by_zero_in_the_probe():
     loss_fn, params, batch = network()
     evaluate = optalr.value_grad_and_extras(loss_fn)
-    _, grads, extras = jit(evaluate)(params, *batch)
+    _, grads, extras = quick_jit(evaluate)(params, *batch)
     only_out = lambda tree: {"hidden": False, "out": True}  # noqa: E731
     masked = optax.masked(optalr.scale_by_learned_rate(0.1), only_out)
-    updates, state = jit(masked.update)(grads, masked.init(params), params, **extras)
+    updates, state = quick_jit(masked.update)(grads, masked.init(params), params, **extras)
     out_loss = lambda out: loss_fn({**params, "out": out}, *batch)  # noqa: E731
     _, alone = one_step(optalr.scale_by_learned_rate(0.1), out_loss, params["out"])
     np.testing.assert_allclose(state.inner_state.next_rate, alone.next_rate, rtol=1e-5)
 
     labels = {"hidden": "a", "out": "b"}
     parted = optax.partition({"a": optax.sgd(0.1), "b": optalr.scale_by_learned_rate(0.1)}, labels)
-    both, state = jit(parted.update)(grads, parted.init(params), params, **extras)
+    both, state = quick_jit(parted.update)(grads, parted.init(params), params, **extras)
     np.testing.assert_allclose(optalr.metrics(state)["next_rate"], alone.next_rate, rtol=1e-5)
     np.testing.assert_allclose(both["out"]["w"], updates["out"]["w"], rtol=1e-6)
 
@@ -45,7 +46,7 @@ def test_after_momentum_and_in_multi_steps_in_one_compilation(options):
     tx = optax.MultiSteps(chain, 2)
     traces = []
 
-    @jit
+    @quick_jit
     def step(params, state):
         traces.append(1)
         value, grads, extras = evaluate(params, *batch, signals=False)
@@ -66,8 +67,8 @@ def test_state_keeps_shapes_and_types_and_low_precision_updates_their_dtype(opti
     loss_fn, params, batch = network(dtype=jnp.bfloat16)
     tx = optalr.scale_by_learned_rate(0.05, **options)
     state = tx.init(params)
-    _, grads, extras = jit(optalr.value_grad_and_extras(loss_fn))(params, *batch)
-    updates, new_state = jit(tx.update)(grads, state, params, **extras)
+    _, grads, extras = quick_jit(optalr.value_grad_and_extras(loss_fn))(params, *batch)
+    updates, new_state = quick_jit(tx.update)(grads, state, params, **extras)
     kinds = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: (
             (jnp.shape(x), x.dtype, jax.dtypes.is_weakly_typed(x))
@@ -131,13 +132,13 @@ def test_batch_norm_and_dropout_probes_share_the_key_and_write_no_statistics():
         )
         return optax.softmax_cross_entropy_with_integer_labels(scores, y).mean(), new["batch_stats"]
 
-    evaluate = jit(optalr.value_grad_and_extras(loss_fn, has_aux=True))
+    evaluate = quick_jit(optalr.value_grad_and_extras(loss_fn, has_aux=True))
     tx = optalr.learned_rate_sgd(0.05)
     params, key = variables["params"], jax.random.key(7)
     (_, new_stats), grads, extras = evaluate(params, stats, key, x, y)
-    _, state = jit(tx.update)(grads, tx.init(params), params, **extras)
+    _, state = quick_jit(tx.update)(grads, tx.init(params), params, **extras)
 
-    @jit
+    @quick_jit
     def reference(eta):
         def ray(eta):  # the same key at every rate
             moved = jax.tree.map(lambda w, g: w - eta * g, params, grads)
@@ -174,7 +175,7 @@ def test_after_scale_by_kronecker():
     direction = optalr.scale_by_kronecker(damping=1e-2, update_every=5, signals_every=1)
     tx = optax.chain(direction, optalr.scale_by_learned_rate(0.02))
 
-    @jit
+    @quick_jit
     def step(params, state):
         _, grads, extras = evaluate(params, *batch, signals=optalr.wants_signals(state))
         updates, state = tx.update(grads, state, params, **extras)

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
-# The programs are small and many: compiling them is all the time that these tests take.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+from tests.transforms.compiling import quick_jit
 
 
 def quadratic(seed=0, size=6, scale=1.0):
@@ -56,7 +55,7 @@ def traced_step(tx, loss, w, state):
     return optax.apply_updates(w, updates), state
 
 
-@functools.partial(jit, static_argnums=(0, 1))
+@functools.partial(quick_jit, static_argnums=(0, 1))
 def _one_step(tx, loss, w, state, extras):
     value, grads = jax.value_and_grad(loss)(w)
     given = {"value_fn": Partial(loss), "value": value, "grad": grads, **extras}

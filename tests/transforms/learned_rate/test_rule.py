@@ -12,7 +12,8 @@ from jax.tree_util import Partial
 import optalr
 from optalr import FiniteDifferences
 from optalr.signals.ray import inner_product, loss_along
-from tests.transforms.learned_rate_problems import jit, network, one_step, quadratic, traced_step
+from tests.transforms.compiling import quick_jit
+from tests.transforms.learned_rate.problems import network, one_step, quadratic, traced_step
 
 
 def test_one_update_by_hand():
@@ -86,13 +87,13 @@ def test_order_two_is_invariant_under_the_scale_of_the_loss_and_order_one_is_not
     assert np.abs(w1 - w2).max() > 1e-5
 
 
-@functools.partial(jit, static_argnums=(0, 1))
+@functools.partial(quick_jit, static_argnums=(0, 1))
 def read_along_the_gradient(derivatives, loss_fn, params, grads, batch, eta):
     ray = loss_along(lambda p: loss_fn(p, *batch), params, grads)
     return derivatives.measure(ray, eta)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def reference_along_the_gradient(loss_fn, params, grads, batch, eta):
     """Return f, f' and f'' from the loss's gradient and Hessian at w − ηg."""
     moved = jax.tree.map(lambda w, u: w - eta * u, params, grads)
@@ -176,7 +177,7 @@ def test_momentum_on_the_rate():
 def test_an_interval_between_rate_updates():
     loss, _, w = quadratic()
     tx, state, rates = optalr.scale_by_learned_rate(0.02, every=3), None, []
-    step = jit(lambda w, s: traced_step(tx, loss, w, s))
+    step = quick_jit(lambda w, s: traced_step(tx, loss, w, s))
     state = tx.init(w)
     for _ in range(7):
         w, state = step(w, state)

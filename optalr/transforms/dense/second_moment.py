@@ -1,0 +1,188 @@
+"""Dense second moments of gradient vectors, their roots, and the rule of when to take them.
+
+Shared by the two exact but small structures: one matrix for all parameters, or one for each leaf.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.arguments import check_choice, check_interval, is_concrete
+from optalr.arrays import all_finite, wide_dtype
+from optalr.linalg import inverse_roots, mean_eigenvalue
+from optalr.states import count_up, update_when
+
+
+def _absolute(damping: jax.Array, mean_eigenvalue: jax.Array) -> jax.Array:
+    """Return λ itself, for each matrix."""
+    return jnp.broadcast_to(damping, mean_eigenvalue.shape)
+
+
+def _relative(damping: jax.Array, mean_eigenvalue: jax.Array) -> jax.Array:
+    """Return λ times the mean eigenvalue."""
+    # Without any gradient there is no scale: the root is then the identity.
+    return jnp.where(mean_eigenvalue > 0, damping * mean_eigenvalue, 1)
+
+
+DAMPING_FORMS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxyType(
+    {"relative": _relative, "absolute": _absolute}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondMoment:
+    """How moments are accumulated and what power of them is applied; checked when it is made."""
+
+    power: Any
+    decay: Any
+    damping: Any
+    damping_form: str
+    bias_correction: bool
+
+    def __post_init__(self):
+        check_interval("power", self.power, -1, 0)
+        if self.decay is not None:
+            check_interval("decay", self.decay, 0, 1, open_high=True)
+        check_interval("damping", self.damping, 0)
+        check_choice("damping_form", self.damping_form, tuple(DAMPING_FORMS))
+
+    def next_weight(self, weight: jax.Array) -> jax.Array:
+        """Return the sum of the weights of all gradients, after one more."""
+        if self.decay is None or not self.bias_correction:
+            return jnp.ones_like(weight)
+        decay = jnp.asarray(self.decay, weight.dtype)
+        return decay * weight + (1 - decay)
+
+    def fold(self, moment: jax.Array, new: jax.Array) -> jax.Array:
+        """Return the moment after one more gradient: AdaGrad's sum, or the moving average."""
+        if self.decay is None:
+            return moment + new
+        decay = jnp.asarray(self.decay, moment.dtype)
+        return decay * moment + (1 - decay) * new
+
+    def added(self, mean_eigenvalue: jax.Array) -> jax.Array:
+        """Return what damping adds to each eigenvalue."""
+        damping = jnp.asarray(self.damping, mean_eigenvalue.dtype)
+        return DAMPING_FORMS[self.damping_form](damping, mean_eigenvalue)
+
+
+class Memory(NamedTuple):
+    """What is remembered between updates: one moment and root a vector, in their order."""
+
+    count: jax.Array  # () int32, updates so far
+    weight: jax.Array  # () float32, sum of the moving average's weights
+    root_age: jax.Array  # () int32, updates since roots were last due
+    failures: jax.Array  # () int32, roots kept back and updates not finite
+    moments: Sequence[jax.Array]  # (k, k) a vector of k numbers
+    root_residual: jax.Array  # () float32, the worst among the roots in use
+    roots: Sequence[jax.Array]  # (k, k), as the moments
+
+
+def precondition(
+    rule: SecondMoment, memory: Memory, vectors: Sequence[jax.Array], *, update_every: Any
+) -> tuple[list[jax.Array], Memory]:
+    """Return each vector under its root, or all zeros, and the memory after this update.
+
+    Args:
+      rule: how moments are accumulated.
+      memory: what was known before this update.
+      vectors: the gradients, in the dtypes of their moments.
+      update_every: updates between roots.
+    """
+    # Measure.
+    moments, weight, good = _fold_vectors(rule, memory, vectors)
+
+    # Refresh.
+    age = count_up(memory.root_age)
+    due = _is_due(memory.count, age, update_every) & good
+    memory = memory._replace(moments=moments, weight=weight)
+    roots, residual, kept_back = _refresh_roots(rule, memory, due)
+
+    # Apply.
+    new = [multiply(root, vector) for root, vector in zip(roots, vectors, strict=True)]
+    safe = good & all_finite(new)
+    return [jnp.where(safe, u, 0) for u in new], memory._replace(
+        count=count_up(memory.count),
+        root_age=jnp.where(due, 0, age),
+        failures=memory.failures + kept_back + (~safe).astype(jnp.int32),
+        root_residual=residual,
+        roots=roots,
+    )
+
+
+def working_dtype(leaves: Sequence[Any]) -> Any:
+    """Return the dtype that holds all leaves in one vector: float32, or float64 where a leaf is."""
+    return wide_dtype(jnp.float32, *(leaf.dtype for leaf in leaves))
+
+
+def multiply(matrix: jax.Array, other: jax.Array) -> jax.Array:
+    """Return ``matrix @ other`` in full precision also where TF32 or bfloat16 is default."""
+    return jnp.matmul(matrix, other, precision=jax.lax.Precision.HIGHEST)
+
+
+def _is_due(count: jax.Array, root_age: jax.Array, update_every: Any) -> jax.Array:
+    """Return whether roots are due: at half the updates so far, up to every ``update_every``.
+
+    Early on moments change by a large share at every update, and a root is soon out of date.
+    """
+    interval = jnp.clip(count // 2, 1, jnp.asarray(update_every, jnp.int32))
+    return (count == 0) | (root_age >= interval)
+
+
+def _fold_vectors(
+    rule: SecondMoment, memory: Memory, vectors: Sequence[jax.Array]
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Fold the outer product of each vector into its moment.
+
+    Returns moments, their weight, and whether all that was finite; if not, nothing was folded in.
+    """
+    after = rule.next_weight(memory.weight)
+    folded = [
+        rule.fold(moment, vector[:, None] * vector[None, :])
+        for moment, vector in zip(memory.moments, vectors, strict=True)
+    ]
+    # No entry of a sum of outer products exceeds its trace, and damping divides by that.
+    good = all_finite([jnp.trace(moment) / after.astype(moment.dtype) for moment in folded])
+    kept = [jnp.where(good, new, old) for new, old in zip(folded, memory.moments, strict=True)]
+    return kept, jnp.where(good, after, memory.weight), good
+
+
+def _refresh_roots(
+    rule: SecondMoment, memory: Memory, due: jax.Array
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Take roots where they are ``due``; else return those in use, as ``_take_roots`` does."""
+
+    def take(carry: Any, inputs: Any) -> Any:
+        roots, residual, _ = carry
+        moments, weight = inputs
+        using = memory._replace(moments=moments, weight=weight, roots=roots, root_residual=residual)
+        return _take_roots(rule, using)
+
+    carry = list(memory.roots), memory.root_residual, jnp.int32(0)
+    return update_when(due, take, carry, (list(memory.moments), memory.weight))
+
+
+def _take_roots(rule: SecondMoment, memory: Memory) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Return new roots, the worst residual in use, and how many kept the old root instead.
+
+    Of roots that are kept only the worst residual is known, and stands for each of them.
+    """
+    if is_concrete(rule.power) and float(rule.power) == 0:
+        return list(memory.roots), jnp.float32(0), jnp.int32(0)
+    weight = jnp.where(memory.weight > 0, memory.weight, 1)
+    means = {i: m / weight.astype(m.dtype) for i, m in enumerate(memory.moments) if m.size}
+    dampings = [rule.added(mean_eigenvalue(matrix)) for matrix in means.values()]
+    results = inverse_roots(list(means.values()), -1 / rule.power, damping=dampings)
+    new, residual, failed = list(memory.roots), jnp.float32(0), jnp.int32(0)
+    for i, result in zip(means, results, strict=True):
+        new[i] = jnp.where(result.success, result.root, memory.roots[i])
+        in_use = jnp.where(
+            result.success, result.residual.astype(jnp.float32), memory.root_residual
+        )
+        residual = jnp.maximum(residual, in_use)
+        failed += (~result.success).astype(jnp.int32)
+    return new, residual, failed

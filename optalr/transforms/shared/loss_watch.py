@@ -1,0 +1,52 @@
+"""A bound on the length of steps that begins once the loss has risen.
+
+The rates that set themselves share it. Before the rise they are left alone: while a rule works, a
+bound would only make it another rule.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.arguments import check_interval
+from optalr.transforms.shared.rates import length
+
+
+class LossWatch(NamedTuple):
+    """What is remembered of the loss."""
+
+    first_value: jax.Array  # () float32, the loss at the first step; NaN before it
+    risen: jax.Array  # () bool, whether it was ever above a multiple of that, or not finite
+
+
+def check_bound(max_step: Any, max_rise: Any) -> None:
+    """Raise unless ``max_step`` is None or positive, and ``max_rise`` not negative."""
+    if max_step is not None:
+        remedy = "None switches it off."
+        check_interval("max_step", max_step, 0.0, open_low=True, remedy=remedy)
+    check_interval("max_rise", max_rise, 0.0)
+
+
+def start_watch() -> LossWatch:
+    """Return the memory before the first step."""
+    return LossWatch(jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), bool))
+
+
+def watch_loss(watch: LossWatch, value: Any, max_rise: float) -> LossWatch:
+    """Return the memory after a step whose loss is ``value``; None where it is not known."""
+    if value is None:
+        return watch
+    value = jnp.asarray(value).astype(jnp.float32)
+    first = jnp.where(jnp.isnan(watch.first_value), value, watch.first_value)
+    # Negated, so that a loss of NaN counts as risen: it compares as false with everything.
+    return LossWatch(first, watch.risen | ~(value <= max_rise * first))
+
+
+def bound_step(
+    rate: jax.Array, direction: Any, *, max_step: float, watch: LossWatch
+) -> tuple[jax.Array, jax.Array]:
+    """Return a rate at which no step is longer than ``max_step``, and whether it was lowered."""
+    norm = length(direction)
+    too_long = watch.risen & (rate * norm > max_step)
+    return jnp.where(too_long, max_step / norm, rate), too_long

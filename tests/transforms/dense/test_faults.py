@@ -1,0 +1,87 @@
+"""Gradients and trees that are hard: zero, not finite, huge, tiny, empty."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optalr import scale_by_block_diagonal, scale_by_full_matrix
+from tests.transforms.dense.problems import ALL, jitted, sequence, trajectory
+
+
+@ALL
+def test_zero_and_not_finite_gradients(tx):
+    good, zero = jnp.array([1.0, 2.0]), jnp.zeros(2)
+    updates, state = trajectory(tx, [zero, good, good.at[0].set(jnp.nan), good])
+    assert float(jnp.abs(updates[0]).max()) == 0
+    assert float(jnp.abs(updates[2]).max()) == 0
+    assert int(state.failures) == 1
+    assert bool(jnp.isfinite(updates[3]).all())
+    assert float(jnp.abs(updates[3]).max()) > 0
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+@pytest.mark.parametrize("window", ["block", None, 2])
+def test_a_gradient_whose_square_overflows_leaves_no_trace(window, decay):
+    method = scale_by_block_diagonal if window == "block" else scale_by_full_matrix
+    arguments = {} if window == "block" else {"window": window}
+    tx = method(decay=decay, **arguments)
+    good, large = sequence((3,), 2), jnp.array([1e20, 1.0, 1.0])
+    updates, state = trajectory(tx, [good[0], large, large, good[1]])
+    expected, without = trajectory(tx, good)
+    assert float(jnp.abs(updates[1]).max()) == 0
+    np.testing.assert_allclose(updates[3], expected[1], rtol=1e-4)
+    assert int(state.failures) == 2
+    for x, y in zip(jax.tree.leaves(state)[5:], jax.tree.leaves(without)[5:], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)
+
+
+@ALL
+def test_sums_do_not_overflow_either(tx):
+    # Each square is finite, the trace of them together is not.
+    updates, state = trajectory(tx, [jnp.ones(3), jnp.full(3, 1.5e19), jnp.ones(3)])
+    assert float(jnp.abs(updates[1]).max()) == 0
+    assert float(jnp.abs(updates[2]).max()) > 0.1
+    assert int(state.failures) == 1
+
+
+@ALL
+@pytest.mark.parametrize("scale", [1e-9, 1e9, 1e16])
+def test_the_scale_of_gradients_does_not_matter(tx, scale):
+    grads = sequence((3,), 3)
+    expected, _ = trajectory(tx, grads)
+    updates, state = trajectory(tx, [scale * g for g in grads])
+    np.testing.assert_allclose(updates[-1], expected[-1], rtol=2e-3, atol=1e-3)
+    assert int(state.failures) == 0
+
+
+@ALL
+@pytest.mark.parametrize(
+    "params", [{}, {"none": jnp.zeros(0)}, {"none": jnp.zeros((0, 3)), "w": jnp.ones(2)}]
+)
+def test_leaves_without_numbers_and_trees_without_leaves(tx, params):
+    updates, state = trajectory(tx, [params, params])
+    assert jax.tree.map(jnp.shape, updates[1]) == jax.tree.map(jnp.shape, params)
+    assert int(state.failures) == 0
+    masked = optax.masked(tx, jax.tree.map(lambda _: False, params))
+    updates, _ = trajectory(masked, [params])
+    assert jax.tree.map(jnp.shape, updates[0]) == jax.tree.map(jnp.shape, params)
+
+
+def test_a_root_that_is_kept_back_keeps_its_residual():
+    tx = scale_by_block_diagonal(damping_form="absolute")
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    _, state = trajectory(tx, [params])
+    assert 0 < float(state.root_residual) < 1e-2
+    # Not semidefinite: the root of one leaf of two fails.
+    broken = state._replace(
+        moments={**state.moments, "a": -100 * jnp.eye(2)}, root_residual=jnp.float32(0.5)
+    )
+    _, after = jitted(tx.update)(params, broken)
+    assert int(after.failures) == 1
+    np.testing.assert_array_equal(after.roots["a"], state.roots["a"])
+    assert float(after.root_residual) == 0.5
+    assert int(after.root_age) == 0  # not every step may pay for another try
+    _, after = jitted(tx.update)(params, after._replace(moments=state.moments))
+    assert float(after.root_residual) < 1e-2
