@@ -11,10 +11,11 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
-from optalr.reading.geometry import factor_spectra, geodesic, noise_spectrum
+from optalr.reading.geometry import geodesic, noise_spectrum
 from optalr.reading.metrics import metrics, state_bytes, wants_signals
 from optalr.reading.monitoring import monitor
 from optalr.reading.resuming import configuration, warn_if_changed
+from optalr.reading.spectra import factor_spectra
 from optalr.recipes import (
     CLASSICAL_RULES,
     classical,
