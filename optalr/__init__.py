@@ -26,7 +26,7 @@ from optalr.recipes import (
     lipschitz_sgd,
     tso_alra,
 )
-from optalr.schedules.profiles import (
+from optalr.schedules import (
     exponential_profile,
     flow_schedule,
     linear_profile,
