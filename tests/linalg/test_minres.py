@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 
-from optalr.linalg.minres.solver import minres, minres_step
+from optalr.linalg.minres.linear_solve import minres, minres_step
 
 
 def symmetric(eigenvalues, seed=0):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optalr.arguments import check_interval
 from optalr.arrays import wide_dtype
-from optalr.linalg.minres.solver import MinresResult
+from optalr.linalg.minres.linear_solve import MinresResult
 from optalr.linalg.minres.vectors import dot, where
 from optalr.transforms.subtrees import embed
 
