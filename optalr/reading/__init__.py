@@ -1,4 +1,4 @@
-"""Reading an optimizer state of any nesting, and watching what it does."""
+"""Reading an optimizer state of any nesting, and watching what the optimizer does."""
 
 from optalr.reading.geometry import geodesic, noise_spectrum
 from optalr.reading.metrics import metrics, state_bytes, wants_signals
