@@ -9,17 +9,7 @@ import pytest
 
 import optalr
 from optalr.reading.spectra import factor_spectra
-from optalr.signals.moments import LayerMoments
-
-BARE = optalr.KroneckerOptions(
-    warmup=0, min_batches=1, max_update=None, spectrum="exact", damping_form="absolute"
-)
-
-
-def moments(rows, cols, count):
-    rows, cols = jnp.asarray(rows, jnp.float32), jnp.asarray(cols, jnp.float32)
-    zero = jnp.zeros(rows.shape[0])
-    return LayerMoments(rows, cols, zero, None, jnp.float32(count), jnp.float32(1))
+from tests.reading.factors import BARE, moments
 
 
 def spectra_of(rows, cols, **arguments):
