@@ -11,10 +11,11 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
-from optalr.reading.geometry import factor_spectra, geodesic, noise_spectrum
+from optalr.reading.geometry import geodesic, noise_spectrum
 from optalr.reading.metrics import metrics, state_bytes, wants_signals
 from optalr.reading.monitoring import monitor
 from optalr.reading.resuming import configuration, warn_if_changed
+from optalr.reading.spectra import factor_spectra
 from optalr.reading.upgrading import upgrade_state
 from optalr.recipes import (
     CLASSICAL_RULES,
@@ -26,7 +27,7 @@ from optalr.recipes import (
     lipschitz_sgd,
     tso_alra,
 )
-from optalr.schedules.profiles import (
+from optalr.schedules import (
     exponential_profile,
     flow_schedule,
     linear_profile,

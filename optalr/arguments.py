@@ -1,8 +1,8 @@
-"""Refusing bad arguments at construction, with one voice.
+"""Checks that refuse bad arguments at construction, all with the same form of message.
 
-Hyperparameters may be traced (``optax.inject_hyperparams`` makes arrays of them inside a jitted
-step), and a tracer has no value to look at. Every check here therefore judges concrete numbers
-and lets tracers through.
+Hyperparameters may be traced: ``optax.inject_hyperparams`` makes arrays of them inside a jitted
+step. A tracer has no value to check. Every check here therefore judges concrete numbers and lets
+tracers pass.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def is_concrete(value: Any) -> bool:
-    """Tell whether ``value`` is a number that can be looked at, not a tracer or a schedule."""
+    """Return whether ``value`` is a number that can be read, not a tracer or a schedule."""
     return not isinstance(value, jax.core.Tracer) and not callable(value)
 
 
@@ -38,7 +38,7 @@ def check_interval(
       high: upper end of the interval.
       open_low: whether ``low`` itself is refused.
       open_high: whether ``high`` itself is refused.
-      remedy: a sentence that tells the user what to pass instead.
+      remedy: a sentence on what to pass instead.
 
     Raises:
       TypeError: ``value`` is not a number.
@@ -58,7 +58,18 @@ def check_interval(
 
 
 def check_count(name: str, value: Any, low: int = 1, *, remedy: str = "") -> None:
-    """Raise unless a concrete ``value`` is a whole number of at least ``low``."""
+    """Raise unless a concrete ``value`` is a whole number of at least ``low``.
+
+    Args:
+      name: the argument's name, as the caller wrote it.
+      value: a number, a 0-d array, a tracer or a schedule; the last two always pass.
+      low: the smallest number allowed.
+      remedy: a sentence on what to pass instead.
+
+    Raises:
+      TypeError: ``value`` is not a whole number; a bool is none.
+      ValueError: ``value`` is below ``low``.
+    """
     if not is_concrete(value):
         return
     try:
@@ -81,14 +92,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def from_fields(name: str, given: Any, kind: type) -> Any:
-    """Return a ``kind`` where ``given`` is a mapping of its fields, else ``given`` as it is.
-
-    A config cannot hold None: False stands for it in a field that is not a bool.
+    """Return a ``kind`` if ``given`` is a mapping of its fields, else ``given`` unchanged.
 
     Args:
       name: the argument, as the user wrote it.
       given: what was passed.
-      kind: a dataclass or a named tuple, every field of which has a default.
+      kind: a dataclass or a NamedTuple whose fields all have defaults.
+
+    Returns:
+      A ``kind``, or what was given.
 
     Raises:
       TypeError: the mapping names a field that ``kind`` does not have.
@@ -101,19 +113,23 @@ def from_fields(name: str, given: Any, kind: type) -> Any:
     for key in given:
         if key not in defaults:
             raise TypeError(f"{name} has no field {key!r}; its fields are {', '.join(defaults)}.")
+    # TOML has no None: in a config, False stands for it in a field that is not a bool.
     off = {key for key, value in given.items() if value is False}
     switches = {key for key, default in defaults.items() if isinstance(default, bool)}
     return kind(**{k: None if k in off - switches else v for k, v in given.items()})
 
 
 def require_extra(extras: dict[str, Any], name: str, method: str, remedy: str = "") -> Any:
-    """Return ``extras[name]``, or raise a ``TypeError`` that says which call supplies it.
+    """Return ``extras[name]``, or raise a ``TypeError`` that names the call that supplies it.
 
     Args:
       extras: the keyword arguments that reached ``update``.
-      name: the extra wanted, one of the vocabulary of ``value_grad_and_extras``.
-      method: the transformation that wants it, as the user wrote it.
-      remedy: overrides the sentence that says how to supply the extra.
+      name: the extra that is needed, one of those of ``value_grad_and_extras``.
+      method: the transformation that needs it, as the user wrote it.
+      remedy: replaces the sentence on how to supply the extra.
+
+    Raises:
+      TypeError: the extra is missing or None.
     """
     value = extras.get(name)
     if value is None:

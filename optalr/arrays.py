@@ -1,4 +1,4 @@
-"""What every room asks of arrays: are they finite, and are they wide enough to sum in?"""
+"""What every room needs to know of arrays: whether they are finite, and wide enough for sums."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Tell whether every number of a pytree is finite; True for a tree without leaves."""
+    """Return whether every number of a pytree is finite; True for a tree without leaves."""
     parts = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(parts).all() if parts else jnp.bool_(True)
 
@@ -15,8 +15,8 @@ def all_finite(tree: Any) -> jax.Array:
 def wide_dtype(*values: Any) -> Any:
     """Return the dtype that holds all of ``values`` (arrays or dtypes), float32 or wider.
 
-    Half precision is for storing. In bfloat16 a sum stops growing once it is 256 times a term, and
-    a decay of 0.999 is 1.
+    Half precision is for storage only. In bfloat16 a sum stops growing once it is 256 times a term,
+    and a decay of 0.999 rounds to 1.
     """
     return jnp.promote_types(jnp.result_type(*values), jnp.float32)
 

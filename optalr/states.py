@@ -1,4 +1,4 @@
-"""Walking optimizer states of any nesting, and changing them without moving them."""
+"""Walking optimizer states of any nesting, and changing them in place."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,17 +17,20 @@ def children(node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_named_tuple(node: Any) -> bool:
-    """Tell whether ``node`` is a NamedTuple, as the states of optax and optalr are."""
+    """Return whether ``node`` is a NamedTuple, as the states of optax and optalr are."""
     return isinstance(node, tuple) and hasattr(node, "_fields")
 
 
 def injects(node: Any, name: str) -> bool:
-    """Tell whether ``node`` is a state of ``optax.inject_hyperparams`` that holds ``name``."""
+    """Return whether ``node`` is a state of ``optax.inject_hyperparams`` that holds ``name``."""
     return is_named_tuple(node) and name in (getattr(node, "hyperparams", None) or {})
 
 
 def settle(tree: Any) -> Any:
-    """Return ``tree`` with arrays for leaves, none of them weakly typed."""
+    """Return ``tree`` with arrays for leaves, none of them weakly typed.
+
+    A weak type would become strong after the first update, and the step be compiled twice.
+    """
     return jax.tree.map(_strong, tree)
 
 
@@ -47,10 +50,10 @@ def update_when(
 ) -> Any:
     """Return ``update(state, inputs)`` where ``condition`` holds, else ``state``, left in place.
 
-    ``jax.lax.cond`` says the same, but XLA copies what passes through a conditional unchanged, and
-    a donated state twice: all factors of a preconditioner in every step of a phase that does not
-    touch them. A loop of no turn or one leaves a donated state where it is. It cannot be
-    differentiated in reverse mode.
+    ``jax.lax.cond`` computes the same, but XLA copies what passes through a conditional unchanged,
+    and a donated state twice. For a preconditioner these are all factors, in every step of a phase
+    that does not touch them. A loop of at most one turn leaves a donated state where it is. It
+    cannot be differentiated in reverse mode.
 
     Args:
       condition: boolean scalar.
@@ -59,6 +62,9 @@ def update_when(
       inputs: a pytree of all else that ``update`` reads. Leaves that are not arrays are passed on
         as they are. All arrays, also those of ``state``, are tied to the loop's counter, so that no
         compiler moves work on those that stay the same out of the loop.
+
+    Returns:
+      A pytree with structure, shapes and dtypes of ``state``.
     """
 
     def turn(carry: Any) -> Any:
@@ -69,7 +75,7 @@ def update_when(
                 return leaf
             return jax.lax.optimization_barrier((leaf, pending))[0]
 
-        # One barrier a leaf: a leaf that update does not read must stay free to be pruned.
+        # One barrier per leaf, so that a leaf that update does not read can still be pruned.
         tied = jax.tree.map(tie, current), jax.tree.map(tie, inputs)
         return jnp.zeros_like(pending), update(*tied)
 
@@ -77,7 +83,8 @@ def update_when(
 
 
 def _strong(leaf: Any) -> jax.Array:
+    """Return the leaf as an array that is not weakly typed."""
     array = jnp.asarray(leaf)
     if jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return array  # random keys: never weak, and not to be converted
+        return array  # random keys are never weak and cannot be converted
     return jax.lax.convert_element_type(array, array.dtype)

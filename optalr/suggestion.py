@@ -1,4 +1,4 @@
-"""Suggesting a learning rate: where the learned rate settles, whatever it starts from."""
+"""Suggesting a learning rate: the rate at which the learned rate settles from several starts."""
 
 import dataclasses
 import math
@@ -16,6 +16,7 @@ from optalr.reading.metrics import metrics, wants_signals
 from optalr.recipes import learned_rate_sgd
 from optalr.signals import value_grad_and_extras
 
+# An extra of our own: ``value_fn`` is the loss on the batch of the step itself.
 _PROBE = "suggestion_value_fn"
 STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -25,17 +26,17 @@ class RateSuggestion:
     """What ``suggest_learning_rate`` found; prints as a table.
 
     Attributes:
-      rate: the rate suggested: the geometric mean of ``settled`` over the runs that count. NaN
+      rate: the suggested rate, the geometric mean of ``settled`` over the runs that count. NaN
         where the runs do not agree.
-      low: 10th percentile of these runs' rates while they settle.
-      high: 90th percentile.
+      low: 10th percentile of the rates of these runs while they settle.
+      high: 90th percentile of the same rates.
       agreed: whether at least two runs count and their settled rates are within ``tolerance``.
       tolerance: the factor within which settled rates agree.
-      starts: ``(S,)`` the rates started from.
+      starts: ``(S,)`` the initial rates.
       settled: ``(S,)`` the median rate of each run, over the second half of the steps in which its
         loss makes 95 % of its decrease.
       counted: ``(S,)`` bool, whether a run trained: it lowered its loss at least half as much as
-        the best run did. The others (diverged, stuck) do not count.
+        the best run. The others (diverged or stuck) do not count.
       rates: ``(S, T)`` the rate at every step.
       losses: ``(S, T)`` the training loss at every step.
     """
@@ -77,10 +78,16 @@ class RateSuggestion:
         )
 
     def plot(self, axes: Any = None) -> Any:
-        """Draw the rates over the steps, one curve a start, and the suggestion; return the axes.
+        """Draw the rates over the steps, one curve per start, and the suggestion.
 
         Args:
           axes: matplotlib axes to draw into; None makes a new figure.
+
+        Returns:
+          The axes.
+
+        Raises:
+          ImportError: matplotlib is missing.
         """
         if axes is None:
             try:
@@ -120,28 +127,30 @@ def suggest_learning_rate(
     """Suggest a learning rate for SGD: run the learned rate from several starts.
 
     Choose it before a search over rates, or instead of one. The learned rate of order 2 tends to
-    the same zone from any start between 1e-4 and 1; the suggestion is the rate at which the runs
-    settle, and there is none where they do not agree. It belongs to these parameters, this batch
-    size and the first ``num_steps`` steps, and to plain SGD (with momentum β take 1 − β times it).
+    the same range from any start between 1e-4 and 1. The suggestion is the rate at which the runs
+    settle; where they do not agree there is none. It holds for these parameters, this batch size,
+    the first ``num_steps`` steps and plain SGD (with momentum β multiply it by 1 − β).
 
     Args:
       loss_fn: ``loss_fn(params, *args) -> scalar`` (or ``(scalar, aux)``).
-      params: the parameters each run begins with; they are not changed.
-      batches: a sequence of ``args`` tuples, taken in turn and again from the start; or a function
-        from the step's number to ``args``. A batch that is no tuple is the only argument.
+      params: the parameters that each run starts from; they are not changed.
+      batches: a sequence of ``args`` tuples, used in turn and then again from the first; or a
+        function from the step's number to ``args``. A batch that is not a tuple is the only
+        argument.
       starts: initial rates, each > 0, at least two.
       num_steps: steps of each run, >= 4.
-      tolerance: > 1, the factor within which the settled rates count as agreed.
-      fresh_probe: whether the loss along each step is that of the next batch, not of the batch the
-        step was taken on. A rate fitted to the batch of its own gradient is too large for others,
-        the more so the smaller the batches are, until training breaks down.
+      tolerance: > 1, the factor within which the settled rates agree.
+      fresh_probe: whether the loss along each step is that of the next batch, rather than of the
+        step's own. A rate fitted to the batch of its own gradient is too large for other batches.
+        The smaller the batches, the larger the excess, until training breaks down.
       has_aux: whether ``loss_fn`` returns aux, which is dropped.
       options: further arguments of ``learned_rate_sgd``; ``lag`` is False unless set.
 
     Returns:
-      ``RateSuggestion``; ``print`` shows a table, ``.plot()`` a picture.
+      A ``RateSuggestion``: ``print`` shows it as a table, ``.plot()`` as a picture.
 
     Raises:
+      TypeError: an argument is not a number.
       ValueError: an argument is out of range, or there is no batch.
 
     Cost: ``len(starts) * num_steps`` learned-rate steps, each about 8/3 of an SGD step, and one
@@ -167,36 +176,50 @@ def suggest_learning_rate(
     check_count("num_steps", num_steps, 4)
     check_interval("tolerance", tolerance, 1.0, open_low=True)
     batch_at = _indexed(batches)
-    evaluate = value_grad_and_extras(loss_fn, has_aux=has_aux)
     # Without the lag no step is taken with a rate that suited another direction.
     options = {"probe": _PROBE, "lag": False, **(options or {})}
     optimizers = [learned_rate_sgd(start, **options) for start in starts]
+    step = _compiled_step(loss_fn, optimizers[0], fresh_probe=fresh_probe, has_aux=has_aux)
+    traces = []
+    for optimizer in optimizers:  # they differ in their first state only
+        carry, trace = (params, optimizer.init(params)), []
+        for i in range(num_steps):
+            carry, measured = step(carry, batch_at(i), batch_at(i + 1))
+            trace.append(measured)
+        traces.append(jax.device_get(trace))
+    losses, rates = np.moveaxis(np.asarray(traces, np.float64), -1, 0)
+    return summarize(np.asarray(starts), rates, losses, tolerance=tolerance)
+
+
+def _compiled_step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    fresh_probe: bool,
+    has_aux: bool,
+) -> Callable[..., Any]:
+    """Return a step on ``(params, state)``, which also returns its loss and its rate."""
+    evaluate = value_grad_and_extras(loss_fn, has_aux=has_aux)
 
     def probe(args: tuple[Any, ...], params: Any) -> jax.Array:
         value = loss_fn(params, *args)
         return value[0] if has_aux else value
 
     @jax.jit
-    def step(params: Any, state: Any, args: tuple[Any, ...], following: tuple[Any, ...]) -> Any:
+    def step(carry: tuple[Any, Any], args: tuple[Any, ...], following: tuple[Any, ...]) -> Any:
+        params, state = carry
         value, grads, extras = evaluate(params, *args, signals=wants_signals(state))
         extras[_PROBE] = Partial(probe, following) if fresh_probe else extras["value_fn"]
-        updates, state = optimizers[0].update(grads, state, params, **extras)
+        updates, state = optimizer.update(grads, state, params, **extras)
         value = value[0] if has_aux else value
         rate = metrics(state)["learning_rate"]
-        return optax.apply_updates(params, updates), state, (jnp.float32(value), rate)
+        return (optax.apply_updates(params, updates), state), (jnp.float32(value), rate)
 
-    traces = []
-    for optimizer in optimizers:  # they differ in their first state only
-        current, state, trace = params, optimizer.init(params), []
-        for i in range(num_steps):
-            current, state, measured = step(current, state, batch_at(i), batch_at(i + 1))
-            trace.append(measured)
-        traces.append(jax.device_get(trace))
-    losses, rates = np.moveaxis(np.asarray(traces, np.float64), -1, 0)
-    return _summarize(np.asarray(starts), rates, losses, tolerance)
+    return step
 
 
 def _indexed(batches: Any) -> Callable[[int], tuple[Any, ...]]:
+    """Return a function from a step's number to the arguments of the loss after ``params``."""
     if callable(batches):
         found = batches
     else:
@@ -215,14 +238,15 @@ def _indexed(batches: Any) -> Callable[[int], tuple[Any, ...]]:
 
 
 def _tail(values: np.ndarray) -> np.ndarray:
+    """Return the second half of each run."""
     return values[:, values.shape[1] // 2 :]
 
 
 def _descent(losses: np.ndarray) -> slice:
     """Return the second half of the steps in which one run's loss falls.
 
-    They end where a moving average has made 95 % of the decrease: at a minimum every rate is as bad
-    as any other, and what the learned rate does there says nothing.
+    They end where a moving average has made 95 % of the decrease. At a minimum every rate is as bad
+    as any other, and what the learned rate does there means nothing.
     """
     width = min(5, len(losses))
     smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
@@ -233,9 +257,10 @@ def _descent(losses: np.ndarray) -> slice:
     return slice(end // 2, end)
 
 
-def _summarize(
-    starts: np.ndarray, rates: np.ndarray, losses: np.ndarray, tolerance: float
+def summarize(
+    starts: np.ndarray, rates: np.ndarray, losses: np.ndarray, *, tolerance: float
 ) -> RateSuggestion:
+    """Return the suggestion of runs with these rates and losses, a row each."""
     parts = [run[_descent(trace)] for run, trace in zip(rates, losses, strict=True)]
     settled = np.array([np.median(part) for part in parts])
     decrease = np.nan_to_num(losses[:, 0] - _tail(losses).mean(axis=1), nan=0.0, neginf=0.0)
@@ -248,5 +273,14 @@ def _summarize(
         agreed = bool(counted.sum() >= 2 and chosen.max() <= tolerance * chosen.min())
         rate = float(np.exp(np.mean(np.log(chosen)))) if agreed else math.nan
     return RateSuggestion(
-        rate, low, high, agreed, float(tolerance), starts, settled, counted, rates, losses
+        rate=rate,
+        low=low,
+        high=high,
+        agreed=agreed,
+        tolerance=float(tolerance),
+        starts=starts,
+        settled=settled,
+        counted=counted,
+        rates=rates,
+        losses=losses,
     )

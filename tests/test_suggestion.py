@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optalr
-from optalr.suggestion import _summarize
+from optalr.suggestion import summarize
 
 
 def regression(seed=0):
@@ -53,17 +53,17 @@ def test_starts_agree_on_the_rate_of_a_regression():
 
 def test_no_rate_is_suggested_where_the_starts_disagree_or_diverge():
     starts, losses = np.array([0.01, 1.0]), np.array([[2.0] * 2 + [1.0] * 4] * 2)
-    apart = _summarize(starts, np.tile([[0.01], [1.0]], 6), losses, 2.0)
+    apart = summarize(starts, np.tile([[0.01], [1.0]], 6), losses, tolerance=2.0)
     assert not apart.agreed
     assert np.isnan(apart.rate)
     assert "settle apart" in str(apart)
     diverged = losses.copy()
     diverged[1, -1] = np.nan
-    alone = _summarize(starts, np.full((2, 6), 0.1), diverged, 2.0)
+    alone = summarize(starts, np.full((2, 6), 0.1), diverged, tolerance=2.0)
     assert not alone.agreed
     assert "left out" in str(alone)
     assert "fewer than two" in alone.verdict
-    assert _summarize(starts, np.full((2, 6), 0.1), losses, 2.0).agreed
+    assert summarize(starts, np.full((2, 6), 0.1), losses, tolerance=2.0).agreed
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A Flax linen ``TrainState`` that passes extras through."""
+"""A Flax linen ``TrainState`` that passes extras to the optimizer."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from optalr.reading.metrics import wants_signals
 
 
 class TrainState(train_state.TrainState):
-    """Flax's ``TrainState``, whose ``apply_gradients`` also takes ``extras``.
+    """Flax's ``TrainState`` with an ``apply_gradients`` that also takes ``extras``.
 
-    Choose it in place of ``flax.training.train_state.TrainState`` where the optimizer reads more
+    Choose it instead of ``flax.training.train_state.TrainState`` where the optimizer reads more
     than the gradient. Subclass it for further fields, such as batch statistics.
 
     Examples:
@@ -41,15 +41,19 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: gradients with the structure of ``params``.
-          extras: keyword arguments for ``tx.update``, as ``value_grad_and_extras`` returns them
-            (and, say, ``validation_value``).
+          extras: keyword arguments for ``tx.update``, as ``value_grad_and_extras`` returns them,
+            and others such as ``validation_value``.
           **kwargs: fields to replace, as in Flax.
+
+        Returns:
+          A new ``TrainState``.
         """
 
         def update(updates: Any, opt_state: Any, params: Any = None) -> Any:
             return self.tx.update(updates, opt_state, params, **(extras or {}))
 
-        # Flax's own method, with its treatment of overwritten collections, around another update.
+        # Flax's own method with another update, so that its treatment of overwritten collections
+        # stays.
         bound = self.tx._replace(update=update)
         stepped = train_state.TrainState.apply_gradients(
             self.replace(tx=bound), grads=grads, **kwargs

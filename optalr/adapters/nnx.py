@@ -1,4 +1,4 @@
-"""Flax nnx: an evaluation that takes a module, and an optimizer that passes extras through."""
+"""For Flax nnx: an evaluation that takes a module, and an optimizer that passes extras on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +16,9 @@ def value_grad_and_extras(
 ) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
     """Return ``optalr.value_grad_and_extras`` of a loss that takes an nnx module.
 
-    Choose it in place of ``nnx.value_and_grad``. What the forward pass changes in the module
-    (batch statistics, random counts) is written back to it, once a call; the loss probes of
-    ``extras["value_fn"]`` start from the same statistics and keys and leave no trace.
+    Choose it instead of ``nnx.value_and_grad``. What the forward pass changes in the module (batch
+    statistics, random counts) is written back to it, once per call. The loss probes of
+    ``extras["value_fn"]`` start from the same statistics and keys and change nothing in the module.
 
     Args:
       loss_fn: ``loss_fn(model, *args) -> scalar``; with ``has_aux`` ``(scalar, aux)``.
@@ -33,12 +33,11 @@ def value_grad_and_extras(
     Raises:
       TypeError: as ``optalr.value_grad_and_extras``.
 
-    Cost: that of ``optalr.value_grad_and_extras``; the loss is traced at each call, so put the
-      call into ``nnx.jit``.
+    Cost: that of ``optalr.value_grad_and_extras``. The loss is traced at each call, so put the call
+      into ``nnx.jit``.
 
     Examples:
       See ``Optimizer``.
-
     """
 
     def evaluate(model: Any, *args: Any, signals: Any = True, **more: Any) -> Any:
@@ -61,9 +60,9 @@ def value_grad_and_extras(
 
 
 class Optimizer(nnx.Optimizer):
-    """``nnx.Optimizer`` for transformations that read extras, with two readings of its state.
+    """``nnx.Optimizer`` for transformations that read extras, with its metrics as a property.
 
-    Choose it in place of ``nnx.Optimizer``.
+    Choose it instead of ``nnx.Optimizer`` where the optimizer reads more than the gradient.
 
     Examples:
       >>> import jax.numpy as jnp, optalr
@@ -90,7 +89,13 @@ class Optimizer(nnx.Optimizer):
         return metrics(nnx.as_pure(self.opt_state))
 
     def update(self, model: Any, grads: Any, /, **extras: Any) -> Any:
-        """Update the model in place, by gradients and extras as the evaluation returned them."""
+        """Update the model in place.
+
+        Args:
+          model: the module that the optimizer was made for.
+          grads: gradients, as ``value_grad_and_extras`` returned them.
+          **extras: its extras, and others such as ``validation_value``.
+        """
         params = nnx.state(model, self.wrt)
         # nnx selects gradients by the type of their variables; ours are bare arrays.
         typed = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))

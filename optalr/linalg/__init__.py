@@ -11,7 +11,7 @@ from optalr.linalg.kronecker import (
     split_damping,
     to_eigenbasis,
 )
-from optalr.linalg.minres.solver import MinresResult, minres, minres_step
+from optalr.linalg.minres.linear_solve import MinresResult, minres, minres_step
 from optalr.linalg.roots.bases import EigenBasis, eigenbasis, refresh_eigenbasis
 from optalr.linalg.roots.grouping import inverse_roots
 from optalr.linalg.roots.inverse_root import InverseRoot, inverse_root

@@ -1,11 +1,11 @@
-"""Decompositions of stacks that cannot stop a CPU: there, LAPACK gets a matrix at a time.
+"""Decompositions of stacks that cannot block a CPU: there, LAPACK gets one matrix at a time.
 
 On a CPU, jaxlib's kernels for stacks (seen in 0.10.2) split a large stack into tasks for the thread
 pool that runs the program, and wait for them inside one of its threads. Two such calls that do not
 depend on each other, in a loop's body or a branch, can then take every thread of a machine with few
-cores and wait for ever. A call for one matrix runs where it stands. The loop costs little: on two
-cores, for 2 to 16 matrices of 64 to 1024 rows, eigh took at most the stacked call's time, QR and
-Cholesky at most 1.2 times and triangular solves at most 1.5 times it.
+cores and wait for ever. A call for one matrix runs in the thread that makes it. The loop costs
+little: on two cores, for 2 to 16 matrices of 64 to 1024 rows, eigh took at most the time of the
+stacked call, QR and Cholesky at most 1.2 times and triangular solves at most 1.5 times that time.
 """
 
 import functools
@@ -60,7 +60,8 @@ def _by_platform(kernel: Callable[..., Any], *stacks: jax.Array) -> Any:
 
 
 def _looped(kernel: Callable[..., Any], *stacks: jax.Array) -> Any:
-    # A caller's own vmap becomes a loop too.
+    """Call ``kernel`` on one matrix after the other."""
+    # Sequential also under a vmap of the caller's, which would otherwise make a stack again.
     one = jax.custom_batching.sequential_vmap(kernel)
     for _ in range(stacks[0].ndim - 2):
         one = jax.vmap(one)

@@ -1,4 +1,4 @@
-"""Taking the phase in hand: setting it, and giving back what the first stage held."""
+"""Control of the phase by hand: setting it, and giving back the memory of the first stage."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_interval, is_concrete
-from optalr.phases.schedulers import PhaseState
+from optalr.phases.switching import PhaseState
 from optalr.phases.two_stage import Released, TwoStageState
 from optalr.states import injects
 
@@ -15,23 +15,25 @@ def set_phase(opt_state: Any, phase: float | None, *, level: int = 0) -> Any:
     """Set the phase by hand, from the next update on.
 
     Choose it in a notebook, after a look at the curves. Writing to
-    ``opt_state.hyperparams["phase"]`` has no effect, because optax recomputes what is scheduled;
-    this writes an override into the scheduler's state, which is saved and restored with the rest.
+    ``opt_state.hyperparams["phase"]`` has no effect, because optax recomputes what is scheduled.
+    This function writes an override into the scheduler's state, which is saved and restored with
+    the rest.
 
     Args:
       opt_state: an optimizer state that holds a ``two_stage`` with a scheduler, at any depth.
       phase: a number in [0, 1], or None to give the decision back to the schedule.
-      level: which of nested ``two_stage`` to set: 0 the outermost, 1 those inside it, and so on.
+      level: which ``two_stage`` to set where they are nested: 0 for the outermost, 1 for those
+        inside it, and so on.
 
     Returns:
       A new state of the same structure, shapes and dtypes.
 
     Raises:
-      ValueError: ``phase`` lies outside [0, 1], or there is no phase at this level, or the first
+      ValueError: ``phase`` lies outside [0, 1]; or there is no phase at this level; or the first
         stage has been released and ``phase`` is below 1.
-      TypeError: the phase is scheduled by a bare function, which has no room for an override.
+      TypeError: the phase is scheduled by a bare function, whose state cannot hold an override.
 
-    Cost: none to speak of; it may be called inside ``jit``.
+    Cost: a walk over the state. It may be called inside ``jit``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -70,23 +72,23 @@ def set_phase(opt_state: Any, phase: float | None, *, level: int = 0) -> Any:
 def release_first_stage(opt_state: Any) -> Any:
     """Give back the memory of first stages that are no longer needed.
 
-    Choose it once the switch is made for good: the factors and roots of a preconditioner are often
-    several times the size of the model. The state gets smaller, so the next step is compiled
-    anew, once; that program holds the second stage alone, whatever the phase says afterwards.
-    The transformation stays the same.
+    Choose it once the switch is final: the factors and roots of a preconditioner often take several
+    times the memory of the model. The state gets smaller, so the next step is compiled again, once.
+    That program holds the second stage alone, whatever the phase is afterwards. The transformation
+    stays the same.
 
     Args:
-      opt_state: an optimizer state; every ``two_stage`` in it is released, the outermost where
-        they are nested, and must have reached phase 1. A state whose phase cannot be read (inside
-        ``jit``) is refused.
+      opt_state: an optimizer state. Every ``two_stage`` in it is released (where they are nested,
+        the outermost) and must have reached phase 1. A state whose phase cannot be read, as inside
+        ``jit``, is refused.
 
     Returns:
       The state, without the first stages.
 
     Raises:
-      ValueError: nothing to release, or a phase is still below 1.
+      ValueError: there is nothing to release, or a phase is still below 1.
 
-    Cost: none; one compilation afterwards.
+    Cost: a walk over the state, and one compilation afterwards.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -133,18 +135,26 @@ def release_first_stage(opt_state: Any) -> Any:
 def next_phase(node: Any) -> jax.Array:
     """Return the phase that the next update of an injected ``two_stage`` will apply.
 
-    A phase scheduled by a bare function is known for the last update only.
+    Where a bare function schedules the phase, that of the last update is returned: the state holds
+    no other.
     """
-    schedule = (getattr(node, "hyperparams_states", None) or {}).get("phase")
+    schedule = _schedule_state(node)
     return schedule.next_phase if isinstance(schedule, PhaseState) else node.hyperparams["phase"]
 
 
+def _schedule_state(node: Any) -> Any:
+    """Return the state of what schedules the phase of ``node``, None where it is a constant."""
+    # A wrapper of one's own may keep hyperparams like optax's without the states of schedules.
+    return (getattr(node, "hyperparams_states", None) or {}).get("phase")
+
+
 def _override(node: Any, phase: float | None) -> Any:
+    """Return the injected state ``node`` with ``phase`` in force from the next update on."""
     inner = node.inner_state
     released = isinstance(inner, TwoStageState) and isinstance(inner.first, Released)
     if released and phase is not None and is_concrete(phase) and float(phase) < 1:
         raise ValueError(f"phase must be 1 once the first stage is released, got {phase}.")
-    schedule = (getattr(node, "hyperparams_states", None) or {}).get("phase")
+    schedule = _schedule_state(node)
     value = node.hyperparams["phase"]
     if schedule is None:
         if phase is None:

@@ -1,4 +1,4 @@
-"""Momentum that one stage hands to the next."""
+"""Handing the momentum of one stage to the next."""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +6,8 @@ import jax
 
 from optalr.states import children, is_named_tuple, settle_like
 
+# The names that optax and optalr give to momentum in a state, in the order of preference: a state
+# that has a ``trace`` keeps its velocity there, whatever other running means it has.
 _MOMENTUM_FIELDS = ("trace", "momentum", "mu")
 
 
@@ -13,10 +15,18 @@ def hand_over_momentum(source: Any, target: Any) -> Any:
     """Return the state ``target`` with the momentum that ``source`` holds.
 
     Momentum is the field ``trace`` of ``optax.trace``, or else ``momentum``, or else ``mu``, the
-    running mean of Adam and its kin; the first in the state. It is copied as it is.
+    running mean of Adam and its relatives. The first such field in the state counts. It is copied
+    unchanged.
+
+    Args:
+      source: the state that holds the momentum.
+      target: the state that receives it.
+
+    Returns:
+      A state with the structure, shapes and dtypes of ``target``.
 
     Raises:
-      ValueError: either state holds no momentum, or the two do not match.
+      ValueError: one of the states holds no momentum, or their structures differ.
     """
     moved = _find_momentum(source, "first").momentum
     taken = _find_momentum(target, "second")
@@ -34,12 +44,15 @@ def hand_over_momentum(source: Any, target: Any) -> Any:
 
 
 class _Found(NamedTuple):
+    """A momentum, and the NamedTuple and field that hold it."""
+
     state: Any
     field: str
     momentum: Any
 
 
 def _find_momentum(state: Any, stage: str) -> _Found:
+    """Return the first momentum in ``state``, searched level by level; ``stage`` names it."""
     for field in _MOMENTUM_FIELDS:
         pending = [state]
         while pending:

@@ -1,12 +1,13 @@
 """Switching when the validation loss no longer falls."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_count, check_interval, require_extra
-from optalr.phases.schedulers import PhaseSchedule, phase_schedule
+from optalr.phases.switching import PhaseSchedule, phase_schedule
 from optalr.states import count_up
 
 
@@ -40,27 +41,27 @@ def switch_on_plateau(
 
         v < best − (rtol · |best| + atol),
 
-    which is right for losses of either sign, and then ``best ← v``. After ``patience``
-    measurements in a row without progress the phase becomes 1, from the next update on, for good
-    (``set_phase`` can take it back).
+    which is right for losses of either sign. Then ``best ← v``. After ``patience`` measurements
+    without progress in a row the phase becomes 1, from the next update on. It stays 1 unless
+    ``set_phase`` takes it back.
 
-    Measurements arrive as the extra argument ``validation_value`` of ``update``, a float32 scalar,
-    with NaN in steps that have no new one (None would compile another program). So a run whose
-    validation loss is NaN never switches; an infinite one counts as no progress.
+    Measurements arrive as the extra argument ``validation_value`` of ``update``, a float32 scalar.
+    Pass NaN in steps without a new one (None would compile another program). A run whose validation
+    loss is NaN therefore never switches. An infinite loss counts as no progress.
 
     Args:
       patience: measurements without progress before the switch, at least 1.
-      rtol: progress asked for, relative to the best value, in [0, 1].
-      atol: progress asked for, in the units of the loss, at least 0.
-      cooldown: measurements at the start of the schedule's clock that are not held against it
-        (they do set ``best``). In a nested ``two_stage`` that clock starts at the outer switch,
+      rtol: the progress that counts, relative to the best value, in [0, 1].
+      atol: the progress that counts, in the units of the loss, at least 0.
+      cooldown: measurements at the start of the schedule's clock that never count as bad (they do
+        set ``best``), at least 0. In a nested ``two_stage`` that clock starts at the outer switch,
         right after which a loss may jump.
 
     Returns:
       A stateful schedule for the ``phase`` of ``two_stage``.
 
     Raises:
-      TypeError: ``patience`` or ``cooldown`` is not a whole number; at ``update``, there is no
+      TypeError: ``patience`` or ``cooldown`` is not a whole number; or ``update`` got no
         ``validation_value``.
       ValueError: an argument lies outside its range.
 
@@ -84,13 +85,18 @@ def switch_on_plateau(
     check_interval("rtol", rtol, 0.0, 1.0)
     check_interval("atol", atol, 0.0)
     check_count("cooldown", cooldown, 0)
-    return phase_schedule(_Plateau(patience, rtol, atol, cooldown))
+    rule = _Plateau(patience=patience, rtol=rtol, atol=atol, cooldown=cooldown)
+    return phase_schedule(rule)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Plateau:
-    def __init__(self, patience: int, rtol: float, atol: float, cooldown: int):
-        self._patience, self._rtol, self._atol = patience, rtol, atol
-        self._cooldown = cooldown
+    """The rule of ``switch_on_plateau``, as a stateful schedule."""
+
+    patience: int
+    rtol: float
+    atol: float
+    cooldown: int
 
     def init(self) -> PlateauState:
         return PlateauState(
@@ -110,13 +116,14 @@ class _Plateau:
         )
         value = jnp.asarray(value).astype(jnp.float32)
         measured = ~jnp.isnan(value)
-        margin = jnp.where(jnp.isinf(state.best), 0.0, self._rtol * jnp.abs(state.best))
-        progress = measured & (value < state.best - (margin + self._atol))
-        judged = measured & (state.num_measurements >= self._cooldown)
+        # Infinity minus a share of itself is NaN, which nothing would beat.
+        margin = jnp.where(jnp.isinf(state.best), 0.0, self.rtol * jnp.abs(state.best))
+        progress = measured & (value < state.best - (margin + self.atol))
+        judged = measured & (state.num_measurements >= self.cooldown)
         num_bad = jnp.where(judged, count_up(state.num_bad), state.num_bad)
         num_bad = jnp.where(progress, 0, num_bad)
         return PlateauState(
-            switched=state.switched | (num_bad >= self._patience),
+            switched=state.switched | (num_bad >= self.patience),
             best=jnp.where(progress, value, state.best),
             num_bad=num_bad,
             num_measurements=jnp.where(

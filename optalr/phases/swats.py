@@ -1,5 +1,6 @@
-"""SWATS: Adam until its steps, projected on the gradient, ask for a steady rate; then SGD at it."""
+"""SWATS: Adam until its steps, projected on the gradient, give a steady rate; SGD from there on."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ class SwatsState(NamedTuple):
       moment: structure of params, float32 or wider: Adam's first moment, its bias corrected; after
         the switch SGD's velocity v.
       second_moment: structure of params, float32 or wider: Adam's second moment, its bias
-        corrected; at rest after the switch.
+        corrected; unchanged after the switch.
       projected_rate: float32 scalar, λ_k/(1 − β₂ᵏ), the running mean of the projected rates.
-      learning_rate: float32 scalar, the rate of the last update: Adam's, after the switch SGD's.
+      learning_rate: float32 scalar, the rate of the last update, Adam's or SGD's.
       phase: float32 scalar, the phase of the next update: 0 Adam, 1 SGD.
       steps_since_switch: int32 scalar, updates by SGD so far.
       failures: int32 scalar, updates whose gradient was not finite.
@@ -48,9 +49,9 @@ def swats(
     tolerance: jax.typing.ArrayLike = 1e-9,
     second_scale: optax.Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Begin with Adam and switch to SGD, at a step and a rate that Adam's own steps suggest.
+    """Begin with Adam and switch to SGD, at a step and a rate found from Adam's own steps.
 
-    Choose it to have SGD's generalization without tuning SGD's rate or the switch point. With
+    Choose it to have the generalization of SGD without tuning its rate or the switch point. With
     ``p_k`` Adam's step and ``p_kᵀg_k ≠ 0``,
 
         γ_k = p_kᵀp_k / (−p_kᵀg_k),    λ_k = β₂ λ_{k−1} + (1 − β₂) γ_k,
@@ -66,13 +67,15 @@ def swats(
       eps: added to the root of the second moment, at least 0.
       tolerance: how close the rate must come to its mean, at least 0. Differences of a few units in
         the last place of float32 count as none.
-      second_scale: a schedule that multiplies Λ, of the updates since the switch (0 at the first).
+      second_scale: a schedule that multiplies Λ; its step counts the updates since the switch (0 at
+        the first). None for 1.
 
     Returns:
       A transformation. ``state.learning_rate`` is Λ (times the scale) after the switch. A gradient
-      that is not finite gives a zero update, leaves the state and is counted in ``failures``.
+      that is not finite gives a zero update, leaves the state unchanged and counts in ``failures``.
 
     Raises:
+      TypeError: ``second_scale`` is neither a schedule nor None.
       ValueError: an argument lies outside its range.
 
     Cost: Adam's and two inner products; after the switch that of SGD with momentum. Memory: two
@@ -94,10 +97,10 @@ def swats(
       True
 
     Reference: Keskar, Socher, "Improving Generalization Performance by Switching from Adam to SGD",
-      2017, Algorithm 1. Departures: the moments and the mean rate are kept with their bias
+      2017, Algorithm 1. Our departures: the moments and the mean rate are kept with their bias
       corrected, which is the same in exact arithmetic and loses no digits in float32; eps is added
-      to the corrected second moment's root, as in Adam's paper; a negative or infinite rate is
-      never switched to; the second phase may have a schedule.
+      to the root of the corrected second moment, as in Adam's paper; SWATS never switches to a
+      negative or infinite rate; the second phase may have a schedule.
     """
     check_interval("learning_rate", learning_rate, 0.0)
     check_interval("b1", b1, 0.0, 1.0, open_high=True)
@@ -107,90 +110,105 @@ def swats(
     if second_scale is not None and not callable(second_scale):
         raise TypeError(f"second_scale must be a schedule or None, got {second_scale!r}.")
 
-    def adam_rate(count: jax.Array) -> jax.Array:
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        return jnp.asarray(rate).astype(jnp.float32)
+    rule = _Swats(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        tolerance=tolerance,
+        second_scale=second_scale,
+    )
+    return optax.GradientTransformationExtraArgs(rule.init, rule.update)
 
-    def init_fn(params: Any) -> SwatsState:
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # hashed by jit: settings may be arrays
+class _Swats:
+    """The settings of ``swats``, and what its two phases do with them."""
+
+    learning_rate: optax.ScalarOrSchedule
+    b1: Any
+    b2: Any
+    eps: Any
+    tolerance: Any
+    second_scale: optax.Schedule | None
+
+    def init(self, params: Any) -> SwatsState:
         zero = jnp.zeros((), jnp.int32)
         return SwatsState(
             count=zero,
             moment=jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params),
             second_moment=jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params),
             projected_rate=jnp.zeros((), jnp.float32),
-            learning_rate=adam_rate(zero),
+            learning_rate=self._adam_rate(zero),
             phase=jnp.zeros((), jnp.float32),
             steps_since_switch=zero,
             failures=zero,
         )
 
-    def adam_step(carry: Any, inputs: Any) -> Any:
-        del inputs
-        g, state = jax.tree.map(lambda u, m: u.astype(m.dtype), carry[0], carry[1].moment), carry[1]
-        count = count_up(state.count)
-        moment = jax.tree.map(partial(_mean, _share(b1, count)), state.moment, g)
-        squares = jax.tree.map(jnp.square, g)
-        second = jax.tree.map(partial(_mean, _share(b2, count)), state.second_moment, squares)
-        rate = adam_rate(state.count)
-        step = jax.tree.map(lambda m, a: -rate * m / (jnp.sqrt(a) + eps), moment, second)
-        mean_rate, phase, settled = _project(step, g, state.projected_rate, count, b2, tolerance)
-        # SGD's velocity takes the first moment's place, and begins at zero.
-        moment = jax.tree.map(lambda m: jnp.where(settled, 0, m), moment)
-        return _like(step, carry[0]), state._replace(
-            count=count,
-            moment=moment,
-            second_moment=second,
-            projected_rate=mean_rate,
-            learning_rate=rate,
-            phase=phase,
-        )
-
-    def sgd_step(carry: Any, inputs: Any) -> Any:
-        del inputs
-        updates, state = carry
-        velocity = jax.tree.map(lambda v, u: b1 * v + u.astype(v.dtype), state.moment, updates)
-        scale = 1.0 if second_scale is None else second_scale(state.steps_since_switch)
-        rate = jnp.asarray(state.projected_rate * scale).astype(jnp.float32)
-        step = jax.tree.map(lambda v: -(1 - b1) * rate * v, velocity)
-        return _like(step, updates), state._replace(
-            count=count_up(state.count),
-            moment=velocity,
-            learning_rate=rate,
-            steps_since_switch=count_up(state.steps_since_switch),
-        )
-
-    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+    def update(
+        self, updates: Any, state: Any, params: Any = None, **extras: Any
+    ) -> tuple[Any, SwatsState]:
         del params, extras
         usable = all_finite(updates)
         in_adam = state.phase < 1
         failures = jnp.where(usable, state.failures, count_up(state.failures))
         updates = jax.tree.map(lambda u: jnp.where(usable, u, 0), updates)
         carry = (updates, state._replace(failures=failures))
-        carry = update_when(usable & in_adam, adam_step, carry, None)
-        return update_when(usable & ~in_adam, sgd_step, carry, None)
+        carry = update_when(usable & in_adam, self._adam_step, carry, None)
+        return update_when(usable & ~in_adam, self._sgd_step, carry, None)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def _adam_rate(self, count: jax.Array) -> jax.Array:
+        rate = self.learning_rate
+        return jnp.asarray(rate(count) if callable(rate) else rate).astype(jnp.float32)
 
+    def _adam_step(self, carry: Any, inputs: Any) -> Any:
+        del inputs
+        updates, state = carry
+        g = jax.tree.map(lambda u, m: u.astype(m.dtype), updates, state.moment)
+        count = count_up(state.count)
+        moment = jax.tree.map(partial(_mean, _share(self.b1, count)), state.moment, g)
+        squares = jax.tree.map(jnp.square, g)
+        second = jax.tree.map(partial(_mean, _share(self.b2, count)), state.second_moment, squares)
+        rate = self._adam_rate(state.count)
+        step = jax.tree.map(lambda m, a: -rate * m / (jnp.sqrt(a) + self.eps), moment, second)
+        mean_rate, settled = self._project(step, g, state._replace(count=count))
+        # SGD's velocity takes the first moment's place, and begins at zero.
+        moment = jax.tree.map(lambda m: jnp.where(settled, 0, m), moment)
+        return _like(step, updates), state._replace(
+            count=count,
+            moment=moment,
+            second_moment=second,
+            projected_rate=mean_rate,
+            learning_rate=rate,
+            phase=settled.astype(jnp.float32),
+        )
 
-def _project(
-    step: Any,
-    gradient: Any,
-    mean_rate: jax.Array,
-    count: jax.Array,
-    decay: Any,
-    tolerance: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the mean of the projected rates, the phase, and whether the two agree."""
-    rate = _inner(step, step) / -_inner(step, gradient)
-    defined = jnp.isfinite(rate)  # p = 0, and pᵀg = 0, give NaN or infinity
-    share = _share(decay, count)
-    # Without a rate of its own a step only moves the bias correction, from 1 − β₂ᵏ⁻¹ on.
-    silent = mean_rate * (1 - share)
-    mean_rate = jnp.where(defined, mean_rate + share * (rate - mean_rate), silent)
-    slack = tolerance + 4 * jnp.finfo(jnp.float32).eps * jnp.abs(mean_rate)
-    agreed = defined & (jnp.abs(mean_rate - rate) < slack) & (mean_rate > 0) & (count > 1)
-    mean_rate = mean_rate.astype(jnp.float32)
-    return mean_rate, agreed.astype(jnp.float32), agreed
+    def _project(self, step: Any, gradient: Any, state: SwatsState) -> tuple[jax.Array, jax.Array]:
+        """Return the mean of the projected rates, and whether the newest agrees with it."""
+        rate = _inner(step, step) / -_inner(step, gradient)
+        defined = jnp.isfinite(rate)  # p = 0, and pᵀg = 0, give NaN or infinity
+        share, mean_rate = _share(self.b2, state.count), state.projected_rate
+        # Without a rate of its own a step only moves the bias correction, from 1 − β₂ᵏ⁻¹ on.
+        silent = mean_rate * (1 - share)
+        mean_rate = jnp.where(defined, mean_rate + share * (rate - mean_rate), silent)
+        # Two float32 numbers that should be equal may differ by a few units in the last place.
+        slack = self.tolerance + 4 * jnp.finfo(jnp.float32).eps * jnp.abs(mean_rate)
+        agreed = defined & (jnp.abs(mean_rate - rate) < slack) & (mean_rate > 0) & (state.count > 1)
+        return mean_rate.astype(jnp.float32), agreed
+
+    def _sgd_step(self, carry: Any, inputs: Any) -> Any:
+        del inputs
+        updates, state = carry
+        velocity = jax.tree.map(lambda v, u: self.b1 * v + u.astype(v.dtype), state.moment, updates)
+        scale = 1.0 if self.second_scale is None else self.second_scale(state.steps_since_switch)
+        rate = jnp.asarray(state.projected_rate * scale).astype(jnp.float32)
+        step = jax.tree.map(lambda v: -(1 - self.b1) * rate * v, velocity)
+        return _like(step, updates), state._replace(
+            count=count_up(state.count),
+            moment=velocity,
+            learning_rate=rate,
+            steps_since_switch=count_up(state.steps_since_switch),
+        )
 
 
 def _share(decay: Any, count: jax.Array) -> jax.Array:
@@ -201,18 +219,22 @@ def _share(decay: Any, count: jax.Array) -> jax.Array:
     else:
         complement = 1 - decay
         log_decay = jnp.log1p(-complement)
+    # By expm1, because 1 − βᵏ itself loses digits in float32 while βᵏ is near 1.
     return jnp.asarray(complement / -jnp.expm1(count.astype(jnp.float32) * log_decay), jnp.float32)
 
 
 def _mean(share: jax.Array, mean: jax.Array, value: jax.Array) -> jax.Array:
+    """Return the corrected mean that includes ``value``."""
     return (mean + share * (value - mean)).astype(mean.dtype)
 
 
 def _inner(a: Any, b: Any) -> jax.Array:
+    """Return the inner product of two pytrees in float32."""
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
     total = jax.tree.reduce(jnp.add, products)
     return total.astype(jnp.float32)
 
 
 def _like(step: Any, updates: Any) -> Any:
+    """Return ``step`` in the dtypes of ``updates``."""
     return jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates)

@@ -1,9 +1,10 @@
-"""Two transformations, one after the other, with a phase that says which is in charge.
+"""Two transformations, one after the other, and a phase that says which is in charge.
 
-Training that begins with a fast direction and ends with plain SGD keeps the speed of the one and
-the generalization of the other (Ida & Fujiwara 2020; Keskar & Socher 2017; Akiba et al. 2017).
+Training that begins with a fast direction and ends with plain SGD has the speed of the one and the
+generalization of the other (Ida & Fujiwara 2020; Keskar & Socher 2017; Akiba et al. 2017).
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import optax
 from optalr.arguments import check_choice, check_interval
 from optalr.arrays import wide_dtype
 from optalr.phases.momentum import hand_over_momentum
-from optalr.phases.schedulers import phase_schedule
+from optalr.phases.switching import phase_schedule
 from optalr.states import count_up, settle, settle_like, update_when
 
 
@@ -36,7 +37,7 @@ class TwoStageState(NamedTuple):
 
 
 class Released(NamedTuple):
-    """Stands where the first stage's state was, once its memory has been given back."""
+    """Takes the place of the first stage's state once its memory has been given back."""
 
 
 Transfer = Callable[[Any, Any], Any]
@@ -59,38 +60,39 @@ def two_stage(
 
         u = u₁ if p ≤ 0,    u₂ if p ≥ 1,    (1 − p) u₁ + p u₂ between.
 
-    Only the stages that count are run, and only their states advance: the first costs nothing at
-    phase 1, and the second's step count, hence its schedules, start at the switch. For more than
-    two stages let ``second`` be another ``two_stage``; its scheduler, too, starts at the switch.
+    Only the stages that count are run, and only their states advance. The first therefore costs
+    nothing at phase 1, and the step count of the second, hence its schedules, starts at the switch.
+    For more than two stages let ``second`` be another ``two_stage``; its scheduler starts at the
+    switch too.
 
     Args:
       first: the transformation of phase 0, its learning rate included.
       second: the transformation of phase 1, with a rate or schedule of its own.
-      phase: a phase scheduler (``switch_at``, ``switch_on_plateau``, ``blend_between``, or any
-        schedule through ``phase_schedule``), and then the result is
-        ``optax.inject_hyperparams(two_stage, static_args=("first", "second"),
-        hyperparam_dtype=jnp.float32)(first, second, phase=phase)``, with the phase in
-        ``opt_state.hyperparams["phase"]``; or a number in [0, 1].
-      momentum: ``"restart"``: the second stage's momentum starts at zero. ``"hand_over"``: at the
-        switch it takes over the first stage's, as it is; that is in the units of the first stage's
-        direction, and the second's rate scales it. Or a function ``(first_state, second_state) ->
-        second_state`` of your own, applied at the switch.
+      phase: a number in [0, 1], or a phase scheduler: ``switch_at``, ``switch_on_plateau``,
+        ``blend_between``, or any schedule through ``phase_schedule``. With a scheduler the result
+        is ``optax.inject_hyperparams(two_stage, static_args=("first", "second"),
+        hyperparam_dtype=jnp.float32)(first, second, phase=phase)``, and the phase stands in
+        ``opt_state.hyperparams["phase"]``.
+      momentum: ``"restart"`` lets the momentum of the second stage start at zero. ``"hand_over"``
+        gives it the momentum of the first stage at the switch, unchanged: it is in the units of the
+        first stage's direction, and the rate of the second scales it. A function ``(first_state,
+        second_state) -> second_state`` of your own is applied at the switch.
 
     Returns:
       A transformation; extra arguments reach both stages.
 
     Raises:
       TypeError: a stage is not a gradient transformation.
-      ValueError: ``phase`` is a number outside [0, 1], or ``momentum`` is unknown, or (at ``init``)
+      ValueError: ``phase`` is a number outside [0, 1]; or ``momentum`` is unknown; or (at ``init``)
         there is no momentum to hand over.
 
-    Cost: that of the stage in charge; of both between 0 and 1. Memory: the states of both, until
-      ``release_first_stage``. Donate the state to the compiled step
-      (``jax.jit(step, donate_argnums=...)``): the state that rests is then left where it is, and
-      otherwise copied. The update cannot be differentiated in reverse mode. The first stage runs
-      inside control flow, where XLA on a CPU is 10 to 20 times slower at gradients of convolutions:
-      one that takes them itself, as ``edf`` does (12.6 ms a step alone, 152 ms in here, on three
-      such layers), is better switched in Python, or run on an accelerator.
+    Cost: that of the stage in charge, and of both between 0 and 1. Memory: the states of both,
+      until ``release_first_stage``. Donate the state to the compiled step
+      (``jax.jit(step, donate_argnums=...)``): a state that rests is then left where it is, and is
+      copied otherwise. The update cannot be differentiated in reverse mode. The first stage runs
+      inside control flow, where XLA on a CPU is 10 to 20 times slower at gradients of convolutions.
+      A stage that takes such gradients itself, as ``edf`` does (12.6 ms a step alone, 152 ms in
+      here, with three convolutions), is better switched in Python or run on an accelerator.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -106,8 +108,8 @@ def two_stage(
       1.0
 
     Reference: Ida, Fujiwara, "Improving Generalization Performance of Adaptive Learning Rate by
-      Switching from Block Diagonal Matrix Preconditioning to SGD", 2020, Algorithm 1; the blend
-      after Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD", 2017.
+      Switching from Block Diagonal Matrix Preconditioning to SGD", 2020, Algorithm 1. The blend
+      follows Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD", 2017.
     """
     for name, stage in (("first", first), ("second", second)):
         if not (hasattr(stage, "init") and hasattr(stage, "update")):
@@ -123,78 +125,95 @@ def two_stage(
         )
         return inject(first, second, phase=phase_schedule(phase), momentum=momentum)
     check_interval("phase", phase, 0.0, 1.0, remedy="Pass a phase scheduler such as switch_at.")
-    transfer = momentum if callable(momentum) else _TRANSFERS[momentum]
-    first, second = optax.with_extra_args_support(first), optax.with_extra_args_support(second)
+    stages = _Stages(
+        first=optax.with_extra_args_support(first),
+        second=optax.with_extra_args_support(second),
+        phase=phase,
+        transfer=momentum if callable(momentum) else _TRANSFERS[momentum],
+    )
+    return optax.GradientTransformationExtraArgs(stages.init, stages.update)
 
-    def init_fn(params: Any) -> TwoStageState:
-        first_state, second_state = settle(first.init(params)), settle(second.init(params))
-        if transfer is not None:
-            jax.eval_shape(transfer, first_state, second_state)  # refuses now what fails later
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by jit: the phase may be an array
+class _Stages:
+    """Two stages and a phase that is a number, or a tracer under ``inject_hyperparams``."""
+
+    first: optax.GradientTransformationExtraArgs
+    second: optax.GradientTransformationExtraArgs
+    phase: Any
+    transfer: Transfer | None
+
+    def init(self, params: Any) -> TwoStageState:
+        first, second = settle(self.first.init(params)), settle(self.second.init(params))
+        if self.transfer is not None:
+            jax.eval_shape(self.transfer, first, second)  # refuses now what fails at the switch
         return TwoStageState(
-            phase=jnp.asarray(phase, jnp.float32),
+            phase=jnp.asarray(self.phase, jnp.float32),
             steps_since_switch=jnp.zeros((), jnp.int32),
-            first=first_state,
-            second=second_state,
+            first=first,
+            second=second,
         )
 
-    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+    def update(
+        self, updates: Any, state: Any, params: Any = None, **extras: Any
+    ) -> tuple[Any, TwoStageState]:
         inputs = (params, extras)
         if isinstance(state.first, Released):
             weight = jnp.ones((), jnp.float32)
             steps = count_up(state.steps_since_switch)
-            new_updates, second_state = _run(second, state.second, updates, *inputs)
-            return new_updates, TwoStageState(weight, steps, state.first, second_state)
+            updates, second = _run(self.second, (updates, state.second), inputs)
+            return updates, TwoStageState(weight, steps, state.first, second)
 
-        weight = jnp.asarray(phase, jnp.float32)
+        weight = jnp.asarray(self.phase, jnp.float32)
         steps = jnp.where(weight > 0, count_up(state.steps_since_switch), 0)
-
-        def before_the_end(carry: Any, inputs: Any) -> Any:
-            updates, first_state, second_state = carry
-            new_updates, first_state = _run(first, first_state, updates, *inputs)
-
-            def mix_in(carry: Any, inputs: Any) -> Any:
-                from_second, second_state = _run(second, carry[1], updates, *inputs)
-                return jax.tree.map(partial(_blend, weight), carry[0], from_second), second_state
-
-            new_updates, second_state = update_when(
-                weight > 0, mix_in, (new_updates, second_state), inputs
-            )
-            return new_updates, first_state, second_state
-
-        def at_the_end(carry: Any, inputs: Any) -> Any:
-            return _run(second, carry[1], carry[0], *inputs)
-
+        second = self._take_over(steps == 1, state)
         # The updates are carried through and changed in place, with no second buffer in phase 1.
-        second_state = _hand_over(transfer, steps == 1, state.first, state.second)
-        new_updates, first_state, second_state = update_when(
-            weight < 1, before_the_end, (updates, state.first, second_state), inputs
+        updates, first, second = update_when(
+            weight < 1,
+            partial(self._first_and_blend, weight),
+            (updates, state.first, second),
+            inputs,
         )
-        new_updates, second_state = update_when(
-            weight >= 1, at_the_end, (new_updates, second_state), inputs
+        updates, second = update_when(
+            weight >= 1, partial(_run, self.second), (updates, second), inputs
         )
-        return new_updates, TwoStageState(weight, steps, first_state, second_state)
+        return updates, TwoStageState(weight, steps, first, second)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def _take_over(self, is_switch: jax.Array, state: TwoStageState) -> Any:
+        """Return the second stage's state, at the switch with the momentum that it takes over."""
+        transfer = self.transfer
+        if transfer is None:
+            return state.second
+
+        def apply(current: Any, source: Any) -> Any:
+            return settle_like(transfer(source, current), current)
+
+        return update_when(is_switch, apply, state.second, state.first)
+
+    def _first_and_blend(self, weight: jax.Array, carry: Any, inputs: Any) -> Any:
+        """Run the first stage, and above phase 0 blend the second one's updates into its own."""
+        updates, first, second = carry
+        from_first, first = _run(self.first, (updates, first), inputs)
+
+        def mix_in(carry: Any, inputs: Any) -> Any:
+            from_second, second = _run(self.second, (updates, carry[1]), inputs)
+            return jax.tree.map(partial(_blend, weight), carry[0], from_second), second
+
+        blended, second = update_when(weight > 0, mix_in, (from_first, second), inputs)
+        return blended, first, second
 
 
-def _hand_over(
-    transfer: Transfer | None, is_switch: jax.Array, first_state: Any, second_state: Any
-) -> Any:
-    if transfer is None:
-        return second_state
-
-    def apply(current: Any, source: Any) -> Any:
-        return settle_like(transfer(source, current), current)
-
-    return update_when(is_switch, apply, second_state, first_state)
-
-
-def _run(stage: Any, state: Any, updates: Any, params: Any, extras: Any) -> tuple[Any, Any]:
+def _run(
+    stage: optax.GradientTransformationExtraArgs, carry: tuple[Any, Any], inputs: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    """Return a stage's updates and state, in the dtypes that they had in ``carry``."""
+    (updates, state), (params, extras) = carry, inputs
     new_updates, new_state = stage.update(updates, state, params, **extras)
     return settle_like(new_updates, updates), settle_like(new_state, state)
 
 
 def _blend(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return ``(1 − p) a + p b`` in the dtype of ``a``, summed in float32 or wider."""
     dtype = wide_dtype(a)
     share = weight.astype(jnp.finfo(dtype).dtype)
     return ((1 - share) * a.astype(dtype) + share * b.astype(dtype)).astype(a.dtype)

@@ -1,12 +1,13 @@
-"""Looking at the paper's arguments on a model at hand: noise of directions, geodesics, spectra.
+"""Testing the paper's arguments on your own model: the noise of directions, and geodesics.
 
 Ida & Fujiwara (2020) rest the two stages on two claims. Theorem 1: steps along F^{-1/2} g follow
-geodesics of the statistical manifold, which holds where F is constant (``geodesic`` shows how far
-it is from that). Theorem 2: F^{-1/2} makes the noise of gradients isotropic, so that training stays
-where it is; plain SGD keeps the noise's own shape (``noise_spectrum`` measures both).
+geodesics of the statistical manifold. That holds where F is constant; ``geodesic`` shows how far a
+model is from it. Theorem 2: F^{-1/2} makes the noise of gradients isotropic, so that training stays
+where it is, while plain SGD keeps the noise's own shape. ``noise_spectrum`` measures both.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,19 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from optalr.arguments import check_count, check_interval
-from optalr.signals.moments import Coverage
-from optalr.transforms.kronecker.leaves import Kernel, plan_leaves
-from optalr.transforms.kronecker.memory import KernelMemory
-from optalr.transforms.kronecker.options import KroneckerOptions, resolve_options
-from optalr.transforms.kronecker.transform import KroneckerState
 
 
 class NoiseSpectrum(NamedTuple):
     """The covariance of a direction over minibatches.
 
     Attributes:
-      eigenvalues: float64, falling, ``min(P, k − 1)`` of them: those of the sample covariance of k
-        directions of P numbers that need not be zero.
+      eigenvalues: float64, falling: the ``min(P, k − 1)`` eigenvalues of the sample covariance of k
+        directions of P numbers that are not zero by construction.
       mean_norm: norm of the mean direction.
       effective_rank: ``(Σ λ)²/Σ λ²``: the number of directions that noise of this trace would have
         if it were isotropic; at most k − 1.
@@ -42,10 +38,10 @@ def noise_spectrum(
     batches: Iterable[Any],
     direction_fn: Callable[[Any], Any] | None = None,
 ) -> NoiseSpectrum:
-    """Estimate the covariance of a direction over minibatches, by its eigenvalues.
+    """Estimate the eigenvalues of a direction's covariance over minibatches.
 
-    Choose it to see what theorem 2 is about: for batches of b examples the covariance of the
-    gradient is ``C/b``, that of ``F^{-1/2} g`` is ``I/b`` where F is C.
+    Choose it to see what theorem 2 says. For batches of b examples the covariance of the gradient
+    is ``C/b``, and that of ``F^{-1/2} g`` is ``I/b`` where F is C.
 
     Args:
       grad_fn: batch -> gradient, at fixed parameters.
@@ -55,21 +51,20 @@ def noise_spectrum(
         gradient itself.
 
     Returns:
-      A ``NoiseSpectrum``. Only k × k matrices are formed, whatever the number of parameters P; the
-      k directions are kept. With k not far above P, the eigenvalues spread even for isotropic noise
-      (Marchenko & Pastur); compare with another direction over the same batches.
+      A ``NoiseSpectrum``. Unless k is far above P, the eigenvalues spread even for isotropic noise
+      (Marchenko & Pastur): compare with another direction over the same batches.
 
     Raises:
       ValueError: there are fewer than two batches.
 
-    Cost: k gradients and directions, ``k² P`` flops.
+    Cost: k gradients and directions, and ``k² P`` flops. The k directions are kept in memory; no
+      matrix larger than k × k is formed, whatever the number of parameters P.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from optalr.reading.geometry import noise_spectrum
+      >>> import jax, jax.numpy as jnp, optalr
       >>> keys = jax.random.split(jax.random.key(0), 200)
       >>> scale = jnp.array([3.0, 1.0])
-      >>> spectrum = noise_spectrum(lambda key: scale * jax.random.normal(key, (2,)), keys)
+      >>> spectrum = optalr.noise_spectrum(lambda key: scale * jax.random.normal(key, (2,)), keys)
       >>> ratio = spectrum.eigenvalues[0] / spectrum.eigenvalues[1]
       >>> bool(6 < ratio < 12)
       True
@@ -88,6 +83,7 @@ def noise_spectrum(
     samples = np.stack(rows)
     mean = samples.mean(0)
     centred = samples - mean
+    # XᵀX and XXᵀ have the same eigenvalues but for zeros: the smaller one is enough.
     shorter = centred if samples.shape[1] < len(samples) else centred.T
     matrix = shorter.T @ shorter
     values = np.linalg.eigvalsh(matrix / (len(samples) - 1))[::-1]
@@ -98,12 +94,12 @@ def noise_spectrum(
 
 
 class Geodesic(NamedTuple):
-    """A curve that solves the geodesic equation, beside the straight line it starts along.
+    """A curve that solves the geodesic equation, compared with the straight line it starts along.
 
     Attributes:
-      times: ``(n + 1,)``.
-      points: ``(n + 1, P)``.
-      velocities: ``(n + 1, P)``.
+      times: ``(n + 1,)``, from 0 to the duration.
+      points: ``(n + 1, P)``, the curve.
+      velocities: ``(n + 1, P)``, its derivative by time.
       speeds: ``(n + 1,)``, ``√(γ'ᵀ F γ')``; constant up to the error of the integration.
       gaps: ``(n + 1,)``, the distance to ``start + t·velocity``, relative to ``t ‖velocity‖``; 0
         where that is 0.
@@ -136,7 +132,7 @@ def geodesic(
       metric_fn: θ ``(P,)`` -> F ``(P, P)``, positive definite and differentiable.
       start: θ(0), ``(P,)``.
       velocity: θ'(0), ``(P,)``, for instance ``-F^{-1/2} g``.
-      duration: the last t, > 0.
+      duration: the time t at which the curve ends, > 0.
       num_steps: steps of the classical Runge-Kutta rule of order 4, >= 1.
 
     Returns:
@@ -146,22 +142,23 @@ def geodesic(
       TypeError: ``start`` or ``velocity`` is not of floating point.
       ValueError: ``duration`` or ``num_steps`` is out of range.
 
-    Cost: ``4 num_steps`` times the derivative of the metric (P passes) and a solve, ``P³``.
+    Cost: ``4 num_steps`` times the derivative of the metric (P forward passes) and a solve of about
+      ``P³`` flops.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from optalr.reading.geometry import geodesic
-      >>> flat = geodesic(lambda x: jnp.diag(jnp.array([2.0, 5.0])), jnp.zeros(2), jnp.ones(2))
+      >>> import jax, jax.numpy as jnp, optalr
+      >>> metric = jnp.diag(jnp.array([2.0, 5.0]))
+      >>> flat = optalr.geodesic(lambda x: metric, jnp.zeros(2), jnp.ones(2))
       >>> bool(flat.gaps.max() < 1e-5)
       True
 
-      Logistic regression on three points: its Fisher matrix falls as it becomes sure.
+      Logistic regression on three points: its Fisher matrix falls as the model becomes certain.
 
       >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, -2.0]])
       >>> def fisher(w):
       ...     p = jax.nn.sigmoid(x @ w)
       ...     return x.T @ (x * (p * (1 - p))[:, None]) / 3
-      >>> curve = geodesic(fisher, jnp.array([0.5, -0.5]), jnp.array([0.2, 0.1]))
+      >>> curve = optalr.geodesic(fisher, jnp.array([0.5, -0.5]), jnp.array([0.2, 0.1]))
       >>> far, half = curve.gaps[-1], curve.gaps[50]  # at twice the length, twice the relative gap
       >>> bool(far > 0.005), bool(1.8 < far / half < 2.4)
       (True, True)
@@ -171,30 +168,11 @@ def geodesic(
     check_interval("duration", duration, 0, open_low=True)
     check_count("num_steps", num_steps)
     start, velocity = _floating("start", start), _floating("velocity", velocity)
-    derivative_fn = jax.jacfwd(metric_fn)
-
-    def slope(state):
-        point, speed = state
-        change = derivative_fn(point)  # [j, l, i] = ∂_i F_jl
-        # The first two terms of Γ are equal once contracted with θ' twice.
-        along = jnp.einsum("jli,i,j->l", change, speed, speed)
-        across = jnp.einsum("ijl,i,j->l", change, speed, speed)
-        return speed, -jnp.linalg.solve(metric_fn(point), along - 0.5 * across)
-
+    slope = partial(_slope, metric_fn)
     size = duration / num_steps
 
-    def shifted(state, change, factor):
-        return tuple(x + factor * dx for x, dx in zip(state, change, strict=True))
-
     def step(state, _):
-        k1 = slope(state)
-        k2 = slope(shifted(state, k1, size / 2))
-        k3 = slope(shifted(state, k2, size / 2))
-        k4 = slope(shifted(state, k3, size))
-        state = tuple(
-            x + size / 6 * (a + 2 * b + 2 * c + d)
-            for x, a, b, c, d in zip(state, k1, k2, k3, k4, strict=True)
-        )
+        state = _runge_kutta_step(slope, state, size)
         return state, state
 
     _, (points, velocities) = jax.lax.scan(step, (start, velocity), length=num_steps)
@@ -211,105 +189,43 @@ def geodesic(
     return Geodesic(times, points, velocities, speeds, gaps)
 
 
+# A point and its velocity, or the derivatives of both by time.
+_Motion = tuple[jax.Array, jax.Array]
+
+
+def _slope(metric_fn: Callable[[jax.Array], jax.Array], state: _Motion) -> _Motion:
+    """Return ``(θ', θ'')`` of a geodesic."""
+    point, speed = state
+    change = jax.jacfwd(metric_fn)(point)  # [j, l, i] = ∂_i F_jl
+    # The first two terms of Γ are equal once contracted with θ' twice.
+    along = jnp.einsum("jli,i,j->l", change, speed, speed)
+    across = jnp.einsum("ijl,i,j->l", change, speed, speed)
+    return speed, -jnp.linalg.solve(metric_fn(point), along - 0.5 * across)
+
+
+def _runge_kutta_step(slope: Callable[[_Motion], _Motion], state: _Motion, size: float) -> _Motion:
+    """Take one step of the classical rule of order 4."""
+
+    def shifted(change: _Motion, factor: float) -> _Motion:
+        point, velocity = (x + factor * dx for x, dx in zip(state, change, strict=True))
+        return point, velocity
+
+    k1 = slope(state)
+    k2 = slope(shifted(k1, size / 2))
+    k3 = slope(shifted(k2, size / 2))
+    k4 = slope(shifted(k3, size))
+    point, velocity = (
+        x + size / 6 * (a + 2 * b + 2 * c + d)
+        for x, a, b, c, d in zip(state, k1, k2, k3, k4, strict=True)
+    )
+    return point, velocity
+
+
 def _floating(name: str, value: Any) -> jax.Array:
+    """Return ``value`` as an array, or raise if it is not of floating point."""
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"{name} must be of floating point, got {array.dtype}. Pass {name}.astype(jnp.float32)."
         )
     return array
-
-
-def factor_spectra(
-    opt_state: Any,
-    params: Any = None,
-    *,
-    layout: Coverage | None = None,
-    options: KroneckerOptions | Mapping[str, Any] | None = None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the eigenvalues of every pair of Kronecker factors in a state.
-
-    Choose it to see what there is to precondition, and what damping does to it.
-
-    Args:
-      opt_state: an optimizer state that holds that of ``scale_by_kronecker``, at any depth.
-      params: the parameters, or their shapes. Needed where factors are kept in blocks. Without them
-        the shapes of the factors are judged alone: blocks look like layers in a stack, the padding
-        of the last one like an eigenvalue, and stacked diagonals of both sides like whole factors
-        if there are as many layers as rows and columns and they are symmetric.
-      layout: what ``scale_by_kronecker`` got, read with ``params``.
-      options: what ``scale_by_kronecker`` got, read with ``params``.
-
-    Returns:
-      For each kernel's key path the eigenvalues of the rows' and the columns' factor, rising, of
-      the bias-corrected moving averages, ``(*stack, size)``; a factor kept as a diagonal gives its
-      entries, one in blocks, with ``params``, those of all blocks. Empty before the first
-      measurement.
-
-    Raises:
-      ValueError: the state was not made for ``params`` with ``layout`` and ``options``.
-
-    Cost: an eigenvalue computation a factor, outside ``jit``.
-
-    Examples:
-      >>> import jax.numpy as jnp, optalr
-      >>> tx = optalr.scale_by_kronecker(statistics="gradient")
-      >>> _, state = tx.update({"w": jnp.diag(jnp.array([3.0, 1.0]))}, tx.init({"w": jnp.eye(2)}))
-      >>> [float(x) for x in optalr.factor_spectra(state)["['w']"][0].round(4)]
-      [1.0, 9.0]
-    """
-    plans = None
-    if params is not None:
-        planned = plan_leaves(params, layout, resolve_options(options))
-        plans = {plan.path: plan for plan in planned if isinstance(plan, Kernel)}
-    found = {}
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, KroneckerState))
-    for state in (node for node in nodes if isinstance(node, KroneckerState)):
-        weight = float(state.weight)
-        if weight == 0:
-            continue
-        leaves = jax.tree_util.tree_flatten_with_path(state.leaves, is_leaf=_is_kernel)[0]
-        for path, memory in leaves:
-            if not _is_kernel(memory):
-                continue
-            name = jax.tree_util.keystr(path)
-            row, col = (np.asarray(side.factor, np.float64) / weight for side in memory.sides)
-            if plans is None:
-                found[name] = _eigenvalues(row, col), _eigenvalues(col, row)
-            else:
-                found[name] = _planned_eigenvalues(name, plans.get(name), row, col)
-    return found
-
-
-def _is_kernel(node: Any) -> bool:
-    return isinstance(node, KernelMemory)
-
-
-def _eigenvalues(factor: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return eigenvalues of a factor whose form its shape and that of the other side must tell."""
-    return np.sort(factor, -1) if _is_diagonal(factor, other) else np.linalg.eigvalsh(factor)
-
-
-def _is_diagonal(factor: np.ndarray, other: np.ndarray) -> bool:
-    if factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
-        return True
-    # Both sides have the same stack axes, after which a diagonal has 1 axis and a matrix 2.
-    missing = other.ndim - factor.ndim
-    if missing == 1:
-        return factor.shape[:-1] == other.shape[:-2]
-    tolerance = np.finfo(np.float32).eps * factor.shape[-1] * np.abs(factor).max()
-    symmetric = np.allclose(factor, np.swapaxes(factor, -1, -2), rtol=0, atol=tolerance)
-    return missing > 1 or (missing == 0 and not symmetric)
-
-
-def _planned_eigenvalues(
-    name: str, plan: Kernel | None, row: np.ndarray, col: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the eigenvalues of both factors of a leaf whose storage is known."""
-    shapes = [(*plan.stack, *side.shape) for side in plan.sides] if plan is not None else []
-    if plan is None or shapes != [row.shape, col.shape]:
-        raise ValueError(
-            f"params, layout and options tell of other factors for {name} than opt_state has: "
-            f"{shapes} against {[row.shape, col.shape]}. Pass what scale_by_kronecker got."
-        )
-    return plan.rows.holding(row).eigenvalues(), plan.cols.holding(col).eigenvalues()

@@ -1,4 +1,4 @@
-"""Reading an optimizer state of any nesting."""
+"""What an optimizer state of any nesting reports, how large it is, and whether it wants signals."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,8 @@ from optalr.phases.control import next_phase
 from optalr.phases.two_stage import TwoStageState
 from optalr.states import children, injects, is_named_tuple
 
-# Fields of state NamedTuples that are reported under their own name.
+# Fields of state NamedTuples that are reported under their own name. A fixed list, because a state
+# also holds numbers that no log should show.
 REPORTED = (
     "learning_rate",
     "phase",
@@ -44,7 +45,7 @@ FOREIGN = {
     "gradient_step": "step",
     "count": "step",
 }
-# How several values of one name become one; the first found where nothing is said.
+# How several values of one name become one. Without an entry here the first one found counts.
 _COMBINED = {
     "failures": lambda values: sum(values[1:], values[0]),
     "root_age": lambda values: _largest(values),
@@ -54,18 +55,19 @@ _COMBINED = {
 
 
 def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
-    """Tell whether the next update will read captured signals.
+    """Return whether the next update will read captured signals.
 
-    Choose it as ``evaluate(params, batch, signals=optalr.wants_signals(opt_state))``: signals are
-    then captured only in steps that use them. Around a switch of phase the answer is that of the
-    next update's phase, so nothing is captured in vain and nothing is missed. (A phase scheduled by
-    a bare function is known one step late; ``phase_schedule`` makes it known in time.)
+    Choose it to capture signals only in steps that use them:
+    ``evaluate(params, batch, signals=optalr.wants_signals(opt_state))``. Around a switch of phase
+    the phase of the next update decides, so nothing is captured in vain and nothing is missed. (A
+    phase scheduled by a bare function is known one step late; ``phase_schedule`` makes it known in
+    time.)
 
     Args:
       opt_state: any optimizer state, of optalr or not, at any nesting.
 
     Returns:
-      A boolean scalar; a concrete False where no state in it can want signals.
+      A boolean scalar; a concrete False where no state in it ever reads signals.
 
     Cost: a few scalar operations.
 
@@ -74,36 +76,42 @@ def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
       >>> bool(optalr.wants_signals(optax.adam(1e-3).init(jnp.ones(2))))
       False
     """
-    answers = list(_wishes(opt_state, None))
+    answers = list(_answers(opt_state, None))
     if not answers:
         return np.bool_(False)
-    # A state under vmap answers for every member at once; one member's wish is enough.
+    # A state under vmap answers for every member at once, and one member's yes is enough.
     return jnp.any(jnp.stack([jnp.any(answer) for answer in answers]))
 
 
 def metrics(opt_state: Any) -> dict[str, Any]:
-    """Collect what the states report of the last update into one flat dictionary.
+    """Collect what the states report about the last update in one flat dictionary.
 
     Choose it for logging: the values are those applied, not those planned. It may be called inside
     or outside ``jit``.
 
     Args:
-      opt_state: any optimizer state, of optalr or optax, at any nesting. Read are the fields listed
-        in ``REPORTED`` and ``FOREIGN`` and the numbers under ``optax.inject_hyperparams``.
+      opt_state: any optimizer state, of optalr or optax, at any nesting. The function reads the
+        fields listed in ``REPORTED`` and ``FOREIGN`` and the numbers under
+        ``optax.inject_hyperparams``.
 
     Returns:
-      A dict of scalars: ``"learning_rate"`` and, where they apply, ``"phase"``,
-      ``"steps_since_switch"``, ``"damping"``, ``"root_age"``, ``"root_residual"``, ``"failures"``,
-      ``"step"`` and more; always ``"state_bytes"``. Where several states report one name, there is
-      one entry for each, with the way to it (``"first/learning_rate"``), and the plain name holds
-      the learning rate of the stage in charge (between the stages, both weighted by the phase), the
-      sum of failures, the largest root age, residual and step, and otherwise the outermost value.
-      ``"root_age"`` counts the updates since roots were last due, whether they were taken or kept
-      back (which ``"failures"`` tells); ``"root_residual"`` is that of the roots in use.
-      A rate that lives in a closure only, as in ``optax.sgd(0.1)``, cannot be read;
+      A dict of scalars. It always has ``"state_bytes"``. Where they apply, it has
+      ``"learning_rate"``, ``"phase"``, ``"steps_since_switch"``, ``"damping"``, ``"root_age"``,
+      ``"root_residual"``, ``"failures"``, ``"step"`` and more.
+
+      ``"root_age"`` counts the updates since roots were last due, whether new ones were taken or
+      the old ones kept (``"failures"`` counts the latter). ``"root_residual"`` is that of the roots
+      in use.
+
+      Where several states report one name, each has an entry of its own with the path to it
+      (``"first/learning_rate"``). The plain name then holds the learning rate of the stage in
+      charge (in a blend the mean of both, weighted by the phase), the sum of failures, the largest
+      root age, residual and step, and for all other names the outermost value.
+
+      A rate that exists in a closure only, as in ``optax.sgd(0.1)``, cannot be read.
       ``optax.inject_hyperparams(optax.sgd)(0.1)`` makes it visible.
 
-    Cost: a walk over the state; a few scalar operations.
+    Cost: a walk over the state and a few scalar operations.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -113,8 +121,8 @@ def metrics(opt_state: Any) -> dict[str, Any]:
       (0.001, 44)
     """
     found: dict[str, list[tuple[str, Any]]] = {}
-    for way, name, value in _reports(opt_state, ()):
-        found.setdefault(name, []).append(("/".join((*way, name)), value))
+    for path, name, value in _reports(opt_state, ()):
+        found.setdefault(name, []).append(("/".join((*path, name)), value))
     report: dict[str, Any] = {}
     for name, entries in found.items():
         values = [value for _, value in entries]
@@ -132,11 +140,15 @@ def metrics(opt_state: Any) -> dict[str, Any]:
 def state_bytes(opt_state: Any) -> int:
     """Return how many bytes the arrays of ``opt_state`` take.
 
+    Choose it to compare optimizers before they are run, or to see what a release gives back.
+
     Args:
       opt_state: any pytree of arrays, or of their shapes (``jax.eval_shape(tx.init, params)``).
 
     Returns:
-      The sum over leaves of size times bytes an element.
+      The sum over the leaves of size times bytes per element.
+
+    Cost: a walk over the state; no device is asked.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
@@ -149,53 +161,58 @@ def state_bytes(opt_state: Any) -> int:
 
 
 def _dtype(leaf: Any) -> Any:
+    """Return the dtype of an array, its shape, or a Python number."""
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
 def _largest(values: list[Any]) -> jax.Array:
+    """Return the largest entry; under vmap a value has one for each member."""
     return jnp.max(jnp.stack([jnp.max(jnp.asarray(value)) for value in values]))
 
 
-def _wishes(node: Any, phase: Any) -> Iterator[jax.Array]:
-    """Yield the wishes of the states under ``node``; ``phase`` is that of the nearest two_stage."""
+def _answers(node: Any, phase: Any) -> Iterator[jax.Array]:
+    """Yield what the states under ``node`` answer; ``phase`` is that of the nearest two_stage."""
     if injects(node, "phase"):
         phase, node = next_phase(node), node.inner_state
     if isinstance(node, TwoStageState):
         phase = node.phase if phase is None else phase
         for stage, in_charge in ((node.first, phase < 1), (node.second, phase > 0)):
-            yield from (in_charge & jnp.any(wish) for wish in _wishes(stage, None))
+            yield from (in_charge & jnp.any(answer) for answer in _answers(stage, None))
     elif is_named_tuple(node) and hasattr(node, "wants_signals"):
         yield node.wants_signals
     else:
         for _, child in children(node):
-            yield from _wishes(child, phase)
+            yield from _answers(child, phase)
 
 
 def _reports(
-    node: Any, way: tuple[str, ...], phase_told: bool = False
+    node: Any, path: tuple[str, ...], phase_is_known: bool = False
 ) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """Yield ``(way to it, name, value)`` for all that is reported under ``node``.
+    """Yield ``(path, name, value)`` for all that is reported under ``node``.
 
-    ``phase_told``: the phase of the nearest ``two_stage`` was already read where it is injected.
+    Args:
+      node: a state, or a part of one.
+      path: the names of stages and groups on the way to it.
+      phase_is_known: whether the phase of the nearest ``two_stage`` was read where it is injected.
     """
     hyperparams = getattr(node, "hyperparams", None) if is_named_tuple(node) else None
     for name, value in (hyperparams or {}).items():
         if _is_number(value):
-            yield way, name, value
+            yield path, name, value
     if is_named_tuple(node):
         for field in node._fields:
             name = field if field in REPORTED else FOREIGN.get(field)
-            if name == "phase" and phase_told:
+            if name == "phase" and phase_is_known:
                 continue
             if name and _is_number(value := getattr(node, field)):
-                yield way, name, value
+                yield path, name, value
     for name, child in children(node):
         if hyperparams is not None and name in ("hyperparams", "hyperparams_states"):
             continue
         if isinstance(node, TwoStageState | Mapping):
-            yield from _reports(child, (*way, name))
+            yield from _reports(child, (*path, name))
         else:
-            yield from _reports(child, way, phase_told or "phase" in (hyperparams or {}))
+            yield from _reports(child, path, phase_is_known or "phase" in (hyperparams or {}))
 
 
 def _rate_in_charge(node: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Writing what the optimizer reports to a logger, from inside or outside a compiled step."""
+"""Writing what an optimizer reports to a logger, from inside or outside a compiled step."""
 
 import csv
 import pathlib
@@ -18,25 +18,26 @@ def monitor(writer: Any, *, every: int = 1, prefix: str = "") -> Callable[..., N
     """Return a function that writes ``optalr.metrics`` of an optimizer state to a logger.
 
     Choose it to watch the learning rate, the phase and the failures of a run. The function may be
-    called inside ``jit``, ``lax.scan`` and ``lax.cond``, where it becomes a ``jax.debug.callback``,
-    or outside. Rows of a compiled loop may be written a little later and out of order: each bears
-    its step. ``jax.effects_barrier()`` waits for them.
+    called outside of compiled code, or inside ``jit``, ``lax.scan`` and ``lax.cond``, where it
+    becomes a ``jax.debug.callback``. Rows of a compiled loop may be written a little later and out
+    of order, so each holds its step. ``jax.effects_barrier()`` waits for them.
 
     Args:
-      writer: where to: the path of a CSV file (``CSVWriter``); an object with ``add_scalar(tag,
-        value, step)``, as TensorBoard's ``SummaryWriter`` in ``tensorboardX`` or PyTorch; one with
-        ``write_scalars(step, scalars)``, as in ``clu.metric_writers``; or a function ``(step,
-        scalars)``.
-      every: write in steps that are multiples of it, at least 1.
-      prefix: put before each name, such as ``"optimizer/"``.
+      writer: what receives the rows: the path of a CSV file (``CSVWriter``); an object with
+        ``add_scalar(tag, value, step)``, such as TensorBoard's ``SummaryWriter`` in
+        ``tensorboardX`` or PyTorch; one with ``write_scalars(step, scalars)``, as in
+        ``clu.metric_writers``; or a function ``(step, scalars)``.
+      every: steps between rows, at least 1: steps that are multiples of it are written.
+      prefix: text before each name, such as ``"optimizer/"``.
 
     Returns:
-      ``log(opt_state, step=None, **scalars)``, where ``step`` defaults to the state's own count of
-      updates, and ``scalars`` are written beside it (``loss=...``) without the prefix.
+      ``log(opt_state, step=None, **scalars)``. ``step`` defaults to the state's own count of
+      updates. ``scalars`` (``loss=...``) are written in the same row, without the prefix.
 
     Raises:
-      TypeError: ``writer`` is none of these, or ``every`` is not a whole number; at the call, there
-        is no step.
+      TypeError: ``writer`` is none of these, or ``every`` is not a whole number; ``log`` raises it
+        where there is no step.
+      ValueError: ``every`` is below 1.
 
     Cost: a transfer of a few scalars to the host in steps that are written.
 
@@ -75,6 +76,7 @@ def monitor(writer: Any, *, every: int = 1, prefix: str = "") -> Callable[..., N
         report.pop("step", None)
         row = {f"{prefix}{name}": value for name, value in report.items()} | scalars
         if not all(is_concrete(leaf) for leaf in jax.tree.leaves((step, row))):
+            # Decided on the device as well, so that other steps transfer nothing.
             due = jnp.asarray(step) % every == 0
             jax.lax.cond(due, lambda: jax.debug.callback(write_row, step, row), lambda: None)
         else:
@@ -84,10 +86,10 @@ def monitor(writer: Any, *, every: int = 1, prefix: str = "") -> Callable[..., N
 
 
 class CSVWriter:
-    """Append rows of scalars to a CSV file, one column a name, the step first.
+    """Append rows of scalars to a CSV file, one column per name, the step first.
 
-    An existing file is continued, as after a resume. A row with a new name gets a new column, for
-    which the file is written anew; a row without a known name leaves its column empty.
+    An existing file is continued, as after a resume. A new name gets a new column, for which the
+    file is written again. A row without one of the names leaves that column empty.
     """
 
     def __init__(self, path: Any):
@@ -121,6 +123,7 @@ class CSVWriter:
 
 
 def _as_function(writer: Any) -> Write:
+    """Return the function that writes a row to ``writer``, whatever kind of logger it is."""
     if isinstance(writer, str | pathlib.Path):
         return CSVWriter(writer)
     if hasattr(writer, "write_scalars"):

@@ -1,9 +1,9 @@
-"""Noticing that a run is resumed with other settings than it was saved with."""
+"""Noticing that a run is resumed with settings other than those it was saved with."""
 
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,24 +13,27 @@ from optalr.states import is_named_tuple
 
 
 class ConfigurationChangedWarning(UserWarning):
-    """A run goes on with settings that differ from those it was saved with."""
+    """A run continues with settings that differ from those it was saved with."""
 
 
 def configuration(**settings: Any) -> dict[str, str]:
     """Describe settings as a flat dict of strings, to be saved beside a checkpoint.
 
-    Choose it with ``warn_if_changed``: an optimizer state is arrays only and does not know the
-    settings of the transformation that made it, and a decay that was changed by mistake restores
-    without complaint.
+    Choose it together with ``warn_if_changed``. An optimizer state consists of arrays and does not
+    know the settings of the transformation that made it, so a decay that was changed by mistake
+    restores without complaint.
 
     Args:
       **settings: numbers, strings, functions, sequences, mappings, dataclasses and arrays, nested
-        at will. Shapes, such as ``opt_state=jax.eval_shape(tx.init, params)``, are described as
-        such, arrays by a digest of their values. A function is known by its name alone.
+        as you like. Shapes, such as ``opt_state=jax.eval_shape(tx.init, params)``, are described by
+        dtype and shape, arrays also by a digest of their values. A function is described by its
+        name alone.
 
     Returns:
-      A dict from the way to a setting, such as ``"optimizer.b1"``, to its description; it can be
+      A dict from the path of a setting, such as ``"optimizer.b1"``, to its description; it can be
       written as JSON.
+
+    Cost: a digest of each array, on the host.
 
     Examples:
       >>> import optalr
@@ -41,14 +44,16 @@ def configuration(**settings: Any) -> dict[str, str]:
 
 
 def warn_if_changed(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
-    """Warn where two configurations differ, and name each setting that does.
+    """Warn if two configurations differ, and name each setting that does.
+
+    Choose it after a restore, before the run goes on.
 
     Args:
       saved: what ``configuration`` returned when the checkpoint was taken.
       current: what it returns now.
 
     Returns:
-      One line a changed setting, with the old and the new value; empty where nothing changed.
+      One line per changed setting, with the old and the new value; empty if nothing changed.
 
     Warns:
       ConfigurationChangedWarning: naming what changed.
@@ -78,22 +83,24 @@ def warn_if_changed(saved: Mapping[str, str], current: Mapping[str, str]) -> lis
     return changes
 
 
-def _flatten(way: str, value: Any):
+def _flatten(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the path and the description of each setting under ``value``."""
     if is_named_tuple(value):
         value = value._asdict()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         for key, child in value.items():
-            yield from _flatten(f"{way}.{key}" if way else str(key), child)
+            yield from _flatten(f"{path}.{key}" if path else str(key), child)
     elif isinstance(value, list | tuple):
         for i, child in enumerate(value):
-            yield from _flatten(f"{way}.{i}", child)
+            yield from _flatten(f"{path}.{i}", child)
     else:
-        yield way, _describe(value)
+        yield path, _describe(value)
 
 
 def _describe(value: Any) -> str:
+    """Return text that is the same whenever the setting is."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, jax.Array | np.ndarray):

@@ -1,4 +1,4 @@
-"""Complete optimizers, made of the other rooms' parts with ``optax.chain``."""
+"""Complete optimizers, made of the parts in the other rooms with ``optax.chain``."""
 
 from optalr.recipes.classical import CLASSICAL_RULES, classical
 from optalr.recipes.flows import edf

@@ -1,4 +1,4 @@
-"""The classical optimizers by name, with any rate or schedule and per-weight gains."""
+"""The classical optimizers by name, with any rate or schedule and a gain per weight."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,31 +17,33 @@ def classical(
     *,
     gains: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Combine one of optax's classical rules with any schedule and with gains of each weight.
+    """Combine one of optax's classical rules with any schedule, and with a gain per weight.
 
     Choose it for a baseline whose rate can be read in ``optalr.metrics``, that survives a bad batch
-    and runs in float32 whatever the parameters' dtype. With u what the rule makes of the gradient,
+    and that runs in float32 whatever the dtype of the parameters. With u what the rule makes of the
+    gradient,
 
         θ ← θ − η u,    with gains    θ ← θ − η gain ⊙ u.
 
     Args:
       rule: a name in ``CLASSICAL_RULES``: ``"sgd"``, ``"momentum"`` (0.9), ``"nesterov"`` (0.9),
-        ``"rmsprop"`` (decay 0.9, eps outside the root, as the lecture has it), ``"adam"``,
-        ``"amsgrad"``, ``"adagrad"``, ``"adadelta"``; or, for other settings, an optax
+        ``"rmsprop"`` (decay 0.9, eps outside the root, as in the lecture), ``"adam"``,
+        ``"amsgrad"``, ``"adagrad"``, ``"adadelta"``. For other settings pass an optax
         transformation without a rate, such as ``optax.scale_by_adam(b2=0.99)``. PyTorch's
-        ``dampening=d`` is ``optax.chain(optax.scale(1 - d), optax.trace(momentum))``, but for its
-        first step, which PyTorch does not dampen.
-      learning_rate: η, at least 0, or a schedule, of ``optax`` or ``optalr.schedules``.
-      gains: ``optalr.scale_by_local_gains(...)``; a gain follows the sign of u. After a rule that
-        divides by the gradient's size, gains before it would be divided out.
+        ``dampening=d`` is ``optax.chain(optax.scale(1 - d), optax.trace(momentum))``, except for
+        the first step, which PyTorch does not dampen.
+      learning_rate: η, at least 0, or a schedule from ``optax`` or ``optalr.schedules``.
+      gains: ``optalr.scale_by_local_gains(...)``, or None. A gain follows the sign of u. It comes
+        after the rule, because a rule that divides by the size of the gradient would divide out
+        gains that come before it.
 
     Returns:
       A transformation.
 
     Raises:
-      ValueError: the rule's name is unknown, or the rate is negative.
+      ValueError: the name of the rule is unknown, or the rate is negative.
 
-    Cost: that of optax's rule.
+    Cost: that of optax's rule, and of the gains.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -64,6 +66,7 @@ def classical(
     return guard(optax.chain(*links, scale_by_recorded_rate(learning_rate)))
 
 
+# Factories, so that each optimizer gets a transformation of its own.
 CLASSICAL_RULES: Mapping[str, Callable[[], optax.GradientTransformation]] = MappingProxyType(
     {
         "sgd": optax.identity,

@@ -1,4 +1,4 @@
-"""Exponentially decaying flows."""
+"""Exponentially decaying flows: a Krylov direction, a rate, and an optional acceleration."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,28 +25,32 @@ def edf(
 ) -> optax.GradientTransformationExtraArgs:
     """Follow the exponentially decaying flow: a few Krylov steps against curvature, then a rate.
 
-    Choose it with ``num_steps`` 1 or 2 and the default damping for mini-batches (the paper's rates
-    lie between 0.1 and 2), with more steps, ``acceleration="W2"`` and a rate of 1 to fit a full
-    batch. The paper fits full batches without damping, ``(0.0, 1.0)``, at a rate of 1; such fits of
-    a small convolution net by type G broke down with two of three seeds at k = 5 (losses of 1e5 to
-    1e6; the third ended at 2e-7), with all three at k = 10 and 30. A rate of 0.5, at k = 30 0.2,
-    kept them; damped type H needed 0.5 at k = 5 and 0.2 at 10, damped type G was steady at 1. It is
-    ``optax.chain(scale_by_krylov_flow(...), scale_by_recorded_rate(learning_rate))``, with
-    ``optax.trace(0.9)`` between the two for W1 and ``accelerate_by_nesterov_flow(3)`` after them
-    for W2.
+    Choose it for mini-batches with ``num_steps`` 1 or 2 and the default damping (the paper's rates
+    lie between 0.1 and 2). Choose it for a full batch with more steps, ``acceleration="W2"`` and a
+    rate of 1.
+
+    The paper fits full batches without damping, ``(0.0, 1.0)``, at a rate of 1. Such fits of a
+    small convolution net by type G broke down for us with two of three seeds at k = 5 (losses of
+    1e5 to 1e6; the third ended at 2e-7), and with all three at k = 10 and 30. A rate of 0.5, or 0.2
+    at k = 30, kept them from it. Damped type H needed 0.5 at k = 5 and 0.2 at 10; damped type G was
+    steady at 1.
+
+    The recipe is ``optax.chain(scale_by_krylov_flow(...), scale_by_recorded_rate(learning_rate))``,
+    with ``optax.trace(0.9)`` between the two for W1, or ``accelerate_by_nesterov_flow(3)`` after
+    them for W2.
 
     Args:
-      learning_rate: η of the flow's time, a number of at least 0 or a schedule; decay profiles
-        other than ``e^{−t}`` are schedules made by ``optalr.flow_schedule``.
+      learning_rate: η in units of the flow's time, a number of at least 0 or a schedule. Decay
+        profiles other than ``e^{−t}`` are schedules made by ``optalr.flow_schedule``.
       curvature: ``"gauss_newton"`` (type G; the loss must be an ``optalr.composite_loss``) or
         ``"hessian"`` (type H).
       num_steps: k, MINRES steps, an integer of at least 1.
-      damping: ``(a, b)`` for ``λ = a ‖∇‖^b``, or an ``optalr.LevenbergMarquardt`` rule or a
-        mapping of its fields. A ``step_size`` of 1, its default, becomes the learning rate if that
-        is a positive constant. With W1, W2 or a schedule the step that the rule judges is not the
-        one taken.
-      acceleration: None; ``"W1"``, constant friction: momentum 0.9 on the solved direction; or
-        ``"W2"``, vanishing friction ``3/t``: Nesterov's scheme. Under
+      damping: ``(a, b)`` for ``λ = a ‖∇‖^b``; or an ``optalr.LevenbergMarquardt`` rule, or a
+        mapping of its fields. Its default ``step_size`` of 1 becomes the learning rate if that is a
+        positive constant. With W1, W2 or a schedule the rule judges another step than the one
+        taken.
+      acceleration: None; or ``"W1"``, constant friction, which is momentum 0.9 on the solved
+        direction; or ``"W2"``, vanishing friction ``3/t``, which is Nesterov's scheme. Under
         ``two_stage``, a phase set back to 0 goes on with the velocity that W2 had at the switch.
       tol: see ``scale_by_krylov_flow``.
       preconditioner: see ``scale_by_krylov_flow``.
@@ -66,15 +70,15 @@ def edf(
       >>> X, y = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([5.0, 6.0])
       >>> loss = optalr.composite_loss(lambda w: X @ w, lambda z: 0.5 * jnp.mean((z - y) ** 2))
       >>> evaluate = optalr.value_grad_and_extras(loss)
-      >>> tx, w = edf(1.0, num_steps=2), jnp.zeros(2)
+      >>> tx, w = optalr.edf(1.0, num_steps=2), jnp.zeros(2)
       >>> value, grads, extras = evaluate(w)
       >>> updates, state = tx.update(grads, tx.init(w), w, **extras)
       >>> bool(loss(optax.apply_updates(w, updates)) < value)
       True
 
     Reference:
-      "Exponentially decaying flows for optimization in deep learning", sections 3, 4 and 6. There
-      the damping is none in full-batch runs and ``(1, 1)`` in mini-batch runs.
+      "Exponentially decaying flows for optimization in deep learning", sections 3, 4 and 6. The
+      paper uses no damping in full-batch runs and ``(1, 1)`` in mini-batch runs.
     """
     if acceleration is not None:
         check_choice("acceleration", acceleration, ("W1", "W2"))
@@ -97,7 +101,7 @@ def edf(
 
 
 def _judging(damping: Any, learning_rate: Any) -> Any:
-    """Return ``damping``; a rule of default step judges that of a constant learning rate."""
+    """Return ``damping``, where a rule with the default step judges the step that is taken."""
     check_interval("learning_rate", learning_rate, 0.0, remedy="The sign is flipped for you.")
     damping = from_fields("damping", damping, LevenbergMarquardt)
     if not isinstance(damping, LevenbergMarquardt) or callable(learning_rate):

@@ -1,4 +1,4 @@
-"""SGD at a learned rate, and other optimizers at the rate it found."""
+"""SGD at a learned rate, and other optimizers at the rate that it found."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ def learned_rate_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Descend the gradient with a learning rate that is itself learned.
 
-    Choose it to train without searching for a rate, in the first epochs above all; or to find a
+    Choose it to train without searching for a rate, above all in the first epochs; or to find a
     rate, as ``optalr.suggest_learning_rate`` does. It is
     ``optax.chain(optax.trace(momentum), scale_by_learned_rate(initial_rate, ...))``.
 
@@ -37,12 +37,12 @@ def learned_rate_sgd(
       initial_rate: η₀ > 0.
       order: 2 for Newton's method on the rate, 1 for gradient descent on it.
       momentum: decay of the gradients' momentum, in [0, 1); None (as in the paper) for plain SGD.
-      meta_rate: α > 0 of order 1.
-      derivatives: ``"exact"``, ``"finite_differences"``, ``"successive_gradients"``, or one of
-        these configured.
+      meta_rate: α > 0, for order 1.
+      derivatives: ``"exact"``, ``"finite_differences"``, ``"successive_gradients"``, or a
+        configured one of these (``optalr.FiniteDifferences(...)``, ...).
       rate_momentum: decay of the rate's own momentum, in [0, 1).
-      every: update the rate at every so many steps, >= 1.
-      lag: whether a new rate is applied from the next step on, as published, or at once.
+      every: steps between updates of the rate, >= 1.
+      lag: whether a new rate is applied from the next step on, as published, rather than at once.
       probe: the name of the extra that holds the loss to probe.
       safeguards: ``"on"``, a ``RateSafeguards`` or a mapping of its fields; ``"off"`` or None for
         the paper's bare rule.
@@ -54,7 +54,7 @@ def learned_rate_sgd(
     Raises:
       ValueError: an argument is out of range.
 
-    Cost: that of ``scale_by_learned_rate``; at order 2 a step takes about 8/3 of SGD's.
+    Cost: that of ``scale_by_learned_rate``; at order 2 about 8/3 of an SGD step.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -99,16 +99,16 @@ def learned_rate_then(
 ) -> optax.GradientTransformationExtraArgs:
     """Learn the rate for the first epochs, then hand it to another optimizer.
 
-    Choose it after the paper's own conclusion: the learned rate is fastest in the first epochs and
-    dearer a step. At the switch ``second`` is given the geometric mean of the last hundred learned
-    rates (single rates are noisy), times ``rate_factor``, as its ``learning_rate``.
+    Choose it to follow the paper's own conclusion: the learned rate is fastest in the first epochs,
+    and its steps cost more. At the switch ``second`` gets the geometric mean of the last hundred
+    learned rates (single rates are noisy), times ``rate_factor``, as its ``learning_rate``.
 
     Args:
       second: a factory that takes ``learning_rate``, such as ``optax.sgd``.
       initial_rate: η₀ > 0 of the first stage.
       phase: when to switch: ``optalr.switch_at(step)``, ``optalr.switch_on_plateau(...)``.
-      rate_factor: > 0, what the rate found is multiplied by: 1 - β for SGD with momentum β, and
-        about 1e-2 for Adam, whose direction has another length.
+      rate_factor: > 0, the factor on the rate found: 1 - β for SGD with momentum β, and about 1e-2
+        for Adam, whose direction has another length.
       first: further arguments of ``learned_rate_sgd``, as a dict.
       **second_options: further arguments of ``second``.
 
@@ -148,7 +148,7 @@ def learned_rate_then(
         learning_rate=start, **second_options
     )
 
-    def hand_over(first_state: Any, second_state: Any) -> Any:
+    def hand_over_rate(first_state: Any, second_state: Any) -> Any:
         states = jax.tree.leaves(first_state, is_leaf=lambda x: isinstance(x, LearnedRateState))
         found = next(x for x in states if isinstance(x, LearnedRateState)).average_rate
         rate = jnp.asarray(rate_factor * found, jnp.float32)
@@ -156,4 +156,4 @@ def learned_rate_then(
             hyperparams={**second_state.hyperparams, "learning_rate": rate}
         )
 
-    return phases.two_stage(learned, following, phase, momentum=hand_over)
+    return phases.two_stage(learned, following, phase, momentum=hand_over_rate)

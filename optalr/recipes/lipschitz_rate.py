@@ -1,4 +1,4 @@
-"""SGD and Adam at rates that come from a Lipschitz constant."""
+"""SGD and Adam with the inverse of a Lipschitz constant as their rate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,18 +29,19 @@ def lipschitz_sgd(
 
     and with momentum v ← βv + (1−β)g, K ← βK + (1−β)L, w ← w − v / K.
 
-    That rate is large, and more than many nets with hidden layers bear. Once the loss has risen to
-    1.5 times its first value the guards therefore bound each step's length by 1, which is what a
-    true Lipschitz constant would do; ``guards="off"`` is the paper's own rule.
+    That rate is large, too large for many nets with hidden layers. Once the loss has risen to 1.5
+    times its first value, the guards therefore bound the length of each step by 1, as a true
+    Lipschitz constant would. ``guards="off"`` is the paper's own rule.
 
     Args:
       loss: ``"softmax_cross_entropy"``, ``"binary_cross_entropy"`` or ``"least_squares"``.
       num_classes: k >= 2, for softmax cross-entropy.
-      weight_decay: λ >= 0, added here to the gradient and to L. If the loss has the penalty itself,
-        use ``scale_by_lipschitz_rate``, which counts it in L only.
+      weight_decay: λ >= 0, added here to the gradient and to L. If the loss itself contains the
+        penalty, use ``scale_by_lipschitz_rate``, which counts it in L only.
       momentum: β in [0, 1), or None.
       target_norm: ‖y‖ of a minibatch, for least squares.
-      steps_per_epoch: 1 for a new rate at every step, else one an epoch, as in the paper.
+      steps_per_epoch: 1 for a new rate at every step; the number of steps in an epoch for a new
+        rate per epoch, as in the paper.
       last_layer: key path of the last layer's kernel, or None for the layer executed last.
       guards: ``"on"``, a ``LipschitzGuards`` or a mapping of its fields; ``"off"`` for none.
 
@@ -68,9 +69,7 @@ def lipschitz_sgd(
     Reference: Yedida, Saha, "A novel adaptive learning rate scheduler for deep neural networks",
       and their follow-up with momentum.
     """
-    links: list[optax.GradientTransformation] = []
-    if not (is_concrete(weight_decay) and weight_decay == 0):
-        links.append(optax.add_decayed_weights(weight_decay))
+    links = _penalty(weight_decay)
     if momentum is not None:
         check_interval("momentum", momentum, 0.0, 1.0, open_high=True)
         links.append(optax.ema(momentum, debias=False))
@@ -98,10 +97,10 @@ def lipschitz_adam(
     last_layer: str | None = None,
     guards: LipschitzGuards | Mapping[str, Any] | str | None = "on",
 ) -> optax.GradientTransformationExtraArgs:
-    """Run Adam with the rate that the Lipschitz constant of the loss gives.
+    """Run Adam with a rate from the Lipschitz constant of the loss.
 
-    Choose it for the authors' follow-up of their rate for SGD; at 0.1 and more it is far larger
-    than what Adam is usually given, and small nets learn only with the default guards. With K₁, K₂
+    Choose it to try the authors' follow-up of their rate for SGD. The rate is 0.1 and more, far
+    larger than Adam's usual ones, and small nets learn only with the default guards. With K₁ and K₂
     of ``scale_by_lipschitz_rate``, η = (√K₂ + 1e-8) / K₁.
 
     Args:
@@ -110,7 +109,8 @@ def lipschitz_adam(
       weight_decay: λ >= 0, added here to the gradient and to L.
       b1: decay of Adam's first moment and of K₁, in [0, 1).
       b2: decay of Adam's second moment and of K₂, in [0, 1).
-      steps_per_epoch: 1 for a new rate at every step, else one an epoch.
+      steps_per_epoch: 1 for a new rate at every step; the number of steps in an epoch for a new
+        rate per epoch.
       last_layer: key path of the last layer's kernel, or None for the layer executed last.
       guards: ``"on"``, a ``LipschitzGuards`` or a mapping of its fields; ``"off"`` for none.
 
@@ -136,11 +136,9 @@ def lipschitz_adam(
 
     Reference: Yedida, Saha, Prashanth, "LipschitzLR: Using theoretically computed adaptive learning
       rates for fast convergence", 2020. Departures: the bound on ‖a∘a‖_F from captured moments,
-      and both averages freed of their bias.
+      and both averages corrected for their bias.
     """
-    links: list[optax.GradientTransformation] = []
-    if not (is_concrete(weight_decay) and weight_decay == 0):
-        links.append(optax.add_decayed_weights(weight_decay))
+    links = _penalty(weight_decay)
     scale = scale_by_lipschitz_rate(
         loss,
         num_classes=num_classes,
@@ -151,3 +149,10 @@ def lipschitz_adam(
         guards=guards,
     )
     return optax.chain(*links, optax.scale_by_adam(b1, b2), scale)
+
+
+def _penalty(weight_decay: Any) -> list[optax.GradientTransformation]:
+    """Return what adds the penalty's gradient; nothing where the decay is known to be zero."""
+    if is_concrete(weight_decay) and weight_decay == 0:
+        return []
+    return [optax.add_decayed_weights(weight_decay)]

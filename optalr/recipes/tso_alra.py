@@ -32,35 +32,37 @@ def tso_alra(
 ) -> optax.GradientTransformationExtraArgs:
     """Train along F^{-1/2} g, then by plain SGD: the two-stage optimizer of Ida & Fujiwara.
 
-    Choose it to reach a low training loss in few epochs and still generalize: the preconditioned
-    phase gets there fast, and plain SGD after the switch keeps the gradient noise as it is
-    (theorem 2 of the paper: F^{-1/2} makes it isotropic). With p the power,
+    Choose it to reach a low training loss in few epochs and still generalize. The preconditioned
+    phase gets there fast. Plain SGD after the switch leaves the gradient noise as it is, which
+    F^{-1/2} makes isotropic (theorem 2 of the paper). With p the power,
 
         phase 0:   v ← momentum · v + F^p g,   θ ← θ − η v
         phase 1:   θ ← θ − η g
 
-    with F the Kronecker-factored Fisher matrix of ``scale_by_kronecker``, whose warm-up, bound on
-    the update and relative damping are on. A rate of 1e-2 is a good start in phase 0. In phase 1
-    nothing is captured and no root is taken; ``optalr.release_first_stage`` gives the memory back.
+    where F is the Kronecker-factored Fisher matrix of ``scale_by_kronecker``, with its warm-up, its
+    bound on the update and its relative damping. A rate of 1e-2 is a good start in phase 0. In
+    phase 1 nothing is captured and no root is taken; ``optalr.release_first_stage`` gives the
+    memory back.
 
     Args:
       learning_rate: η, > 0, or a schedule of the updates since the start.
       switch_at: the update from which phase 1 holds; None for no switch (``optalr.set_phase`` can
         still make one by hand).
       phase: a phase scheduler instead of ``switch_at``, or a number in [0, 1].
-      second_learning_rate: η of phase 1, where it shall be another; a schedule counts from the
-        switch. The second phase's rate decides how it ends: with a large one the loss rises again.
+      second_learning_rate: η of phase 1, if it differs; a schedule counts from the switch. This
+        rate decides how the run ends: with a large one the loss rises again.
       power: p, in [−1, 0].
-      statistics: ``"signals"`` or ``"gradient"`` (needs no captured signals).
-      decay: of the moving averages of statistics, in [0, 1).
+      statistics: ``"signals"``, or ``"gradient"``, which needs no captured signals.
+      decay: decay of the moving averages of the statistics, in [0, 1).
       damping: >= 0, relative to a factor's mean eigenvalue.
       update_every: updates between roots, >= 1.
       signals_every: updates between measurements, >= 1; None for a tenth of ``update_every``.
-      momentum: in [0, 1), of phase 0; None for none.
-      second_momentum: in [0, 1), of phase 1, starting from zero at the switch; None for none. With
-        one of m, a rate acts as if divided by 1 − m.
+      momentum: momentum of phase 0, in [0, 1); None for none.
+      second_momentum: momentum of phase 1, in [0, 1), starting from zero at the switch; None for
+        none. A momentum of m makes a rate act as if divided by 1 − m.
       layout: what ``optalr.coverage(loss_fn, params, *args)`` returned, where it is needed.
-      options: more of ``scale_by_kronecker``, a ``KroneckerOptions`` or a mapping of its fields.
+      options: further options of ``scale_by_kronecker``, a ``KroneckerOptions`` or a mapping of its
+        fields.
 
     Returns:
       A transformation that reads the extra ``signals``.
@@ -88,17 +90,9 @@ def tso_alra(
 
     Reference: Yasutoshi Ida and Yasuhiro Fujiwara, "Improving Generalization Performance of
     Adaptive Learning Rate by Switching from Block Diagonal Matrix Preconditioning to SGD", 2020,
-    Algorithm 1. We add momentum after the preconditioner (theirs has none) and the safeguards.
+    Algorithm 1. Our departures: momentum after the preconditioner, and the safeguards.
     """
-    if switch_at is not None and phase is not None:
-        raise ValueError(
-            "switch_at and phase both say when to switch. Pass one of them: switch_at=2_000, or "
-            "phase=optalr.switch_on_plateau()."
-        )
-    if switch_at is not None:
-        phase = phases.switch_at(switch_at)
-    elif phase is None:
-        phase = phases.phase_schedule(_never)
+    phase = _phase_scheduler(switch_at, phase)
     direction = scale_by_kronecker(
         power,
         decay=decay,
@@ -111,9 +105,7 @@ def tso_alra(
     )
     if momentum is not None:
         direction = optax.chain(direction, optax.trace(momentum))
-    if second_momentum is not None:
-        check_interval("second_momentum", second_momentum, 0.0, 1.0, open_high=True)
-    second = optax.identity() if second_momentum is None else optax.trace(second_momentum)
+    second = _sgd_direction(second_momentum)
     if second_learning_rate is None:
         # One rate, on one clock, for both phases.
         staged = phases.two_stage(direction, second, phase)
@@ -124,6 +116,26 @@ def tso_alra(
         second_rate if second_momentum is None else optax.chain(second, second_rate),
         phase,
     )
+
+
+def _phase_scheduler(switch_at: int | None, phase: Any) -> Any:
+    """Return what decides the phase: the scheduler given, a fixed step, or a switch by hand."""
+    if switch_at is None:
+        return phases.phase_schedule(_never) if phase is None else phase
+    if phase is not None:
+        raise ValueError(
+            "switch_at and phase both say when to switch. Pass one of them: switch_at=2_000, or "
+            "phase=optalr.switch_on_plateau()."
+        )
+    return phases.switch_at(switch_at)
+
+
+def _sgd_direction(second_momentum: float | None) -> optax.GradientTransformation:
+    """Return what phase 1 makes of the gradient before the rate."""
+    if second_momentum is None:
+        return optax.identity()
+    check_interval("second_momentum", second_momentum, 0.0, 1.0, open_high=True)
+    return optax.trace(second_momentum)
 
 
 def _never(step: jax.Array) -> float:

@@ -6,5 +6,22 @@ from optalr.schedules.decays import (
     inverse_decay,
     triangular,
 )
+from optalr.schedules.profiles import (
+    exponential_profile,
+    flow_schedule,
+    linear_profile,
+    power_profile,
+)
 
-__all__ = ["exponential_rate_decay", "halving", "inverse_decay", "triangular"]
+__all__ = [  # noqa: RUF022  (sorted by theme)
+    # Decays.
+    "exponential_rate_decay",
+    "halving",
+    "inverse_decay",
+    "triangular",
+    # Flows that follow a decay profile.
+    "flow_schedule",
+    "exponential_profile",
+    "linear_profile",
+    "power_profile",
+]

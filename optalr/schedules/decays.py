@@ -1,11 +1,12 @@
 """Learning-rate schedules that optax does not have, as functions of the step count.
 
-For the others (constant, cosine, polynomial, piecewise, warm-up, one-cycle, …) use optax's own.
-All return float32 scalars and are safe under ``jit``; the step count is the number of updates so
-far, 0 at the first.
+For the others (constant, cosine, polynomial, piecewise, warm-up, one-cycle, …) use those of optax.
+All return float32 scalars and may be called inside ``jit``. The step count is the number of updates
+so far, 0 at the first.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,12 @@ from optalr.arguments import check_choice, check_count, check_interval
 def inverse_decay(init_value: float, rate: float) -> optax.Schedule:
     """Decay the learning rate in inverse proportion to time: ``η = η₀ / (1 + k t)``.
 
-    Choose it where steps should shrink for ever but never stop: their sum diverges, the sum of
+    Choose it where steps should shrink for ever and yet never stop: their sum diverges, the sum of
     their squares does not.
 
     Args:
       init_value: η₀, the rate of the first step, at least 0.
-      rate: k, a step, at least 0; after 1/k steps the rate is halved.
+      rate: k, per step, at least 0; after 1/k steps the rate is halved.
 
     Returns:
       A schedule.
@@ -46,12 +47,12 @@ def inverse_decay(init_value: float, rate: float) -> optax.Schedule:
 def exponential_rate_decay(init_value: float, rate: float) -> optax.Schedule:
     """Decay the learning rate exponentially, by a rate: ``η = η₀ exp(−k t)``.
 
-    Choose it to write the decay as a rate; ``optax.exponential_decay`` writes the same curve as a
-    factor and a number of steps, and has a staircase and an end value.
+    Choose it to write the decay as a rate. ``optax.exponential_decay`` writes the same curve as a
+    factor and a number of steps, and adds a staircase and an end value.
 
     Args:
       init_value: η₀, the rate of the first step, at least 0.
-      rate: k, a step, at least 0; the rate falls to 1/e in 1/k steps.
+      rate: k, per step, at least 0; the rate falls to 1/e in 1/k steps.
 
     Returns:
       A schedule.
@@ -73,14 +74,14 @@ def exponential_rate_decay(init_value: float, rate: float) -> optax.Schedule:
 
 
 def halving(init_value: float, every: int, *, min_value: float = 0.0) -> optax.Schedule:
-    """Halve the learning rate every so many steps: ``η = max(η₀ 2^−⌊t/T⌋, η_min)``.
+    """Halve the learning rate at regular intervals: ``η = max(η₀ 2^−⌊t/T⌋, η_min)``.
 
     Choose it for a staircase that needs no list of boundaries.
 
     Args:
       init_value: η₀, the rate of the first ``every`` steps, at least 0.
       every: T, steps between halvings, at least 1.
-      min_value: η_min, where the staircase ends, at least 0.
+      min_value: η_min, the rate at which the staircase ends, at least 0.
 
     Returns:
       A schedule.
@@ -116,9 +117,9 @@ def triangular(
     variant: str | Callable[[jax.Array], jax.Array] = "triangular",
     gamma: float | None = None,
 ) -> optax.Schedule:
-    """Let the learning rate rise and fall in straight lines, over and over.
+    """Let the learning rate rise and fall in straight lines, again and again.
 
-    Choose it to need no search for one best rate: a range test gives the two bounds. With ``S`` the
+    Choose it to avoid a search for one best rate: a range test gives the two bounds. With ``S`` the
     half cycle, ``c = ⌊1 + t/(2S)⌋`` the cycle and ``x = |t/S − 2c + 1|``,
 
         η = η_min + (η_max − η_min) · max(0, 1 − x) · a,
@@ -140,7 +141,8 @@ def triangular(
 
     Raises:
       TypeError: ``half_cycle`` is not a whole number.
-      ValueError: an argument lies outside its range, or ``gamma`` is given without need or missing.
+      ValueError: an argument lies outside its range; or ``gamma`` is missing, or given to another
+        variant.
 
     Examples:
       >>> import optalr
@@ -154,27 +156,35 @@ def triangular(
     check_interval("max_value", max_value, float(min_value), remedy="It is the upper bound.")
     check_count("half_cycle", half_cycle, 1)
     if not callable(variant):
-        check_choice("variant", variant, ("triangular", "triangular2", "exp_range"))
+        check_choice("variant", variant, tuple(_AMPLITUDES))
     if (gamma is not None) != (variant == "exp_range"):
         raise ValueError(f"gamma goes with variant='exp_range' and only with it, got {gamma!r}.")
     if gamma is not None:
         check_interval("gamma", gamma, 0.0, 1.0, open_low=True)
-
-    def amplitude(cycle: jax.Array, count: jax.Array) -> jax.Array:
-        if callable(variant):
-            return jnp.asarray(variant(cycle), jnp.float32)
-        if variant == "triangular2":
-            return jnp.exp2(1 - cycle)
-        return jnp.ones(()) if gamma is None else gamma ** _float(count)
+    amplitude = _amplitude_of(variant)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count)
         # Whole numbers as long as they can be: exact however long the run.
         cycle = _float(1 + count // (2 * half_cycle))
         height = 1 - jnp.abs(_float(count % (2 * half_cycle)) / half_cycle - 1)
-        return min_value + (max_value - min_value) * height * amplitude(cycle, count)
+        return min_value + (max_value - min_value) * height * amplitude(cycle, count, gamma)
 
     return schedule
+
+
+def _amplitude_of(variant: str | Callable[[jax.Array], Any]) -> Callable[..., jax.Array]:
+    """Return the amplitude as a function of the cycle, the step count and gamma."""
+    if callable(variant):
+        return lambda cycle, count, gamma: jnp.asarray(variant(cycle), jnp.float32)
+    return _AMPLITUDES[variant]
+
+
+_AMPLITUDES: dict[str, Callable[..., jax.Array]] = {
+    "triangular": lambda cycle, count, gamma: jnp.ones(()),
+    "triangular2": lambda cycle, count, gamma: jnp.exp2(1 - cycle),
+    "exp_range": lambda cycle, count, gamma: gamma ** _float(count),
+}
 
 
 def _float(count: jax.typing.ArrayLike) -> jax.Array:

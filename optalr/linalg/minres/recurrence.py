@@ -1,9 +1,10 @@
 """The recurrence of MINRES: one step from the last, in vectors and in scalars.
 
-What a step hands to the next is ``Vectors`` and ``Scalars``. The rotations, and whether to stop, to
-distrust or to give up, are scalars alone: ``_rotate``.
+A step hands ``Vectors`` and ``Scalars`` to the next. The rotations need scalars alone, and so do
+the decisions to stop, to distrust and to give up: ``_rotate``.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ from optalr.linalg.minres.vectors import add, divide, dot, largest, multiply, no
 
 # Below this many roundings of ‖A‖ a Lanczos coefficient is noise and the Krylov space exhausted.
 ROUNDINGS = 10
-# Below this many of them ‖A r‖/‖r‖ is. Found by experiment: with 20, inconsistent systems that have
-# an eigenvalue 1e4 times the others went on into noise in float32.
+# Below this many of them ‖A r‖/‖r‖ is noise. Found by experiment: with 20, inconsistent systems
+# that have an eigenvalue 1e4 times the others went on into noise in float32.
 STATIONARY = 100
 # The rotation's cosine of a step that gains next to nothing. Noise has cosines above 1e-4.
 IDLE = 0.03
@@ -54,7 +55,22 @@ class Scalars(NamedTuple):
     failed: jax.Array
 
 
-def start(b: Any, preconditioner: Any, dtype: Any) -> tuple[Vectors, Scalars]:
+class State(NamedTuple):
+    """What one step hands to the next."""
+
+    vectors: Vectors
+    scalars: Scalars
+
+
+class System(NamedTuple):
+    """The products that a step takes, and where it stops."""
+
+    product: Callable[[Any], Any]  # v ↦ (A + λI) v
+    preconditioner: Callable[[Any], Any] | None  # r ↦ M r
+    limit: jax.Array  # the residual norm at which the run is over
+
+
+def start(b: Any, preconditioner: Any, dtype: Any) -> State:
     """Return what the first step reads, for the right-hand side ``b``."""
     # Dividing by the largest entry first keeps the squares of tiny and huge entries in range.
     rhs = jax.tree.map(lambda x: x.astype(dtype), b)
@@ -89,7 +105,83 @@ def start(b: Any, preconditioner: Any, dtype: Any) -> tuple[Vectors, Scalars]:
         nonpositive=jnp.zeros((), bool),
         failed=failed,
     )
-    return vectors, scalars
+    return State(vectors, scalars)
+
+
+def step(system: System, state: State) -> State:
+    """Take one step, or leave all as it was where the run is over."""
+    u = system.product(state.vectors.lanczos)
+    # The product stays outside: on a CPU a convolution's gradient is slow inside control flow.
+    if system.preconditioner is None:
+        return _traced_once(u, state, system.limit)
+    # Not compiled apart: a preconditioner is made anew for every update, over that trace's arrays.
+    return _unless_over(u, state, limit=system.limit, preconditioner=system.preconditioner)
+
+
+@jax.jit
+def _traced_once(u: Any, state: State, limit: jax.Array) -> State:
+    """Take the rest of a step; all unrolled steps of a program share one trace of it."""
+    return _unless_over(u, state, limit=limit, preconditioner=None)
+
+
+def _unless_over(u: Any, state: State, *, limit: jax.Array, preconditioner: Any) -> State:
+    """Take the rest of a step from the product ``u``, unless the run is over."""
+    old, was = state
+
+    # The branch makes a run that is over cost its products only, and it keeps the compiler from
+    # putting off all updates of the solution to the end, with every direction alive until then.
+    def go() -> State:
+        return _advance(u, state, limit=limit, preconditioner=preconditioner)
+
+    def stay() -> State:
+        return State(old._replace(dual_before=None, direction_before=None), was)
+
+    new, now = jax.lax.cond(was.done, stay, go)
+    # Set outside the branch, where they need no copy.
+    return State(new._replace(dual_before=old.dual, direction_before=old.direction), now)
+
+
+def _advance(u: Any, state: State, *, limit: jax.Array, preconditioner: Any) -> State:
+    old, was = state
+    # Lanczos: A v_j = β_{j+1} p_{j+1} + α_j p_j + β_j p_{j−1}
+    alpha = dot(old.lanczos, u)
+    u = jax.tree.map(
+        lambda x, p, q: x - alpha * p - was.offdiagonal * q, u, old.dual, old.dual_before
+    )
+    image, beta = _precondition(preconditioner, u, u)
+    now, by = _rotate(was, _Column(alpha, beta), limit)
+
+    direction = jax.tree.map(
+        lambda v, d, e: (v - by.rho2 * d - by.rho3 * e) / by.rho1,
+        old.lanczos,
+        old.direction,
+        old.direction_before,
+    )
+    dual = divide(u, by.beta)
+    solution = where(by.active, add(old.solution, by.advance, direction), old.solution)
+    residual = jax.tree.map(lambda r, p: by.keep * r + by.gain * p, old.residual, dual)
+    vectors = Vectors(
+        solution=solution,
+        trusted=where(
+            now.nonpositive,
+            where(was.steps == 0, multiply(solution, -1.0), old.trusted),
+            solution,
+        ),
+        residual=where(by.active, residual, old.residual),
+        image=None if preconditioner is None else divide(image, by.beta),
+        dual=dual,
+        dual_before=None,
+        direction=direction,
+        direction_before=None,
+    )
+    return State(vectors, now)
+
+
+class _Column(NamedTuple):
+    """The new column of the Lanczos matrix, from the diagonal down."""
+
+    alpha: jax.Array
+    signed_beta: jax.Array  # negative where the preconditioner is not positive
 
 
 class _Coefficients(NamedTuple):
@@ -105,89 +197,9 @@ class _Coefficients(NamedTuple):
     beta: jax.Array
 
 
-def step(
-    product: Any, preconditioner: Any, floor: Any, norm: Any, old: Vectors, was: Scalars
-) -> tuple[Vectors, Scalars]:
-    """Take one step, or leave all as it was where the run is over.
-
-    Args:
-      product: ``v ↦ (A + λI) v``.
-      preconditioner: ``r ↦ M r``, or None.
-      floor: the residual norm, in units of ``norm``, at which the run is over.
-      norm: that of the right-hand side.
-      old: the vectors after the last step.
-      was: its scalars.
-    """
-    u = product(old.lanczos)
-    # The product stays outside: on a CPU a convolution's gradient is slow inside control flow.
-    if preconditioner is None:
-        return _traced_once(u, floor, norm, old, was)
-    # Not compiled apart: a preconditioner is made anew for every update, over that trace's arrays.
-    return _unless_over(preconditioner, u, floor, norm, old, was)
-
-
-@jax.jit
-def _traced_once(
-    u: Any, floor: Any, norm: Any, old: Vectors, was: Scalars
-) -> tuple[Vectors, Scalars]:
-    return _unless_over(None, u, floor, norm, old, was)
-
-
-def _unless_over(
-    preconditioner: Any, u: Any, floor: Any, norm: Any, old: Vectors, was: Scalars
-) -> tuple[Vectors, Scalars]:
-    # The branch makes a run that is over cost its products only, and it keeps the compiler from
-    # putting off all updates of the solution to the end, with every direction alive until then.
-    def go() -> tuple[Vectors, Scalars]:
-        return _advance(u, preconditioner, floor, norm, old, was)
-
-    def stay() -> tuple[Vectors, Scalars]:
-        return old._replace(dual_before=None, direction_before=None), was
-
-    new, now = jax.lax.cond(was.done, stay, go)
-    return new._replace(dual_before=old.dual, direction_before=old.direction), now
-
-
-def _advance(
-    u: Any, preconditioner: Any, floor: Any, norm: Any, old: Vectors, was: Scalars
-) -> tuple[Vectors, Scalars]:
-    # Lanczos: A v_j = β_{j+1} p_{j+1} + α_j p_j + β_j p_{j−1}
-    alpha = dot(old.lanczos, u)
-    u = jax.tree.map(
-        lambda x, p, q: x - alpha * p - was.offdiagonal * q, u, old.dual, old.dual_before
-    )
-    image, beta = _precondition(preconditioner, u, u)
-    now, by = _rotate(was, alpha, beta, floor, norm)
-
-    direction = jax.tree.map(
-        lambda v, d, e: (v - by.rho2 * d - by.rho3 * e) / by.rho1,
-        old.lanczos,
-        old.direction,
-        old.direction_before,
-    )
-    dual = divide(u, by.beta)
-    solution = where(by.active, add(old.solution, by.advance, direction), old.solution)
-    residual = jax.tree.map(lambda r, p: by.keep * r + by.gain * p, old.residual, dual)
-    return Vectors(
-        solution=solution,
-        trusted=where(
-            now.nonpositive,
-            where(was.steps == 0, multiply(solution, -1.0), old.trusted),
-            solution,
-        ),
-        residual=where(by.active, residual, old.residual),
-        image=None if preconditioner is None else divide(image, by.beta),
-        dual=dual,
-        dual_before=None,
-        direction=direction,
-        direction_before=None,
-    ), now
-
-
-def _rotate(
-    was: Scalars, alpha: Any, signed_beta: Any, floor: Any, norm: Any
-) -> tuple[Scalars, _Coefficients]:
-    beta = jnp.maximum(signed_beta, 0.0)
+def _rotate(was: Scalars, column: _Column, limit: jax.Array) -> tuple[Scalars, _Coefficients]:
+    """Return the next scalars, and what the step multiplies its vectors by."""
+    alpha, beta = column.alpha, jnp.maximum(column.signed_beta, 0.0)
     # Two old rotations turn the new column of the Lanczos matrix into (ρ₃, ρ₂, δ, β_{j+1}) ...
     rho3 = was.sine_before * was.offdiagonal
     rho2 = was.sine * alpha + was.cosine_before * was.cosine * was.offdiagonal
@@ -197,19 +209,13 @@ def _rotate(
     cosine, sine = delta / rho1, beta / rho1
 
     scale = jnp.maximum(was.scale, jnp.hypot(jnp.hypot(alpha, beta), was.offdiagonal))
-    eps = jnp.finfo(beta.dtype).eps
-    rounding = ROUNDINGS * eps * scale
-    # ‖A r‖/‖r‖ of the residual before this step: as good as zero where it is a least-squares
-    # solution already, and the next step would divide noise by noise. A large eigenvalue makes it
-    # small beside ‖A‖ too, so from half the digits on it takes a step without gain to be sure: one
-    # that would lower the residual by next to nothing, cosine²/2 of it.
+    # ‖A r‖/‖r‖ of the residual before this step.
     image_ratio = jnp.hypot(delta, was.cosine * beta)
-    stationary = image_ratio <= STATIONARY * eps * scale
-    stationary |= (image_ratio <= eps**0.5 * scale) & (jnp.abs(cosine) <= IDLE)
-    sound = jnp.isfinite(alpha) & jnp.isfinite(signed_beta) & jnp.isfinite(rho1)
-    sound &= signed_beta >= -((ROUNDINGS * eps) ** 0.5) * scale
+    stationary = _is_stationary(image_ratio, cosine, scale)
+    sound = _is_sound(column, rho1, scale)
     active = sound & ~stationary
     residual = jnp.where(active, -sine * was.residual, was.residual)
+    exhausted = beta <= ROUNDINGS * jnp.finfo(beta.dtype).eps * scale
     now = Scalars(
         offdiagonal=beta,
         cosine=cosine,
@@ -219,7 +225,7 @@ def _rotate(
         residual=residual,
         scale=scale,
         steps=was.steps + active.astype(jnp.int32),
-        done=~active | (beta <= rounding) | (jnp.abs(residual) <= floor * norm),
+        done=~active | exhausted | (jnp.abs(residual) <= limit),
         nonpositive=was.nonpositive | (active & (was.cosine * delta <= 0)),
         failed=was.failed | ~sound,
     )
@@ -236,11 +242,30 @@ def _rotate(
     return now, by
 
 
+def _is_stationary(image_ratio: jax.Array, cosine: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return whether the residual belongs to a least-squares solution already.
+
+    ``image_ratio`` is ``‖A r‖/‖r‖``, which is as good as zero there: the next step would divide
+    noise by noise. A large eigenvalue makes it small beside ‖A‖ too. So where it has lost half the
+    digits or more, the step must also gain next to nothing: it lowers the residual by cosine²/2.
+    """
+    eps = jnp.finfo(scale.dtype).eps
+    stationary = image_ratio <= STATIONARY * eps * scale
+    return stationary | ((image_ratio <= eps**0.5 * scale) & (jnp.abs(cosine) <= IDLE))
+
+
+def _is_sound(column: _Column, rho1: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return whether all is finite and the preconditioner, up to rounding, positive."""
+    eps = jnp.finfo(scale.dtype).eps
+    sound = jnp.isfinite(column.alpha) & jnp.isfinite(column.signed_beta) & jnp.isfinite(rho1)
+    return sound & (column.signed_beta >= -((ROUNDINGS * eps) ** 0.5) * scale)
+
+
 def _precondition(preconditioner: Any, r: Any, like: Any) -> tuple[Any, jax.Array]:
     """Return ``M r`` and ``√(rᵀ M r)``, negative (minus the root of minus) where M is not positive.
 
-    The squares of a system in small or large units would leave float32's range; r's are taken
-    relative to its largest entry.
+    The squares of a system in small or large units would leave float32's range, so those of r are
+    taken relative to its largest entry.
     """
     top = largest(r)
     unit = divide(r, top)

@@ -23,7 +23,7 @@ def multiply(tree: Any, factor: Any) -> Any:
 
 
 def divide(tree: Any, by: jax.Array) -> Any:
-    """Return the pytree over a number; over 1 where that is zero."""
+    """Return the pytree divided by a number, or by 1 where that is zero."""
     return jax.tree.map(lambda x: x / nonzero(by), tree)
 
 

@@ -1,7 +1,7 @@
-"""Eigenbases of symmetric matrices: computing, refreshing and leaving them behind.
+"""Eigenbases of symmetric matrices: computing and refreshing them.
 
-A basis is kept between steps because it moves slowly: it is refreshed by one QR step instead of
-decomposed anew, and what was accumulated in its coordinates is carried over.
+A basis is kept between steps because it moves slowly. One QR step refreshes it and saves a new
+decomposition.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.linalg import lapack, spd
-from optalr.linalg.roots.eigh import orthogonal_step
+from optalr.linalg.roots.eigh import diagonal_in, orthogonal_step
 
 
 class EigenBasis(NamedTuple):
@@ -34,11 +34,19 @@ class EigenBasis(NamedTuple):
 def eigenbasis(matrix: Any) -> EigenBasis:
     """Compute the full eigendecomposition of each symmetric matrix in a stack.
 
+    Choose it to start a basis that ``refresh_eigenbasis`` then keeps up to date.
+
     Args:
       matrix: ``(..., n, n)``, symmetric; only its symmetric part counts.
 
     Returns:
       An ``EigenBasis``, values ascending.
+
+    Raises:
+      TypeError: the matrix is complex.
+      ValueError: ``matrix`` is not square.
+
+    Cost: an eigendecomposition and one product of n×n matrices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -50,18 +58,18 @@ def eigenbasis(matrix: Any) -> EigenBasis:
     normalized = spd.normalize(matrix, jnp.zeros(matrix.shape[:-2], matrix.dtype))
     values, vectors = lapack.eigh(normalized.matrix)
     image = spd.matmul(normalized.matrix, vectors)
-    return _judge(normalized, image, vectors, values)
+    return _judge(normalized, image, vectors=vectors, values=values)
 
 
 @jax.jit
 def refresh_eigenbasis(matrix: Any, vectors: jax.Array) -> EigenBasis:
     """Improve an eigenbasis by one step of orthogonal iteration, ``Q ← qr(A Q)``.
 
-    Choose it where a factor has moved a little since its last decomposition: a QR and two products
+    Choose it where a matrix has moved a little since its last decomposition: a QR and two products
     cost a fraction of an eigendecomposition on an accelerator. The columns are first sorted by
     falling ``diag(QᵀAQ)``, so that the leading ones act as power iteration and the trailing ones as
-    inverse iteration; the order of the columns may therefore change between calls
-    (``carry_second_moments`` takes care of it).
+    inverse iteration. The order of the columns may therefore change between calls;
+    ``carry_second_moments`` follows it.
 
     Args:
       matrix: ``(..., n, n)``, symmetric positive semidefinite.
@@ -69,6 +77,10 @@ def refresh_eigenbasis(matrix: Any, vectors: jax.Array) -> EigenBasis:
 
     Returns:
       An ``EigenBasis`` whose ``residual`` says how far from diagonal the matrix still is.
+
+    Raises:
+      TypeError: the matrix is complex.
+      ValueError: ``matrix`` is not square.
 
     Cost: 4 n³ flops for the products and about 4 n³ for the QR.
 
@@ -91,13 +103,13 @@ def refresh_eigenbasis(matrix: Any, vectors: jax.Array) -> EigenBasis:
     normalized = spd.normalize(matrix, jnp.zeros(matrix.shape[:-2], matrix.dtype))
     vectors = orthogonal_step(normalized.matrix, vectors)
     image = spd.matmul(normalized.matrix, vectors)
-    return _judge(normalized, image, vectors, jnp.sum(vectors * image, -2))
+    return _judge(normalized, image, vectors=vectors, values=diagonal_in(vectors, image))
 
 
 def _judge(
-    normalized: spd.Normalized, image: jax.Array, vectors: jax.Array, values: jax.Array
+    normalized: spd.Normalized, image: jax.Array, *, vectors: jax.Array, values: jax.Array
 ) -> EigenBasis:
-    """Undo the scaling and leave nothing that is not finite."""
+    """Return the basis with the scaling undone and nothing left that is not finite."""
     error = spd.frobenius(image - vectors * values[..., None, :])
     residual = error / spd.frobenius(normalized.matrix)
     good = normalized.finite & jnp.isfinite(residual)

@@ -1,21 +1,30 @@
 """Inverse roots through the eigendecomposition: any power, also a traced one."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optalr.linalg import lapack, spd
+from optalr.linalg.roots.interface import MethodResult, RootTask
 
 
-class MethodResult(NamedTuple):
-    """What a method returns for a normalized stack."""
+def eigh_root(task: RootTask) -> MethodResult:
+    """Return the inverse p-th root of a normalized stack by a full eigendecomposition."""
+    return eigh_root_and_basis(task)._replace(basis=None)
 
-    root: jax.Array  # (..., n, n)
-    residual: jax.Array  # (...)
-    condition: jax.Array  # (...), λ_max/λ_min, at most 1/ε
-    num_steps: jax.Array  # (...) int32
-    basis: jax.Array | None = None  # (..., n, n), where the caller wants it
+
+def eigh_root_and_basis(task: RootTask) -> MethodResult:
+    """Return what ``eigh_root`` does, and the eigenvectors as ``basis``."""
+    values, vectors = lapack.eigh(task.matrix)
+    return _root_in_basis(task, values, vectors)
+
+
+def refreshed_root(task: RootTask) -> MethodResult:
+    """Return the inverse p-th root in a basis improved by one QR step, and that basis."""
+    vectors = orthogonal_step(task.matrix, task.basis)
+    image = spd.matmul(task.matrix, vectors)
+    return _root_in_basis(task, diagonal_in(vectors, image), vectors)
 
 
 def floor_spectrum(values: jax.Array) -> jax.Array:
@@ -24,10 +33,21 @@ def floor_spectrum(values: jax.Array) -> jax.Array:
     return jnp.maximum(values, jnp.finfo(values.dtype).eps * largest)
 
 
-def root_from_eigenbasis(
-    matrix: jax.Array, values: jax.Array, vectors: jax.Array, p: Any
-) -> MethodResult:
-    """Return ``V λ^{-1/p} Vᵀ`` and how far it is from the root."""
+def diagonal_in(vectors: jax.Array, image: jax.Array) -> jax.Array:
+    """Return ``diag(QᵀAQ)`` from the basis Q and its image ``AQ``."""
+    return jnp.sum(vectors * image, -2)
+
+
+def orthogonal_step(matrix: jax.Array, vectors: Any) -> jax.Array:
+    """Return ``qr(A Q)`` with the columns of Q sorted by falling ``diag(QᵀAQ)``."""
+    image = spd.matmul(matrix, vectors)
+    order = jnp.argsort(-diagonal_in(vectors, image), axis=-1)
+    return lapack.orthonormal(jnp.take_along_axis(image, order[..., None, :], -1))
+
+
+def _root_in_basis(task: RootTask, values: jax.Array, vectors: jax.Array) -> MethodResult:
+    """Return ``V λ^{-1/p} Vᵀ``, how far it is from the root, and V."""
+    matrix, p = task.matrix, task.power
     values = floor_spectrum(values)
     # One power, or one a matrix where p is traced.
     power = jnp.asarray(-1 / p, values.dtype)
@@ -42,25 +62,5 @@ def root_from_eigenbasis(
         gram = spd.matmul(spd.transpose(whitened), spd.matmul(matrix, whitened))
         residual = spd.frobenius(gram - spd.identity_like(gram))
     condition = values.max(-1) / values.min(-1)
-    return MethodResult(root, residual, condition, jnp.ones(residual.shape, jnp.int32))
-
-
-def eigh_root(matrix: jax.Array, p: Any, *, keep_basis: bool = False) -> MethodResult:
-    """Return the inverse p-th root of a normalized stack by a full eigendecomposition."""
-    values, vectors = lapack.eigh(matrix)
-    result = root_from_eigenbasis(matrix, values, vectors, p)
-    return result._replace(basis=vectors) if keep_basis else result
-
-
-def refreshed_root(matrix: jax.Array, basis: jax.Array, p: Any) -> MethodResult:
-    """Return the inverse p-th root in a basis improved by one QR step, and that basis."""
-    vectors = orthogonal_step(matrix, basis)
-    values = jnp.sum(vectors * spd.matmul(matrix, vectors), -2)
-    return root_from_eigenbasis(matrix, values, vectors, p)._replace(basis=vectors)
-
-
-def orthogonal_step(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Return ``qr(A Q)`` with the columns of Q sorted by falling ``diag(QᵀAQ)``."""
-    image = spd.matmul(matrix, vectors)
-    order = jnp.argsort(-jnp.sum(vectors * image, -2), axis=-1)
-    return lapack.orthonormal(jnp.take_along_axis(image, order[..., None, :], -1))
+    num_steps = jnp.ones(residual.shape, jnp.int32)
+    return MethodResult(root, residual, condition, num_steps, basis=vectors)

@@ -21,32 +21,34 @@ def inverse_roots(
     tolerance: Any = None,
     padding: float = 0.0,
 ) -> list[InverseRoot]:
-    """Compute the inverse roots of all of a model's matrices, equal sizes in one batched call.
+    """Compute the inverse roots of many matrices, those of equal size in one batched call.
 
-    Choose it over a loop of ``inverse_root`` for the factors of a whole model: one compiled
-    iteration a size instead of one a matrix. The stacks exist only during the call.
+    Choose it over a loop of ``inverse_root`` for the factors of a whole model: it compiles one
+    iteration per size instead of one per matrix. The stacks exist only during the call.
 
     Args:
       matrices: each ``(..., n, n)``, of any sizes and leading dimensions.
       p: which root, as for ``inverse_root``.
-      damping: one number for all, or a sequence with one a matrix, each a number or an array with
-        the leading dimensions of its matrix.
+      damping: one number for all, or a list or tuple with one entry per matrix, each a number or an
+        array with the leading dimensions of its matrix.
       method: as for ``inverse_root``, except ``"eigenbasis"``.
       order: as for ``inverse_root``.
       tolerance: as for ``inverse_root``, a number.
       padding: how much a side may grow, relative to its size, to join the batch of a larger
-        matrix: 0.1 lets 120 rows ride along with 128. The added block is a multiple of the
-        identity inside the spectrum, so neither the root nor the condition changes. It saves
-        compilations and kernel launches, and costs ``(1 + padding)³`` in flops: worth it on an
-        accelerator; on a CPU it only saves compile time.
+        matrix: 0.1 lets 120 rows join a batch of 128. The added block is a multiple of the
+        identity inside the spectrum, so neither the root nor the condition changes. Padding saves
+        compilations and kernel launches and costs up to ``(1 + padding)³`` times the flops. That is
+        worth it on an accelerator; on a CPU it only saves compile time.
 
     Returns:
-      One ``InverseRoot`` a matrix, in the given order. Where a matrix was padded its residual is an
+      One ``InverseRoot`` per matrix, in the given order. The residual of a padded matrix is an
       upper bound, at most ``√(1 + padding)`` too high.
 
     Raises:
       TypeError: as for ``inverse_root``.
-      ValueError: as for ``inverse_root``, or if there is not one damping a matrix.
+      ValueError: as for ``inverse_root``; or the dampings are not as many as the matrices.
+
+    Cost: that of ``inverse_root`` for each size, and copies into and out of the stacks.
 
     Examples:
       >>> import jax.numpy as jnp

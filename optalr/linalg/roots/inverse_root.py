@@ -1,7 +1,8 @@
 """Inverse p-th roots of symmetric positive (semi)definite matrices, batched and jit-compiled.
 
-The front door. Scaling, the choice of a method, its one fallback and the verdict on the result are
-in ``solve``; the methods themselves in ``eigh``, ``newton`` and ``polar``.
+This is the front door: it checks the arguments. ``fallback`` scales a stack, runs a method, falls
+back to eigh and judges the result. ``methods`` lists the methods and chooses one; they are defined
+in ``eigh``, ``newton`` and ``polar``.
 """
 
 from typing import Any, NamedTuple
@@ -11,24 +12,25 @@ import jax.numpy as jnp
 
 from optalr.arguments import check_choice, check_interval, is_concrete
 from optalr.linalg import spd
-from optalr.linalg.roots.solving import Arguments, solve
+from optalr.linalg.roots.fallback import Arguments, Settings, solve_with_fallback
+from optalr.linalg.roots.methods import AUTO, BY_NAME, check_power
 
-METHODS = ("auto", "eigh", "coupled_newton", "cholesky_polar", "eigenbasis")
+METHODS = (AUTO, *BY_NAME)
 
 
 class InverseRoot(NamedTuple):
-    """An inverse root and how good it is.
+    """An inverse root, and how good it is.
 
     Attributes:
       root: ``(..., n, n)``, symmetric up to rounding and always finite: zeros where the matrix or
         its damping was not finite, or where the damped matrix was zero.
-      residual: ``(...)``, ``‖XAX − I‖_F/√n`` for p = 2 (``‖X^⌊p/2⌋ A X^⌈p/2⌉ − I‖_F/√n`` for a
-        whole p, the same with p = 2 in the eigenbasis used for any other), A damped. Infinite
-        where there is no root; never NaN, so ``residual <= limit`` decides.
-      success: ``(...)`` bool, whether the residual is within the tolerance; where it is False
-        callers keep the root they had.
-      num_steps: ``(...)`` int32, iterations the method took (1 for a decomposition).
-      fell_back: ``(...)`` bool, whether this is eigh's answer after the method asked for failed.
+      residual: ``(...)``, ``‖XAX − I‖_F/√n`` for p = 2, with A damped. For another whole p it is
+        ``‖X^⌊p/2⌋ A X^⌈p/2⌉ − I‖_F/√n``; for any other p that of p = 2 in the same eigenbasis.
+        Infinite where there is no root and never NaN, so ``residual <= limit`` decides.
+      success: ``(...)`` bool, whether the residual is within the tolerance. Where it is False,
+        callers keep the root that they had.
+      num_steps: ``(...)`` int32, iterations that the method took (1 for a decomposition).
+      fell_back: ``(...)`` bool, whether the root is eigh's because the method asked for failed.
       basis: ``(..., n, n)`` with ``method="eigenbasis"``: the refreshed basis, to pass next time;
         None with any other method.
     """
@@ -53,38 +55,39 @@ def inverse_root(
 ) -> InverseRoot:
     """Compute ``(A + damping·I)^{-1/p}`` of each matrix in a stack.
 
-    Methods, with the power p each can do and when one would choose it:
+    Choose it to precondition by a power of a matrix. These are the methods, the powers p that each
+    can do, and when to choose it:
 
-    * ``"eigh"``, any p > 0, also a traced one. Eigenvalues below ε times the largest count as
-      that, so a singular matrix has a (huge) finite root too.
+    * ``"eigh"``, any p > 0, also a traced one. Eigenvalues below ε times the largest count as ε
+      times the largest, so a singular matrix has a (huge) finite root too.
     * ``"cholesky_polar"``, p = 1, 2, 4, 8, ...: in float32 the most accurate by a factor of about
-      ten at condition 1e4 and up, since it works on a factor with the root of the condition.
+      ten at condition 1e4 and up, because it works on a factor with the root of the condition.
     * ``"coupled_newton"``, whole p: matrix products alone, in iterations of ``order`` 2 or 3. For
-      p = 2 in float32, from 16 rows up, at conditions 1e2 to 1e6, with spectra spread, in two
-      clusters or of few large eigenvalues, its residual is at most 1.15 times eigh's and its
-      backward error ``‖X⁻² − A‖/‖A‖`` 0.2 to 1.0 times (below 16 rows both are a few ε√condition,
-      and either can be the larger). ``"cholesky_polar"`` has 0.2 to 0.7 of eigh's.
+      p = 2 in float32, from 16 rows up, at conditions 1e2 to 1e6, and for spectra that are spread,
+      in two clusters or of few large eigenvalues, its residual is at most 1.15 times eigh's and its
+      backward error ``‖X⁻² − A‖/‖A‖`` 0.2 to 1.0 times eigh's (below 16 rows both are a few
+      ε√condition, and either can be the larger). ``"cholesky_polar"`` has 0.2 to 0.7 of eigh's.
     * ``"eigenbasis"``, any p: one QR step from ``basis``, the eigenvectors of a slightly different
-      matrix, then as ``"eigh"``. An approximation whose residual says how good it is: pass the
-      ``tolerance`` that you can live with, or it falls back to eigh nearly always.
-    * ``"auto"``, by backend and size. On a CPU ``"eigh"``, but ``"cholesky_polar"`` for p = 1, and
-      for p = 2 from 32 to 64 rows if the stack has 256 rows in all: there it is no slower at
+      matrix, then as ``"eigh"``. This is an approximation, and its residual says how good it is.
+      Pass the ``tolerance`` that you can accept, or it nearly always falls back to eigh.
+    * ``"auto"``, by backend and size. On a CPU ``"eigh"``, except ``"cholesky_polar"`` for p = 1,
+      and for p = 2 from 32 to 64 rows if the stack has 256 rows in all: there it is no slower at
       condition 1e2 and at 1e6 (``benchmarks/roots.py``). Elsewhere
       ``"cholesky_polar"`` for p = 1 and 2 and ``"coupled_newton"`` for other whole p: products are
       cheap there and eigendecompositions are not (published timings; not measured by us). A p that
       is traced or not whole takes ``"eigh"``.
 
     Where a method does not reach its tolerance (it stagnates, or the matrix is not definite), eigh
-    is tried once; then ``success`` is False and the caller keeps the last good root. All methods
-    work on a scaled copy, so the scale of the matrix does not matter, and in full precision
-    (TF32 products would cost all digits). Inside ``jax.vmap`` the fallback is still only paid for
-    when a matrix needs it.
+    is tried once. If eigh misses it too, ``success`` is False and the caller keeps the last good
+    root. All methods work on a scaled copy, so the scale of the matrix does not matter. They work
+    in full precision, since TF32 products would cost all digits. Inside ``jax.vmap`` too the
+    fallback costs something only when a matrix needs it.
 
     Args:
-      matrix: ``(..., n, n)`` symmetric positive semidefinite; float32 or float64, anything else is
-        worked on in float32. Only its symmetric part counts.
+      matrix: ``(..., n, n)`` symmetric positive semidefinite; float32 or float64, and any other
+        dtype is converted to float32. Only its symmetric part counts.
       p: which root, > 0.
-      damping: absolute, >= 0, in the units of ``matrix``; a number, or one a matrix.
+      damping: absolute, >= 0, in the units of ``matrix``; one number, or one per matrix.
       method: one of the above.
       order: of the coupled Newton iteration, 2 or 3.
       basis: ``(..., n, n)``, for ``method="eigenbasis"``; None starts from a full decomposition.
@@ -111,9 +114,9 @@ def inverse_root(
 
     Reference: Guo & Higham 2006, "A Schur-Newton method for the matrix pth root and its inverse",
     equation 3.9 for the coupled iteration, and Higham 2008, "Functions of Matrices", chapters 7 and
-    8; our coefficients are not the Taylor ones until the end (see ``polynomials``), our stopping
-    rule is on the iterate's distance from the identity, a last step corrects the iterate by its
-    true residual (``newton``), and eigh is the fallback.
+    8. Our departures: the coefficients are Taylor's only at the end (see ``polynomials``), the
+    stopping rule judges the iterate's distance from the identity, a last step corrects the iterate
+    by its true residual (``newton``), and eigh is the fallback.
     """
     matrix = spd.as_square_stack("matrix", matrix)
     check_choice("method", method, METHODS)
@@ -124,21 +127,21 @@ def inverse_root(
         check_interval("damping", damping, 0)
     if basis is not None and method != "eigenbasis":
         raise ValueError(f"basis is read by method='eigenbasis' only, got method={method!r}.")
-    if basis is not None:
-        basis = _check_basis(basis, matrix)
-    whole = _check_power(p, method)
-    batch = matrix.shape[:-2]
+    whole = check_power(p, method)
+    known = float(p) if whole is None and is_concrete(p) else whole
+
+    def a_matrix(number: Any) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(number, matrix.dtype), matrix.shape[:-2])
+
     arguments = Arguments(
         matrix=matrix,
         damping=spd.broadcast_damping("damping", damping, matrix),
-        power=None if is_concrete(p) else jnp.broadcast_to(jnp.asarray(p, matrix.dtype), batch),
-        basis=basis,
-        tolerance=None
-        if tolerance is None
-        else jnp.broadcast_to(jnp.asarray(tolerance, matrix.dtype), batch),
+        power=a_matrix(p) if known is None else None,
+        basis=None if basis is None else _as_bases(basis, matrix),
+        tolerance=None if tolerance is None else a_matrix(tolerance),
     )
-    power = None if not is_concrete(p) else (float(p) if whole is None else whole)
-    result, success, fell_back = solve(arguments, power=power, method=method, order=order)
+    settings = Settings(power=known, method=method, order=order)
+    result, success, fell_back = solve_with_fallback(arguments, settings=settings)
     return InverseRoot(
         root=result.root,
         residual=result.residual,
@@ -149,8 +152,8 @@ def inverse_root(
     )
 
 
-def _check_basis(basis: Any, matrix: jax.Array) -> jax.Array:
-    """Return a basis for each matrix, or raise if it is not one of as many rows and columns."""
+def _as_bases(basis: Any, matrix: jax.Array) -> jax.Array:
+    """Return a basis for each matrix, or raise if it has not as many rows and columns."""
     basis = jnp.asarray(basis)
     fits = basis.ndim >= 2 and basis.shape[-2:] == matrix.shape[-2:]
     if not fits or basis.shape[:-2] not in ((), matrix.shape[:-2]):
@@ -158,20 +161,3 @@ def _check_basis(basis: Any, matrix: jax.Array) -> jax.Array:
             f"basis must have the shape of the matrices, {matrix.shape}, got {basis.shape}."
         )
     return jnp.broadcast_to(basis, matrix.shape)
-
-
-def _check_power(p: Any, method: str) -> int | None:
-    """Return p as an int where it is one, or raise if the method cannot do it."""
-    whole = spd.whole_number(p)
-    if method not in ("coupled_newton", "cholesky_polar"):
-        return whole
-    if not is_concrete(p):
-        raise TypeError(f"p must be a known number for method={method!r}. Pass method='eigh'.")
-    if whole is None:
-        raise ValueError(f"p must be whole for method={method!r}, got {p!r}. Pass method='eigh'.")
-    if method == "cholesky_polar" and whole & (whole - 1):
-        raise ValueError(
-            f"p must be a power of two for method='cholesky_polar', got {p!r}. Pass "
-            "method='coupled_newton'."
-        )
-    return whole

@@ -2,13 +2,14 @@
 
     A = L Lᵀ,   L = A^{1/2} W (W orthogonal),   A^{-1/2} = W L^{-1}
 
-L's condition is the square root of A's, so in float32 this keeps digits that methods working on A
-itself lose. The fourth root is that of ``A^{1/2} = L Wᵀ``, and so on for p a power of two.
+L's condition is the square root of A's, so in float32 this keeps digits that are lost to methods
+that work on A itself. The fourth root is the square root of ``A^{1/2} = L Wᵀ``, and so on for p a
+power of two.
 
 The orthogonal factor is the limit of ``Y ← Y (I + bR + cR²)``, ``R = I − YᵀY``, from a multiple of
-L, with coefficients that adapt to what is left of the spectrum. Three products a step, where the
-coupled iteration of order 3 takes four, and no inverses, which batch badly everywhere and, with the
-threaded LAPACK of a CPU that others use too, can be slower by orders of magnitude.
+L. The coefficients adapt to the part of the spectrum that is still far from one. A step takes three
+products, where the coupled iteration of order 3 takes four. It takes no inverses: these batch badly
+everywhere and can be slower by orders of magnitude with the threaded LAPACK of a busy CPU.
 """
 
 from typing import NamedTuple
@@ -18,19 +19,20 @@ import jax.numpy as jnp
 
 from optalr.linalg import lapack, spd
 from optalr.linalg.roots import polynomials
-from optalr.linalg.roots.eigh import MethodResult
-from optalr.linalg.roots.newton import (
+from optalr.linalg.roots.estimates import (
     condition_estimate,
+    has_stalled,
     largest_eigenvalue_bound,
     max_steps,
-    near_one,
     power_iteration,
     start_vector,
 )
+from optalr.linalg.roots.interface import MethodResult, RootTask
 
 
-def cholesky_polar_root(matrix: jax.Array, p: int) -> MethodResult:
+def cholesky_polar_root(task: RootTask) -> MethodResult:
     """Return the inverse p-th root of a normalized stack, p a power of two."""
+    matrix, p = task.matrix, task.power
     num_steps = jnp.zeros(matrix.shape[:-2], jnp.int32)
     current, remaining = matrix, p
     while remaining > 2:
@@ -54,10 +56,10 @@ def cholesky_polar_root(matrix: jax.Array, p: int) -> MethodResult:
 def _cholesky_and_polar(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return L, its orthogonal factor and the steps taken; NaN where L does not exist."""
     lower = lapack.cholesky(matrix)
-    return lower, *polar_factor(lower, largest_eigenvalue_bound(matrix))
+    return lower, *_polar_factor(lower, largest_eigenvalue_bound(matrix))
 
 
-class _Loop(NamedTuple):
+class _Polar(NamedTuple):
     """What a step reads and writes; the last four describe ``deviation = I − YᵀY``."""
 
     factor: jax.Array  # (..., n, n), Y
@@ -69,12 +71,12 @@ class _Loop(NamedTuple):
     probe: jax.Array  # (..., n, 1), near its leading eigenvector
 
 
-def polar_factor(lower: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _polar_factor(lower: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the orthogonal factor of L and the steps taken; ``bound`` is one on ``‖LᵀL‖_2``."""
     close = float(jnp.finfo(lower.dtype).eps) ** (1 / 3)
     scaled = lower / jnp.sqrt(spd.column(bound))
-    deviation, error, radius, probe = _measure(scaled, start_vector(scaled), 6)
-    start = _Loop(
+    deviation, error, radius, probe = _distance_from_orthogonal(scaled, start_vector(scaled), 6)
+    start = _Polar(
         factor=scaled,
         active=(error > close) & jnp.isfinite(error),
         num_steps=jnp.zeros(error.shape, jnp.int32),
@@ -86,35 +88,38 @@ def polar_factor(lower: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Arr
     limit = max_steps(lower.dtype, 3)
     final = jax.lax.while_loop(
         lambda loop: jnp.any(loop.active & (loop.num_steps < limit)),
-        lambda loop: _step(loop, close),
+        lambda loop: _polar_step(loop, close),
         start,
     )
-    # This close, one more step reaches rounding: it cubes the error.
+    # One more step cubes the error, which is enough to reach rounding from ``close``.
     b, c = (jnp.full_like(final.error, value) for value in polynomials.taylor(2, 3))
     return _multiply(final, b, c), final.num_steps + 1
 
 
-def _step(loop: _Loop, close: float) -> _Loop:
+def _polar_step(loop: _Polar, close: float) -> _Polar:
     """Advance the active matrices of the stack; leave the others as they are."""
     factor = _multiply(loop, *polynomials.coefficients(loop.radius, 2, 3))
-    deviation, error, radius, probe = _measure(factor, loop.probe, 2)
-    # Near the limit the error must fall, or rounding has the last word.
-    stalled = near_one(loop.error, factor) & ~(error < 0.5 * loop.error)
-    active = loop.active & ~stalled & (error > close) & jnp.isfinite(error)
-    new = _Loop(factor, active, loop.num_steps + 1, deviation, error, radius, probe)
+    deviation, error, radius, probe = _distance_from_orthogonal(factor, loop.probe, 2)
+    active = (
+        loop.active
+        & ~has_stalled(loop.error, error, factor)
+        & (error > close)
+        & jnp.isfinite(error)
+    )
+    new = _Polar(factor, active, loop.num_steps + 1, deviation, error, radius, probe)
     return jax.tree.map(
         lambda new, old: jnp.where(spd.align(loop.active, new), new, old), new, loop
     )
 
 
-def _multiply(loop: _Loop, b: jax.Array, c: jax.Array) -> jax.Array:
+def _multiply(loop: _Polar, b: jax.Array, c: jax.Array) -> jax.Array:
     """Return ``Y (I + bR + cR²)``."""
     square = spd.matmul(loop.deviation, loop.deviation)
     polynomial = spd.column(b) * loop.deviation + spd.column(c) * square
     return loop.factor + spd.matmul(loop.factor, polynomial)
 
 
-def _measure(
+def _distance_from_orthogonal(
     factor: jax.Array, probe: jax.Array, num_steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return ``R = I − YᵀY``, ``‖R‖_F/√n``, an estimate of ``‖R‖_2`` and the vector behind it."""

@@ -4,8 +4,8 @@ One step of a coupled iteration multiplies the root's iterate by ``T(R) = 1 + bR
 ``R = I − M``, and so moves each eigenvalue m of M to ``m T(1−m)^p``. The Taylor polynomial of
 ``(1−R)^{-1/p}`` (b = 1/p, c = (p+1)/2p²; c = 0 for order 2) converges fastest near m = 1 but lifts
 a tiny m by little: 3.5× at p = 2 and order 3 (2.25× at order 2). Larger coefficients lift it 8.3×
-(4.4×). What they may overshoot is bounded, so that the next step still contracts; and T(0) = 1
-always, so that what has converged stays put even where the spread of the spectrum was misjudged.
+(4.4×). Their overshoot is bounded, so that the next step still contracts. T(0) = 1 always, so that
+an eigenvalue that has converged stays where it is, even if the spectrum's spread was misjudged.
 
 The same polynomials with p = 2 give the orthogonal factor of a matrix Y, where M = YᵀY.
 """
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The distances of the smallest eigenvalue from zero that coefficients are computed for.
+# The smallest eigenvalues that coefficients are computed for; between them they are interpolated.
 _SMALLEST = np.array([1e-3, 1e-2, 3e-2, 0.1, 0.2, 0.35, 0.5, 0.7])
-# Eigenvalues may overshoot one by this much; those above a half must stay above _LOWEST.
+# A step may move eigenvalues up to this; those above a half must stay above _LOWEST.
 OVERSHOOT = 1.25
 _LOWEST = 0.4
 
@@ -39,7 +39,7 @@ def _coefficient_table(p: int, order: int) -> np.ndarray:
             steps = np.linspace(-1, 1, 13)
             b = best[0] + width[0] * steps[:, None]
             c = best[1] + width[1] * (steps[None, :] if order == 3 else np.zeros((1, 1)))
-            cost = _cost(b, c, smallest, p)
+            cost = _cost(b, c, smallest=smallest, p=p)
             i, j = np.unravel_index(np.argmin(cost), cost.shape)
             best = np.array([b[i, 0], c[0, j]])
             width = width / 2.5
@@ -47,7 +47,7 @@ def _coefficient_table(p: int, order: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def _cost(b: np.ndarray, c: np.ndarray, smallest: float, p: int) -> np.ndarray:
+def _cost(b: np.ndarray, c: np.ndarray, *, smallest: float, p: int) -> np.ndarray:
     """Return the largest ``|log m'|`` over the spectrum, plus penalties for the two bounds."""
     low = np.geomspace(smallest, 1.0, 48)
     m = np.concatenate([low, np.linspace(1.0, min(OVERSHOOT, 2 - smallest), 12)])

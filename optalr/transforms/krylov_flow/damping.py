@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optalr.arguments import check_interval, from_fields
 from optalr.arrays import wide_dtype
-from optalr.linalg.minres.solver import MinresResult
+from optalr.linalg.minres.linear_solve import MinresResult
 from optalr.linalg.minres.vectors import dot, where
 from optalr.transforms.shared.rates import value_at
 from optalr.transforms.shared.subtrees import embed

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_count
-from optalr.linalg.minres.solver import MinresResult, minres, minres_step
+from optalr.linalg.minres.linear_solve import MinresResult, minres, minres_step
 from optalr.linalg.minres.vectors import dot, where
 
 Ending = Callable[[MinresResult, Any], tuple[Any, jax.Array]]

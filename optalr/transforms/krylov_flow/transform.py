@@ -22,7 +22,7 @@ from optalr.arguments import (
     require_extra,
 )
 from optalr.arrays import wide_dtype
-from optalr.linalg.minres.solver import MinresResult
+from optalr.linalg.minres.linear_solve import MinresResult
 from optalr.linalg.minres.vectors import divide, dot, largest
 from optalr.states import count_up
 from optalr.transforms.krylov_flow.damping import (

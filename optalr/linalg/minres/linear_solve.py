@@ -2,8 +2,8 @@
 
 After ``k`` steps the iterate minimizes ``‖b − (A + λI) x‖`` over the Krylov space
 ``span{b, Ab, …, A^{k−1}b}``. ``A`` is known by its products only, and may be indefinite or
-singular. The Lanczos recurrence and the Givens rotations are those of Paige & Saunders; memory is
-a fixed number of vectors whatever ``k`` is.
+singular. The Lanczos recurrence and the Givens rotations are those of Paige & Saunders. Memory is a
+fixed number of vectors, whatever ``k`` is.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_count, check_interval, is_concrete
-from optalr.linalg.minres.recurrence import ROUNDINGS, check_like, start, step
+from optalr.arrays import wide_dtype
+from optalr.linalg.minres.recurrence import ROUNDINGS, System, check_like, start, step
 from optalr.linalg.minres.vectors import cast_like, divide, dot, largest, multiply, nonzero, where
 
 
@@ -23,16 +24,16 @@ class MinresResult(NamedTuple):
     Attributes:
       solution: the last iterate, with the structure, shapes and dtypes of ``b``.
       residual_norms: ``(num_steps + 1,)``, float32 or wider: ``‖b‖``, then the norm of the residual
-        after each step. It never increases; after an early stop it repeats its last value. With
+        after each step. It never increases. After an early stop it repeats its last value. With
         a preconditioner M the norm is ``√(rᵀ M r)``.
-      residual: the residual vector ``b − (A + λI) x`` of ``solution``, by recurrence, at no further
-        product; float32 or wider.
-      trusted: ``solution`` if no direction of nonpositive curvature showed up, else the last
-        iterate before it; if that was in the first step, the first iterate ``c b`` with the
-        absolute value of ``c``. Always ``trustedᵀ b ≥ 0``.
+      residual: the residual vector ``b − (A + λI) x`` of ``solution``, by the recurrence, without
+        a further product; float32 or wider.
+      trusted: ``solution`` if no direction of nonpositive curvature appeared, else the last iterate
+        before it. If it appeared in the first step, the first iterate ``c b`` with the absolute
+        value of ``c``. Always ``trustedᵀ b ≥ 0``.
       num_steps: int32, the steps that changed the solution.
-      nonpositive_curvature: bool, whether ``rᵀ (A + λI) r ≤ 0`` for a residual r met on the way.
-      failed: bool, whether a product or ``b`` was not finite, or the preconditioner not positive;
+      nonpositive_curvature: bool, whether ``rᵀ (A + λI) r ≤ 0`` for a residual r on the way.
+      failed: bool, whether a product or ``b`` was not finite, or the preconditioner not positive.
         ``solution`` is then the last finite iterate.
     """
 
@@ -57,23 +58,23 @@ def minres(
     """Solve ``(A + λI) x = b`` for a symmetric ``A`` by ``num_steps`` steps from zero.
 
     Choose it over conjugate gradients where ``A`` may be indefinite or singular: its residual falls
-    monotonically there, too, and on an inconsistent system it ends in a least-squares solution.
+    monotonically there too, and on an inconsistent system it ends in a least-squares solution.
 
-    The steps are unrolled. A run that is over early (residual ≤ ``tol·‖b‖``, Krylov space
-    exhausted, least-squares solution reached) keeps its solution while the remaining steps go on
-    without effect, so the number of steps can depend on the data without a second compilation; the
-    remaining products still cost their time.
+    The steps are unrolled. A run may be over early: residual ≤ ``tol·‖b‖``, Krylov space exhausted,
+    or least-squares solution reached. It then keeps its solution while the remaining steps go on
+    without effect. So the number of steps can depend on the data without a second compilation, but
+    the remaining products still cost their time.
 
     Args:
       matvec: ``v ↦ A v``, linear and symmetric. It gets and returns the structure, shapes and
-        dtypes of ``b``; everything else is computed in float32 or wider.
+        dtypes of ``b``. Everything else is computed in float32 or wider.
       b: right-hand side, a pytree of real floating arrays.
       num_steps: steps, a Python int of at least 1.
-      damping: λ, added to the diagonal; any finite number, may be traced.
-      tol: stop where ``‖r‖ ≤ tol ‖b‖``; in [0, 1), may be traced. Whatever it is, steps within
-        rounding of the end are not taken, nor steps past a least-squares solution: where
+      damping: λ, added to the diagonal: any finite number; it may be traced.
+      tol: the run is over where ``‖r‖ ≤ tol ‖b‖``; in [0, 1); it may be traced. Whatever it is, no
+        step is taken within rounding of the end or past a least-squares solution, that is where
         ``‖(A + λI) r‖ ≤ √ε ‖A + λI‖ ‖r‖`` and the next step would lower ‖r‖ by less than 0.05 %,
-        or where the former is below a hundred roundings.
+        or where ``‖(A + λI) r‖`` is below a hundred roundings.
       preconditioner: ``r ↦ M r`` with ``M ≈ (A + λI)⁻¹`` linear, symmetric and positive definite,
         on trees in the dtype of the internal computation.
 
@@ -85,11 +86,13 @@ def minres(
       ValueError: an argument lies outside its range, or ``matvec`` changes structure or shapes.
 
     Cost:
-      A step is one product with ``A``, at most one with ``M``, some ten passes over the vectors.
-      Memory: about ten vectors besides ``b`` and those of ``matvec``, whatever ``num_steps`` is.
+      A step takes one product with ``A``, at most one with ``M``, and some ten passes over the
+      vectors. Memory: about ten vectors besides ``b`` and those of ``matvec``, whatever
+      ``num_steps`` is.
 
     Examples:
       >>> import jax.numpy as jnp
+      >>> from optalr.linalg import minres
       >>> A = jnp.array([[2.0, 1.0], [1.0, -3.0]])
       >>> result = minres(lambda v: A @ v, jnp.array([1.0, 4.0]), num_steps=2)
       >>> bool(jnp.allclose(result.solution, jnp.array([1.0, -1.0]), atol=1e-5))
@@ -98,7 +101,7 @@ def minres(
     Reference:
       Paige & Saunders, "Solution of sparse indefinite systems of linear equations", SIAM Journal on
       Numerical Analysis 12(4), 1975. Algorithm 1 of "Exponentially decaying flows for optimization
-      in deep learning" adds ``λg`` to the product, which must be λ times the Lanczos vector.
+      in deep learning" adds ``λg`` to the product; right is λ times the Lanczos vector, as here.
       Nonpositive curvature: Liu & Roosta, "MINRES: from negative curvature detection to
       monotonicity properties", SIAM Journal on Optimization 32(4), 2022.
     """
@@ -112,14 +115,16 @@ def minres(
     if is_concrete(damping):
         check_interval("damping", damping, open_low=True, open_high=True)
     dtype = _internal_dtype(b)
-    product = _shifted_product(matvec, b, jnp.asarray(damping, dtype), dtype)
+    product = _shifted_product(matvec, b, damping=jnp.asarray(damping, dtype))
     floor = jnp.maximum(jnp.asarray(tol, dtype), ROUNDINGS * jnp.finfo(dtype).eps)
 
-    vectors, scalars = start(b, preconditioner, dtype)
-    norms = [scalars.residual]
+    state = start(b, preconditioner, dtype)
+    norms = [state.scalars.residual]
+    system = System(product, preconditioner, limit=floor * norms[0])
     for _ in range(num_steps):
-        vectors, scalars = step(product, preconditioner, floor, norms[0], vectors, scalars)
-        norms.append(jnp.abs(scalars.residual))
+        state = step(system, state)
+        norms.append(jnp.abs(state.scalars.residual))
+    vectors, scalars = state
     return MinresResult(
         solution=cast_like(vectors.solution, b),
         residual_norms=jnp.stack(norms),
@@ -134,16 +139,30 @@ def minres(
 def minres_step(matvec: Callable[[Any], Any], b: Any, *, damping: Any = 0.0) -> MinresResult:
     """Take one MINRES step from zero in closed form.
 
-    The iterate is ``c b`` with ``c = ⟨b, u⟩/⟨u, u⟩`` and ``u = (A + λI) b``: what ``minres`` gives
-    for ``num_steps=1``, with fewer passes over the vectors and no rounding in a rotation.
+    Choose it over ``minres`` with ``num_steps=1``, whose iterate it is: it takes fewer passes over
+    the vectors, and no rotation rounds. The iterate is ``c b`` with ``c = ⟨b, u⟩/⟨u, u⟩`` and
+    ``u = (A + λI) b``.
 
     Args:
       matvec: ``v ↦ A v``, symmetric.
       b: right-hand side, a pytree of real floating arrays.
-      damping: λ, may be traced.
+      damping: λ, added to the diagonal; it may be traced.
 
     Returns:
-      A ``MinresResult`` with two residual norms; its solution is zero where ``u`` is.
+      A ``MinresResult`` with two residual norms. Its solution is zero where ``u`` is.
+
+    Raises:
+      TypeError: ``b`` is not floating and real.
+      ValueError: ``matvec`` changes structure or shapes.
+
+    Cost: one product with ``A`` and a few passes over the vectors.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import minres_step
+      >>> result = minres_step(lambda v: jnp.array([1.0, 2.0]) * v, jnp.ones(2))
+      >>> bool(jnp.allclose(result.solution, 0.6))  # A b = (1, 2), so c = 3/5
+      True
 
     Reference:
       "Exponentially decaying flows for optimization in deep learning", Algorithm 2.
@@ -152,7 +171,7 @@ def minres_step(matvec: Callable[[Any], Any], b: Any, *, damping: Any = 0.0) -> 
     rhs = jax.tree.map(lambda x: x.astype(dtype), b)
     top = largest(rhs)
     unit = divide(rhs, top)
-    u = _shifted_product(matvec, b, jnp.asarray(damping, dtype), dtype)(unit)
+    u = _shifted_product(matvec, b, damping=jnp.asarray(damping, dtype))(unit)
     size = largest(u)
     u = divide(u, size)  # both at most one, so that no square leaves the range
     along, norm2, square = dot(unit, u), dot(unit, unit), dot(u, u)
@@ -176,18 +195,19 @@ def minres_step(matvec: Callable[[Any], Any], b: Any, *, damping: Any = 0.0) -> 
     )
 
 
-def _shifted_product(matvec: Any, b: Any, shift: jax.Array, dtype: Any) -> Callable[[Any], Any]:
-    """Return ``v ↦ A v + λ v``, the product in the dtypes of ``b`` and the rest in ``dtype``."""
+def _shifted_product(matvec: Any, b: Any, *, damping: jax.Array) -> Callable[[Any], Any]:
+    """Return ``v ↦ A v + λ v``, the product in the dtypes of ``b``, the rest in that of λ."""
 
     def product(v: Any) -> Any:
         av = matvec(cast_like(v, b))
         check_like(av, b, "matvec")
-        return jax.tree.map(lambda a, x: a.astype(dtype) + shift * x, av, v)
+        return jax.tree.map(lambda a, x: a.astype(damping.dtype) + damping * x, av, v)
 
     return product
 
 
 def _internal_dtype(b: Any) -> Any:
+    """Return the dtype to compute in, or raise if ``b`` is no pytree of real floating arrays."""
     leaves = jax.tree.leaves(b)
     if not leaves:
         raise ValueError("b has no leaves: pass a pytree with at least one array.")
@@ -197,4 +217,4 @@ def _internal_dtype(b: Any) -> Any:
                 f"b must hold real floating arrays, got one of {jnp.result_type(leaf)}. Cast it, "
                 "or leave integer leaves out."
             )
-    return jnp.result_type(jnp.float32, *leaves)
+    return wide_dtype(*leaves)

@@ -1,16 +1,17 @@
-"""Phase schedulers: which stage is in charge, as a number that stands in the optimizer's state.
+"""Phase schedulers: the number that says which stage is in charge, kept in the optimizer's state.
 
-A phase is a float32 scalar: 0 for the first stage, 1 for the second, between them a blend. Each
-scheduler here is an ``optax.base.StatefulSchedule``, made for ``optax.inject_hyperparams``:
+A phase is a float32 scalar. 0 stands for the first stage, 1 for the second, and a number between
+them for a blend. Each scheduler here is an ``optax.base.StatefulSchedule`` for
+``optax.inject_hyperparams``:
 
     tx = optax.inject_hyperparams(
         two_stage, static_args=("first", "second"), hyperparam_dtype=jnp.float32
     )(first, second, phase=switch_at(2_000))
 
-so the phase in force can be read in ``opt_state.hyperparams["phase"]``, is saved with the rest of
-the state, and the state's structure never changes. The phase of the *next* update is decided at
-the end of each update and kept in the state: that is how ``optalr.wants_signals`` can tell, before
-the next gradient is taken, whether anyone will read its signals.
+The phase in force can then be read in ``opt_state.hyperparams["phase"]``. It is saved with the rest
+of the state, whose structure never changes. The phase of the *next* update is decided at the end of
+each update and kept in the state. So ``optalr.wants_signals`` knows, before the next gradient is
+taken, whether a stage will read its signals.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,8 @@ class PhaseState(NamedTuple):
     """State of every phase scheduler.
 
     Attributes:
-      scheduled: float32 scalar, what the schedule says for the next update.
-      override: float32 scalar, what ``set_phase`` says instead; NaN where it says nothing.
+      scheduled: float32 scalar, the phase that the schedule gives the next update.
+      override: float32 scalar, the phase set by ``set_phase`` instead; NaN where none is set.
       schedule: the schedule's own state.
     """
 
@@ -43,7 +44,10 @@ class PhaseState(NamedTuple):
 
 
 class PhaseSchedule:
-    """A stateful schedule whose value is known one step ahead and can be overridden by hand."""
+    """A stateful schedule whose phase is known one step ahead and can be overridden by hand.
+
+    ``phase_schedule`` makes one of any schedule.
+    """
 
     def __init__(self, schedule: Any):
         self._schedule = schedule
@@ -67,7 +71,7 @@ class PhaseSchedule:
         )
 
     def __call__(self, state: PhaseState, **extra_args: Any) -> jax.Array:
-        """Return the phase of the update at hand."""
+        """Return the phase of the current update."""
         del extra_args
         return state.next_phase
 
@@ -105,8 +109,8 @@ def phase_schedule(schedule: Any) -> PhaseSchedule:
     Args:
       schedule: a function of the step count (updates so far, 0 at the first), with values in
         [0, 1]; or an object with ``init()``, ``update(state, **extra_args)`` and ``__call__(state,
-        **extra_args)``, as ``optax.base.StatefulSchedule``. The latter is called at the end of
-        each update, with that update's extra arguments, for the phase of the one after it.
+        **extra_args)``, such as an ``optax.base.StatefulSchedule``. An object is called at the end
+        of each update, with the extra arguments of that update, for the phase of the next one.
 
     Returns:
       A stateful schedule for ``optax.inject_hyperparams``. Values are clipped to [0, 1].
@@ -138,13 +142,13 @@ def phase_schedule(schedule: Any) -> PhaseSchedule:
 
 
 def switch_at(step: int) -> PhaseSchedule:
-    """Switch to the second stage at a given step, the paper's tuned switchover point.
+    """Switch to the second stage at a given step, the switchover point that the paper tunes.
 
-    Choose it where the switch point is known: tuned before, or from the literature. The phase of
+    Choose it where the switch point is known, from earlier runs or the literature. The phase of
     update ``t`` (0 at the first) is ``0 if t < step else 1``.
 
     Args:
-      step: number of updates that the first stage makes, at least 0; epochs times steps an epoch.
+      step: number of updates that the first stage makes, at least 0: epochs times steps per epoch.
 
     Returns:
       A stateful schedule for the ``phase`` of ``two_stage`` under ``optax.inject_hyperparams``.
@@ -175,9 +179,9 @@ def switch_at(step: int) -> PhaseSchedule:
 def blend_between(
     start: int, end: int, *, shape: str | Callable[[jax.Array], Any] = "linear"
 ) -> PhaseSchedule:
-    """Pass from the first stage to the second smoothly, over an interval of steps.
+    """Pass smoothly from the first stage to the second, over an interval of steps.
 
-    Choose it where a sudden switch upsets the training, as with very large batches. The phase of
+    Choose it where a sudden switch upsets training, as with very large batches. The phase of
     update ``t`` (0 at the first) is ``shape((t − start) / (end − start))``, the fraction clipped
     to [0, 1]: exactly 0 up to ``start`` and exactly 1 from ``end`` on.
 
@@ -207,9 +211,9 @@ def blend_between(
       [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
     Reference: Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD: Training ResNet-50 on
-      ImageNet in 15 Minutes", 2017. Theirs weighs RMSProp against momentum SGD inside one update,
-      along a curve that is exponential first and then linear; here two whole updates are weighed,
-      and such a curve can be passed as ``shape``.
+      ImageNet in 15 Minutes", 2017. They weigh RMSProp against momentum SGD inside one update,
+      along a curve that is first exponential and then linear. We weigh two whole updates; their
+      curve can be passed as ``shape``.
     """
     check_count("start", start, 0)
     check_count("end", end, 0)
@@ -222,6 +226,7 @@ def blend_between(
     def phase_at(count: jax.Array) -> jax.Array:
         steps = jnp.clip(count - start, 0, end - start).astype(jnp.float32)
         fraction = steps / (end - start)
+        # A shape of the user's own may miss 0 and 1 at the ends, and then both stages would run.
         within = jnp.asarray(shape(fraction), jnp.float32)
         return jnp.where(fraction <= 0, 0.0, jnp.where(fraction >= 1, 1.0, within))
 

@@ -1,0 +1,108 @@
+"""The eigenvalues of the Kronecker factors in a state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from optalr.signals.moments import Coverage
+from optalr.transforms.kronecker.leaves import Kernel, plan_leaves
+from optalr.transforms.kronecker.memory import KernelMemory
+from optalr.transforms.kronecker.options import KroneckerOptions, resolve_options
+from optalr.transforms.kronecker.transform import KroneckerState
+
+
+def factor_spectra(
+    opt_state: Any,
+    params: Any = None,
+    *,
+    layout: Coverage | None = None,
+    options: KroneckerOptions | Mapping[str, Any] | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the eigenvalues of every pair of Kronecker factors in a state.
+
+    Choose it to see what there is to precondition, and what damping does to it.
+
+    Args:
+      opt_state: an optimizer state that holds that of ``scale_by_kronecker``, at any depth.
+      params: the parameters, or their shapes. Needed where factors are kept in blocks. Without them
+        the shapes of the factors are judged alone: blocks look like layers in a stack, the padding
+        of the last one like an eigenvalue, and stacked diagonals of both sides like whole factors
+        if there are as many layers as rows and columns and they are symmetric.
+      layout: what ``scale_by_kronecker`` got, read with ``params``.
+      options: what ``scale_by_kronecker`` got, read with ``params``.
+
+    Returns:
+      For each kernel's key path the eigenvalues of the rows' and the columns' factor, rising, of
+      the bias-corrected moving averages, ``(*stack, size)``; a factor kept as a diagonal gives its
+      entries, one in blocks, with ``params``, those of all blocks. Empty before the first
+      measurement.
+
+    Raises:
+      ValueError: the state was not made for ``params`` with ``layout`` and ``options``.
+
+    Cost: an eigenvalue computation a factor, outside ``jit``.
+
+    Examples:
+      >>> import jax.numpy as jnp, optalr
+      >>> tx = optalr.scale_by_kronecker(statistics="gradient")
+      >>> _, state = tx.update({"w": jnp.diag(jnp.array([3.0, 1.0]))}, tx.init({"w": jnp.eye(2)}))
+      >>> [float(x) for x in optalr.factor_spectra(state)["['w']"][0].round(4)]
+      [1.0, 9.0]
+    """
+    plans = None
+    if params is not None:
+        planned = plan_leaves(params, layout, resolve_options(options))
+        plans = {plan.path: plan for plan in planned if isinstance(plan, Kernel)}
+    found = {}
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, KroneckerState))
+    for state in (node for node in nodes if isinstance(node, KroneckerState)):
+        weight = float(state.weight)
+        if weight == 0:
+            continue
+        leaves = jax.tree_util.tree_flatten_with_path(state.leaves, is_leaf=_is_kernel)[0]
+        for path, memory in leaves:
+            if not _is_kernel(memory):
+                continue
+            name = jax.tree_util.keystr(path)
+            row, col = (np.asarray(side.factor, np.float64) / weight for side in memory.sides)
+            if plans is None:
+                found[name] = _eigenvalues(row, col), _eigenvalues(col, row)
+            else:
+                found[name] = _planned_eigenvalues(name, plans.get(name), row, col)
+    return found
+
+
+def _is_kernel(node: Any) -> bool:
+    return isinstance(node, KernelMemory)
+
+
+def _eigenvalues(factor: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return eigenvalues of a factor whose form its shape and that of the other side must tell."""
+    return np.sort(factor, -1) if _is_diagonal(factor, other) else np.linalg.eigvalsh(factor)
+
+
+def _is_diagonal(factor: np.ndarray, other: np.ndarray) -> bool:
+    if factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
+        return True
+    # Both sides have the same stack axes, after which a diagonal has 1 axis and a matrix 2.
+    missing = other.ndim - factor.ndim
+    if missing == 1:
+        return factor.shape[:-1] == other.shape[:-2]
+    tolerance = np.finfo(np.float32).eps * factor.shape[-1] * np.abs(factor).max()
+    symmetric = np.allclose(factor, np.swapaxes(factor, -1, -2), rtol=0, atol=tolerance)
+    return missing > 1 or (missing == 0 and not symmetric)
+
+
+def _planned_eigenvalues(
+    name: str, plan: Kernel | None, row: np.ndarray, col: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the eigenvalues of both factors of a leaf whose storage is known."""
+    shapes = [(*plan.stack, *side.shape) for side in plan.sides] if plan is not None else []
+    if plan is None or shapes != [row.shape, col.shape]:
+        raise ValueError(
+            f"params, layout and options tell of other factors for {name} than opt_state has: "
+            f"{shapes} against {[row.shape, col.shape]}. Pass what scale_by_kronecker got."
+        )
+    return plan.rows.holding(row).eigenvalues(), plan.cols.holding(col).eigenvalues()
