@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import optalr
-from optalr.experiments.configs.config import load_config
+from optalr.experiments.configs.files import load_config
 from optalr.experiments.training.trainer import Trainer
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs/edf_fit/edf_g_k10_damped.toml"

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from optalr.experiments.configs import methods
-from optalr.experiments.configs.config import Config, load_config, override, to_table, to_toml
+from optalr.experiments.configs.config import Config, to_table
+from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.configs.rates import SCHEDULES
 from optalr.experiments.data import LOADERS
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import MODELS
 from optalr.experiments.records.exports import export_csv, export_tensorboard
-from optalr.experiments.records.record import RunFolder, free_path, write_atomically
+from optalr.experiments.records.run_folder import RunFolder, free_path, write_atomically
 from optalr.experiments.reports.console import console, print_table, progress
 from optalr.experiments.reports.pictures import draw_selection
 from optalr.experiments.reports.plots import plot_run

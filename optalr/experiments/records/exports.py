@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
 
 
 def export_csv(folder: RunFolder) -> list[Path]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from optalr.experiments.configs.config import Config, load_config, override, to_table, to_toml
+from optalr.experiments.configs.config import Config, to_table
+from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.data import Dataset, load
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError, suggest
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder, write_atomically
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder, write_atomically
 from optalr.experiments.reports.plots import column, trailing_mean
 from optalr.experiments.training.loop import Report, train
 from optalr.experiments.training.objective import PROBLEMS

@@ -13,7 +13,7 @@ from optalr.arrays import all_finite
 from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
 from optalr.experiments.training.divergence import diagnose
 from optalr.experiments.training.trainer import Segment, Trainer, TrainState
 

@@ -26,7 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from optalr.experiments.configs.config import Config, load_config, to_table, to_toml
+from optalr.experiments.configs.config import Config, to_table
+from optalr.experiments.configs.files import load_config, to_toml
 from optalr.experiments.errors import ExperimentError
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"

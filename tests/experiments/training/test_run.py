@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from optalr.experiments.configs.config import from_table, load_config
+from optalr.experiments.configs.config import from_table
+from optalr.experiments.configs.files import load_config
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder, free_path
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder, free_path
 from optalr.experiments.reports.plots import plot_run
 from optalr.experiments.training.loop import resume, train
 from optalr.experiments.training.trainer import Trainer
@@ -240,7 +241,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path
     train(trainer, whole)
     killed = RunFolder.create(tmp_path / "killed", config)
     generator = np.random.default_rng(0)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     # The tests' cached programs let a process get to its training within seconds.
     environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     kills, lost = 0, 0

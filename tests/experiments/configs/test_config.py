@@ -1,13 +1,7 @@
 import pytest
 
-from optalr.experiments.configs.config import (
-    Config,
-    from_table,
-    load_config,
-    override,
-    to_table,
-    to_toml,
-)
+from optalr.experiments.configs.config import Config, from_table, to_table
+from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.errors import ExperimentError, suggest
 
 
