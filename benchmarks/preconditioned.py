@@ -32,7 +32,7 @@ def problem():
         return trainer.model.apply(params, state.model_state, x)[0]
 
     def output_loss(outputs, x, y):
-        return trainer.problem.loss(outputs, y)
+        return trainer.objective.loss(outputs, y)
 
     return state.params, optalr.composite_loss(predict, output_loss), (x, y)
 

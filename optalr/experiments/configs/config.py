@@ -8,7 +8,7 @@ The classes are pydantic models, so that one line a key says its type, its range
 its description, both for the check here and for the JSON schema that editors read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -181,15 +181,19 @@ def to_table(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def schema(names: Mapping[str, list[str]]) -> dict[str, Any]:
+def schema(names: Mapping[str, Sequence[str]], others: Collection[str] = ()) -> dict[str, Any]:
     """Return the JSON schema of a config, for editors that check and complete TOML.
 
     Args:
       names: dotted key, such as ``data.name``, to the names that it can take.
+      others: those of the keys that can take other names as well.
     """
     made = Config.model_json_schema()
     for key, values in names.items():
         section, _, last = key.partition(".")
         definition = made["properties"][section]["$ref"].rsplit("/", 1)[-1]
-        made["$defs"][definition]["properties"][last]["enum"] = values
+        choice: dict[str, Any] = {"enum": list(values)}
+        if key in others:
+            choice = {"anyOf": [choice, {"type": "string"}]}
+        made["$defs"][definition]["properties"][last] |= choice
     return made

@@ -18,7 +18,7 @@ from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
 from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder, free_path
 from optalr.experiments.reports.plots import plot_run
-from optalr.experiments.training.loop import resume, train
+from optalr.experiments.training.loop import open_unfinished, train
 from optalr.experiments.training.trainer import Trainer
 from optalr.reading.resuming import ConfigurationChangedWarning
 
@@ -122,7 +122,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, loop, monkeypatch):
 
     for _ in range(5):
         try:
-            train(*resume(halted.path), interrupt)
+            train(*open_unfinished(halted.path), interrupt)
         except KeyboardInterrupt:
             continue
         break
@@ -133,7 +133,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, loop, monkeypatch):
 
 def test_a_finished_run_is_not_resumed(finished):
     with pytest.raises(ExperimentError, match="is finished"):
-        resume(finished[1].path)
+        open_unfinished(finished[1].path)
 
 
 def test_nothing_is_overwritten(finished):
@@ -152,7 +152,7 @@ def test_two_processes_cannot_train_into_one_folder(finished, tmp_path):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ExperimentError, match="holds no run"):
-        resume(tmp_path)
+        open_unfinished(tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
         pytest.warns(ConfigurationChangedWarning, match=r"model\.hidden\.0: 16 -> 8"),
         pytest.raises(ExperimentError, match="does not fit this run"),
     ):
-        train(*resume(copy))
+        train(*open_unfinished(copy))
 
 
 def test_resuming_with_another_setting_warns_and_names_it(finished, tmp_path):
@@ -177,7 +177,7 @@ def test_resuming_with_another_setting_warns_and_names_it(finished, tmp_path):
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("epochs = 4", "epochs = 5"))
     with pytest.warns(ConfigurationChangedWarning) as caught:
-        result = train(*resume(copy))
+        result = train(*open_unfinished(copy))
     assert [str(w.message).split(": ", 1)[1] for w in caught] == ["train.epochs: 4 -> 5"]
     assert result["steps"] == 25
 
@@ -213,7 +213,7 @@ def test_a_divergence_stops_with_a_diagnosis(tmp_path):
     assert result["status"] == "diverged"
     assert np.isnan(folder.rows(METRICS)[-1]["loss"])
     with pytest.raises(ExperimentError, match="would again"):
-        resume(folder.path)
+        open_unfinished(folder.path)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path
             killed = RunFolder.create(killed.path, config)
     assert lost > 0
     if killed.result() is None:
-        train(*resume(killed.path))
+        train(*open_unfinished(killed.path))
     _assert_same_run(trainer, whole, killed)
 
 
