@@ -1,10 +1,8 @@
 """The runner end to end: a run, its folder, interruptions, divergence."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from optalr.experiments import cli
 from optalr.experiments.configs.config import from_table
 from optalr.experiments.configs.files import load_config
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
@@ -232,8 +231,19 @@ def test_a_mistake_shows_before_training(sections, wanted):
         Trainer(_config(**sections))
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Give a context whose processes are forked from one that has imported everything already."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    # The tests' cached programs let a process get to its training within seconds.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["optalr.experiments.commands", "sklearn.datasets"])
+    return context
+
+
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path):
+def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path, processes):
     """A killed run goes on from its last checkpoint, and its folder is never damaged."""
     config = _config(train={"epochs": 60}, record={"checkpoint_every": 2})
     trainer = Trainer(config)
@@ -241,25 +251,18 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path
     train(trainer, whole)
     killed = RunFolder.create(tmp_path / "killed", config)
     generator = np.random.default_rng(0)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    # The tests' cached programs let a process get to its training within seconds.
-    environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     kills, lost = 0, 0
     while kills < 20:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "optalr", "resume", str(killed.path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
+        process = processes.Process(target=cli.main, args=(["resume", str(killed.path)],))
+        process.start()
         before = _latest(killed)
         # Kill within the stretch in which it writes: some time after its first new line.
         size = _size(killed)
-        while process.poll() is None and _size(killed) == size:
+        while process.is_alive() and _size(killed) == size:
             time.sleep(0.002)
         time.sleep(generator.uniform(0.0, 0.08))
         process.kill()
-        process.wait()
+        process.join()
         kills += 1
         assert _latest(killed) >= before
         assert all(row["step"] == i + 1 for i, row in enumerate(killed.rows(METRICS)))
