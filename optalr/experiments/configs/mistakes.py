@@ -64,4 +64,4 @@ def _expected(node: Schema) -> str:
     kind, low, high = _KINDS[node["type"]], node.get("minimum"), node.get("maximum")
     if low is None:
         return kind
-    return f"{kind} of at least {low}" if high is None else f"{kind} between {low} and {high}"
+    return f"{kind} of at least {low:g}" if high is None else f"{kind} between {low:g} and {high:g}"
