@@ -27,7 +27,7 @@ def export_tensorboard(folder: RunFolder) -> Path:
     """Write the metrics as TensorBoard events into ``tensorboard/``, anew each time.
 
     Raises:
-      ExperimentError: tensorboardX is not installed.
+      ExperimentError: tensorboardX, which the ``experiments`` extra does not bring, is missing.
     """
     try:
         from tensorboardX import SummaryWriter

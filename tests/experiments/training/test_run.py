@@ -34,13 +34,22 @@ def _config(**sections):
     return from_table({k: {**SMALL.get(k, {}), **sections.get(k, {})} for k in SMALL | sections})
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Train one small run to its end."""
-    config = _config()
-    folder = RunFolder.create(tmp_path_factory.mktemp("runs") / "whole", config)
+def _trained(path, config):
+    folder = RunFolder.create(path / "whole", config)
     trainer = Trainer(config)
     return trainer, folder, train(trainer, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Train one small run to its end, epochs in a scan."""
+    return _trained(tmp_path_factory.mktemp("runs"), _config())
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """Train the same run to its end, a step at a time."""
+    return _trained(tmp_path_factory.mktemp("streamed"), _config(train={"loop": "step"}))
 
 
 def _final_state(trainer, folder):
@@ -80,12 +89,10 @@ def test_a_run_learns_and_leaves_a_whole_folder(finished):
     assert len(kept) == trainer.config.record.keep
 
 
-def test_the_streamed_loop_takes_the_same_steps_as_the_scanned_one(finished, tmp_path):
-    _, folder, _ = finished
-    config = _config(train={"loop": "step"})
-    streamed = RunFolder.create(tmp_path / "streamed", config)
-    train(Trainer(config), streamed)
-    ours, theirs = ([row["loss"] for row in f.rows(METRICS)] for f in (folder, streamed))
+def test_the_streamed_loop_takes_the_same_steps_as_the_scanned_one(finished, streamed):
+    assert finished[0].scans
+    assert not streamed[0].scans
+    ours, theirs = ([row["loss"] for row in run[1].rows(METRICS)] for run in (finished, streamed))
     # XLA fuses a scan's body otherwise than a step, so the last bits differ and then grow.
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
@@ -100,14 +107,11 @@ def test_only_the_seed_decides(finished, tmp_path):
     assert other.rows(METRICS)[0]["loss"] != folder.rows(METRICS)[0]["loss"]
 
 
-@pytest.mark.parametrize("loop", ["scan", "step"])
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, loop, monkeypatch):
-    config = _config(train={"loop": loop})
-    trainer = Trainer(config)
-    whole = RunFolder.create(tmp_path / "whole", config)
-    train(trainer, whole)
-    halted = RunFolder.create(tmp_path / "halted", config)
-    if loop == "step":  # checkpoints within an epoch as well
+@pytest.mark.parametrize("uninterrupted", ["finished", "streamed"])
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, uninterrupted, monkeypatch, request):
+    trainer, whole, _ = request.getfixturevalue(uninterrupted)
+    halted = RunFolder.create(tmp_path / "halted", trainer.config)
+    if not trainer.scans:  # checkpoints within an epoch as well
         halted_config = tmp_path / "halted" / "config.toml"
         text = halted_config.read_text()
         halted_config.write_text(text.replace("minutes = 10.0", "minutes = 0.0"))
@@ -126,7 +130,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, loop, monkeypatch):
             continue
         break
     assert halted.result()["steps"] == 20
-    assert len(seen) > len(set(seen)) or loop == "step"
+    assert len(seen) > len(set(seen)) or not trainer.scans
     _assert_same_run(trainer, whole, halted)
 
 
