@@ -15,7 +15,7 @@ from optalr.experiments.configs.config import from_table
 from optalr.experiments.configs.files import load_config
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
-from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder, free_path
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
 from optalr.experiments.reports.plots import plot_run
 from optalr.experiments.training.loop import open_unfinished, train
 from optalr.experiments.training.trainer import Trainer
@@ -139,13 +139,6 @@ def test_a_finished_run_is_not_resumed(finished):
         open_unfinished(finished[1].path)
 
 
-def test_nothing_is_overwritten(finished):
-    trainer, folder, _ = finished
-    with pytest.raises(ExperimentError, match="exists and is not overwritten"):
-        RunFolder.create(folder.path, trainer.config)
-    assert free_path(folder.path).name == "whole-2"
-
-
 def test_two_processes_cannot_train_into_one_folder(finished, tmp_path):
     trainer, _, _ = finished
     folder = RunFolder.create(tmp_path / "held", trainer.config)
@@ -183,16 +176,6 @@ def test_resuming_with_another_setting_warns_and_names_it(finished, tmp_path):
         result = train(*open_unfinished(copy))
     assert [str(w.message).split(": ", 1)[1] for w in caught] == ["train.epochs: 4 -> 5"]
     assert result["steps"] == 25
-
-
-def test_a_torn_last_line_is_left_out(tmp_path):
-    folder = RunFolder(tmp_path)
-    (tmp_path / METRICS).write_text('{"step": 1, "loss": null}\n{"step": 2, "lo')
-    rows = folder.rows(METRICS)
-    assert [row["step"] for row in rows] == [1]
-    assert np.isnan(rows[0]["loss"])
-    folder.cut(METRICS, 5)
-    assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": null}\n'
 
 
 def test_a_later_divergence_names_the_last_good_checkpoint_and_leaves_it_there(tmp_path):
