@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import optalr
-from optalr.experiments.configs.config import load_config
+from optalr.experiments.configs.files import load_config
 from optalr.experiments.training.trainer import Trainer
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs/edf_fit/edf_g_k10_damped.toml"
@@ -32,7 +32,7 @@ def problem():
         return trainer.model.apply(params, state.model_state, x)[0]
 
     def output_loss(outputs, x, y):
-        return trainer.problem.loss(outputs, y)
+        return trainer.objective.loss(outputs, y)
 
     return state.params, optalr.composite_loss(predict, output_loss), (x, y)
 

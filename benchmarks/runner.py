@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from optalr.experiments.configs.config import Config, from_table
-from optalr.experiments.records.record import RunFolder
+from optalr.experiments.records.run_folder import RunFolder
 from optalr.experiments.training.loop import train
 from optalr.experiments.training.trainer import Trainer
 

@@ -31,6 +31,7 @@ Set = Annotated[
 def run(
     config: _Path,
     /,
+    *,
     out: Path | None = None,
     seed: int | None = None,
     budget: float = 1.0,
@@ -43,17 +44,18 @@ def run(
       out: the run folder; by default runs/PROBLEM-METHOD-seedN.
       seed: overrides train.seed.
       budget: part of the config's work to do, for a laptop: 0.01 trains a tenth of the epochs on a
-        tenth of the examples, milestones and all.
+        tenth of the examples. Milestones stated in epochs shrink with the epochs.
       set_: overrides, for example train.epochs=5.
     """
     from optalr.experiments import commands
 
-    commands.run(config, out=out, overrides=_overrides(set_, seed), budget=budget)
+    commands.train_config(config, out=out, overrides=_overrides(set_, seed), budget=budget)
 
 
 def compare(
     folder: _Path,
     /,
+    *,
     seeds: int = 3,
     out: Path | None = None,
     target: float = math.nan,
@@ -65,8 +67,8 @@ def compare(
     Args:
       folder: a folder of TOML files, for example configs/digits.
       seeds: how many seeds, from train.seed on.
-      out: where to; by default runs/compare-PROBLEM.
-      target: training loss to reach; by default one that every method reaches.
+      out: the folder to write; by default runs/compare-PROBLEM.
+      target: training loss to reach; by default one that every method reaches in the end.
       budget: part of the configs' work to do, as in `optalr run`.
       set_: overrides for every config, for example train.epochs=5.
     """
@@ -85,6 +87,7 @@ def compare(
 def tune(
     config: _Path,
     /,
+    *,
     seeds: int = 3,
     out: Path | None = None,
     budget: float = 1.0,
@@ -94,9 +97,10 @@ def tune(
 
     Args:
       config: a TOML file with a [tune] section.
-      seeds: seeds a point.
-      out: where to; by default runs/tune-PROBLEM-METHOD. An interrupted search in it goes on.
-      budget: part of the config's work to do a point, as in `optalr run`.
+      seeds: how many seeds a point is trained with.
+      out: the folder to write; by default runs/tune-PROBLEM-METHOD. If it holds the same search,
+        interrupted, the search goes on.
+      budget: part of the config's work to do for a point, as in `optalr run`.
       set_: overrides, for example train.epochs=5.
     """
     from optalr.experiments import commands
@@ -107,19 +111,20 @@ def tune(
 
 
 def resume(folder: _Path, /) -> None:
-    """Go on with an interrupted run or comparison, to the same bits as without interruption.
+    """Go on with an interrupted run or comparison, which ends in the bits of an uninterrupted one.
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
     """
     from optalr.experiments import commands
 
-    commands.resume(folder)
+    commands.resume_folder(folder)
 
 
 def suggest_rate(
     config: _Path,
     /,
+    *,
     starts: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
     steps: int = 200,
     seed: int | None = None,
@@ -140,7 +145,7 @@ def suggest_rate(
     """
     from optalr.experiments import commands
 
-    commands.suggest_rate(
+    commands.suggest_rate_for(
         config, starts=starts, num_steps=steps, out=out, overrides=_overrides(set_, seed)
     )
 
@@ -148,6 +153,7 @@ def suggest_rate(
 def theory(
     config: _Path,
     /,
+    *,
     batches: int = 200,
     damping: float = 1e-3,
     seed: int | None = None,
@@ -163,7 +169,7 @@ def theory(
     Args:
       config: a TOML file of tso_alra, for example configs/digits/tso_alra.toml.
       batches: minibatches for the covariance.
-      damping: of the roots, relative to the mean eigenvalue.
+      damping: added to the factors before their roots are taken, in mean eigenvalues.
       seed: overrides train.seed.
       out: the folder; by default runs/theory-PROBLEM-METHOD.
       budget: part of the config's work to do, as in `optalr run`.
@@ -184,6 +190,7 @@ def theory(
 def plot(
     folder: _Path,
     /,
+    *,
     configs: tuple[str, ...] = (),
     out: Path | None = None,
 ) -> None:
@@ -191,16 +198,16 @@ def plot(
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
-      configs: draw the losses of these configs of a comparison, over steps (epochs, where full
-        batches stand beside mini-batches) and over seconds.
-      out: the picture of them; by default FOLDER/selection.png.
+      configs: of a comparison, draw the losses of these configs only: over steps (over epochs, if
+        full batches stand beside mini-batches) and over seconds.
+      out: the picture of those configs; by default FOLDER/selection.png.
     """
     from optalr.experiments import commands
 
-    commands.plot(folder, configs=configs, out=out)
+    commands.plot_folder(folder, configs=configs, out=out)
 
 
-def export(folder: _Path, /, tensorboard: bool = False) -> None:
+def export(folder: _Path, /, *, tensorboard: bool = False) -> None:
     """Write a run's metrics as CSV, and as TensorBoard events if wanted.
 
     Args:
@@ -209,14 +216,21 @@ def export(folder: _Path, /, tensorboard: bool = False) -> None:
     """
     from optalr.experiments import commands
 
-    commands.export(folder, tensorboard=tensorboard)
+    commands.export_run(folder, tensorboard=tensorboard)
 
 
 def list_names() -> None:
     """List the names that data, model, method, schedule and phase can take."""
     from optalr.experiments import commands
 
-    commands.list_names()
+    commands.print_names()
+
+
+def show_schema() -> None:
+    """Print the JSON schema of configs, with which editors check and complete them."""
+    from optalr.experiments import commands
+
+    commands.print_schema()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "plot": plot,
         "export": export,
         "list": list_names,
+        "schema": show_schema,
     }
     # jax logs which plugins it did not find; nobody here asked.
     logging.getLogger("jax").setLevel(logging.ERROR)

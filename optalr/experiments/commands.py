@@ -1,17 +1,20 @@
 """What the commands of the command line do."""
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optalr.experiments.configs import methods
-from optalr.experiments.configs.config import Config, load_config, override, to_table, to_toml
+from optalr.experiments.configs.config import Config, schema, to_table
+from optalr.experiments.configs.files import load_config, override, to_toml
+from optalr.experiments.configs.methods import PHASES, RECIPES, method_names
 from optalr.experiments.configs.rates import SCHEDULES
 from optalr.experiments.data import LOADERS
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import MODELS
 from optalr.experiments.records.exports import export_csv, export_tensorboard
-from optalr.experiments.records.record import RunFolder, free_path, write_atomically
+from optalr.experiments.records.run_folder import METRICS, RunFolder, free_path, write_atomically
 from optalr.experiments.reports.console import console, print_table, progress
 from optalr.experiments.reports.pictures import draw_selection
 from optalr.experiments.reports.plots import plot_run
@@ -19,15 +22,14 @@ from optalr.experiments.reports.tables import write_report
 from optalr.experiments.studies import compare, theory, tune
 from optalr.experiments.studies.rate_range import suggest_for
 from optalr.experiments.training.budget import scale_to_budget
-from optalr.experiments.training.loop import resume as open_for_resume
-from optalr.experiments.training.loop import train
-from optalr.experiments.training.objective import PROBLEMS
+from optalr.experiments.training.loop import open_unfinished, train
+from optalr.experiments.training.objective import score_name_in
 from optalr.experiments.training.trainer import Trainer
 
 RUNS = Path("runs")
 
 
-def run(
+def train_config(
     config_path: Path,
     *,
     out: Path | None = None,
@@ -37,8 +39,7 @@ def run(
     """Train as a config says, into a new folder."""
     config = scale_to_budget(load_config(config_path, overrides), budget)
     if out is None:
-        name = f"{config_path.resolve().parent.name}-{config_path.stem}-seed{config.train.seed}"
-        out = free_path(RUNS / name)
+        out = free_path(RUNS / f"{_title(config_path)}-seed{config.train.seed}")
     elif out.exists():
         RunFolder.create(out, config)  # refuses, before anything is compiled
     trainer = Trainer(config)
@@ -72,7 +73,7 @@ def tune_config(
 ) -> None:
     """Search a config's grid and print its points, the best first."""
     config = scale_to_budget(load_config(config_path, overrides), budget)
-    name = f"{config_path.resolve().parent.name}-{config_path.stem}"
+    name = _title(config_path)
     out = out or RUNS / f"tune-{name}"
     rows = []
     for row in tune.tune(config, out, num_seeds):
@@ -92,16 +93,15 @@ def tune_config(
     console.print(f"best: {_point(winner)}\nits config: {best_file}", soft_wrap=True)
 
 
-def resume(path: Path) -> None:
+def resume_folder(path: Path) -> None:
     """Go on with what was interrupted."""
     if (path / compare.SPECIFICATION).is_file():
         _run_and_report(compare.open_comparison(path))
         return
-    trainer, folder = open_for_resume(path)
-    _train_and_show(trainer, folder)
+    _train_and_show(*open_unfinished(path))
 
 
-def suggest_rate(
+def suggest_rate_for(
     config_path: Path,
     *,
     starts: tuple[float, ...],
@@ -112,7 +112,7 @@ def suggest_rate(
     """Suggest a learning rate for SGD on a config's problem."""
     config = load_config(config_path, overrides)
     if out is None:
-        out = RUNS / f"rate-{config_path.resolve().parent.name}-{config_path.stem}.png"
+        out = RUNS / f"rate-{_title(config_path)}.png"
     found = suggest_for(config, starts=starts, num_steps=num_steps)
     console.print(str(found), soft_wrap=True, markup=False, highlight=False)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def examine_theory(
     """Train as a config says and draw what the paper's theorem 2 is about."""
     config = scale_to_budget(load_config(config_path, overrides), budget)
     if out is None:
-        out = RUNS / f"theory-{config_path.resolve().parent.name}-{config_path.stem}"
+        out = RUNS / f"theory-{_title(config_path)}"
     found = theory.examine(Trainer(config), num_batches=num_batches, damping=damping)
     written = theory.write(found, out)
     print_table(
@@ -145,7 +145,7 @@ def examine_theory(
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
-def plot(path: Path, *, configs: tuple[str, ...] = (), out: Path | None = None) -> None:
+def plot_folder(path: Path, *, configs: tuple[str, ...] = (), out: Path | None = None) -> None:
     """Draw a run's curves, report on a comparison as far as it has come, or draw part of it."""
     if (path / compare.SPECIFICATION).is_file():
         comparison = compare.open_comparison(path)
@@ -159,27 +159,44 @@ def plot(path: Path, *, configs: tuple[str, ...] = (), out: Path | None = None) 
     if configs:
         raise ExperimentError(f"--configs chooses from a comparison, and {path} is none.")
     folder = RunFolder.open(path)
-    console.print(f"picture: {plot_run(folder, _score_name(folder))}", soft_wrap=True)
+    picture = plot_run(folder, score_name_in(folder.rows(METRICS)))
+    console.print(f"picture: {picture}", soft_wrap=True)
 
 
-def export(path: Path, *, tensorboard: bool) -> None:
+def export_run(path: Path, *, tensorboard: bool) -> None:
     """Write a run's metrics in other formats."""
     folder = RunFolder.open(path)
     written = [*export_csv(folder), *([export_tensorboard(folder)] if tensorboard else [])]
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
-def list_names() -> None:
+def print_names() -> None:
     """Print what the names of a config can be."""
-    phases = ("switch_at", "switch_on_plateau", "blend_between")
-    names = {
+    names = _names([*method_names(), "any scale_by_* of optalr or optax"])
+    print_table("Names", ("key", "names"), [(key, ", ".join(v)) for key, v in names.items()])
+
+
+def print_schema() -> None:
+    """Print the JSON schema of a config."""
+    # Optax's names depend on its version, so an editor completes only ours and accepts the rest.
+    names = _names(RECIPES)
+    names["phase.name"] = ["", *names["phase.name"]]
+    print(json.dumps(schema(names, others=["method.name"]), indent=1))
+
+
+def _names(methods: Sequence[str]) -> dict[str, Sequence[str]]:
+    return {
         "data.name": sorted(LOADERS),
         "model.name": sorted(MODELS),
-        "method.name": [*methods.method_names(), "any scale_by_* of optalr or optax"],
+        "method.name": methods,
         "schedule.name": sorted(SCHEDULES),
-        "phase.name": phases,
+        "phase.name": tuple(PHASES),
     }
-    print_table("Names", ("key", "names"), [(k, ", ".join(v)) for k, v in names.items()])
+
+
+def _title(config_path: Path) -> str:
+    """Return ``FOLDER-CONFIG``, which starts the names of what a command writes."""
+    return f"{config_path.resolve().parent.name}-{config_path.stem}"
 
 
 def _run_and_report(comparison: compare.Comparison) -> None:
@@ -197,12 +214,12 @@ def _report(comparison: compare.Comparison) -> None:
     console.print(f"report: {comparison.path / 'report.html'}", soft_wrap=True)
 
 
-def _point(row: dict[str, Any]) -> str:
+def _point(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in row["point"].items())
 
 
 def _train_and_show(trainer: Trainer, folder: RunFolder) -> None:
-    config, score_name = trainer.config, trainer.problem.score_name
+    config, score_name = trainer.config, trainer.objective.score_name
     if trainer.dataset.note:
         console.print(f"note: {trainer.dataset.note}", soft_wrap=True)
     with progress(config.method.name, score_name) as report:
@@ -214,7 +231,7 @@ def _train_and_show(trainer: Trainer, folder: RunFolder) -> None:
     console.print(f"run folder: {folder.path}\npicture: {picture}", soft_wrap=True)
 
 
-def _closing_table(config: Config, result: dict[str, Any], score_name: str) -> None:
+def _closing_table(config: Config, result: Mapping[str, Any], score_name: str) -> None:
     rows = []
     for split in ("train", "validation", "test"):
         loss, score = result[f"{split}_loss"], result[f"{split}_{score_name}"]
@@ -225,9 +242,3 @@ def _closing_table(config: Config, result: dict[str, Any], score_name: str) -> N
         f"{result['seconds']:.1f} s of training, {result['compile_seconds']:.1f} s of compilation"
     )
     print_table(title, ("split", "loss", score_name.replace("_", " ")), rows)
-
-
-def _score_name(folder: RunFolder) -> str:
-    rows = folder.rows("metrics.jsonl")[:1]
-    names = [problem.score_name for problem in PROBLEMS.values()]
-    return next((name for name in names if rows and name in rows[0]), names[0])

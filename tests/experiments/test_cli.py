@@ -1,13 +1,17 @@
 """The command line, in this process where that will do and in a fresh one where it must."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from optalr.experiments import cli
+from optalr.experiments.studies import compare
 
 SMALL = """
 [data]
@@ -25,14 +29,17 @@ batch_size = 64
 """
 
 
+def _write_configs(folder):
+    (folder / "configs" / "small").mkdir(parents=True)
+    for name in ("sgd", "adam"):
+        (folder / "configs" / "small" / f"{name}.toml").write_text(SMALL.format(name=name))
+    return Path("configs/small")
+
+
 @pytest.fixture
 def configs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "configs" / "small"
-    folder.mkdir(parents=True)
-    for name in ("sgd", "adam"):
-        (folder / f"{name}.toml").write_text(SMALL.format(name=name))
-    return Path("configs/small")
+    return _write_configs(tmp_path)
 
 
 def _fails(capsys, *arguments):
@@ -68,10 +75,67 @@ def test_run_then_run_again_then_plot(configs, capsys):
     assert list(Path("runs/small-adam-seed0/tensorboard").glob("events.*"))
 
 
-def test_compare_writes_table_picture_and_page(configs, capsys):
-    cli.main(["compare", str(configs), "--seeds", "2"])
-    shown = capsys.readouterr().out
-    assert "±" in shown
+class Interrupted(NamedTuple):
+    """A comparison of two configs and two seeds that was interrupted in its third run.
+
+    Attributes:
+      folder: the working directory.
+      exit_code: of the interrupted command.
+      num_trained: trainings begun when interrupted, after drawing what was there, and in the end.
+      partial: what the drawing printed.
+      final: what the resumed command printed.
+    """
+
+    folder: Path
+    exit_code: int | str | None
+    num_trained: tuple[int, int, int]
+    partial: str
+    final: str
+
+
+def _shown(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        cli.main(arguments)
+    return output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """Compare once for all tests that look at what a comparison leaves."""
+    folder = tmp_path_factory.mktemp("compared")
+    original, count = compare.train, 0
+
+    def interrupted(*arguments):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        configs = _write_configs(folder)
+        patch.setattr(compare, "train", interrupted)
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["compare", str(configs), "--seeds", "2"])
+        before = count
+        partial = _shown("plot", "runs/compare-small")
+        drawn = count
+        final = _shown("resume", "runs/compare-small")
+    return Interrupted(folder, caught.value.code, (before, drawn, count), partial, final)
+
+
+def test_an_interrupted_comparison_goes_on(comparison):
+    assert comparison.exit_code == 130
+    assert "sgd (0 of 2 seeds)" in comparison.partial  # what is there so far
+    # Two before, the one cut short, and the two that were left.
+    assert comparison.num_trained == (3, 3, 5)
+    assert (comparison.folder / "runs/compare-small/report.html").exists()
+
+
+def test_compare_writes_table_picture_and_page(comparison, capsys, monkeypatch):
+    monkeypatch.chdir(comparison.folder)
+    assert "±" in comparison.final
     out = Path("runs/compare-small")
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page
@@ -86,31 +150,6 @@ def test_compare_writes_table_picture_and_page(configs, capsys):
     assert "no config 'sdg': did you mean 'sgd'" in _fails(
         capsys, "plot", str(out), "--configs", "sdg"
     )
-
-
-def test_an_interrupted_comparison_goes_on(configs, capsys, monkeypatch):
-    from optalr.experiments.studies import compare
-
-    original, count = compare.train, 0
-
-    def interrupted(*arguments):
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(compare, "train", interrupted)
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["compare", str(configs), "--seeds", "2"])
-    assert caught.value.code == 130
-    capsys.readouterr()
-    cli.main(["plot", "runs/compare-small"])  # what is there so far
-    assert "sgd (0 of 2 seeds)" in capsys.readouterr().out
-    assert count == 3
-    cli.main(["resume", "runs/compare-small"])
-    assert count == 5  # two before, the one cut short, and the two that were left
-    assert Path("runs/compare-small/report.html").exists()
 
 
 def test_a_diverged_method_stands_in_the_table(configs, capsys):

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 
 from optalr.experiments.configs.config import Config
-from optalr.experiments.records.record import RunFolder
+from optalr.experiments.records.run_folder import RunFolder
 from optalr.experiments.reports import pictures
 from optalr.experiments.studies import compare
 

@@ -8,7 +8,7 @@ from optalr.experiments.configs.config import ModelConfig
 from optalr.experiments.data import Dataset, Split
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import build_model
-from optalr.experiments.training.objective import PROBLEMS
+from optalr.experiments.training.objective import OBJECTIVES
 from optalr.experiments.training.steps import make_loss
 
 
@@ -23,7 +23,7 @@ def _dataset(shape, classes=10, task="classification"):
 
 
 def _model(name, shape, classes=10, task="classification", **options):
-    return build_model(ModelConfig(name, options), _dataset(shape, classes, task))
+    return build_model(ModelConfig(name=name, **options), _dataset(shape, classes, task))
 
 
 def _count(model):
@@ -108,8 +108,8 @@ def test_every_layer_of_every_model_is_captured():
     for name, shape, options in SHAPES:
         task = "language" if name == "transformer" else "classification"
         dataset = _dataset(shape, task=task)
-        model = build_model(ModelConfig(name, options), dataset)
-        loss_fn = make_loss(model, PROBLEMS[task], dataset)
+        model = build_model(ModelConfig(name=name, **options), dataset)
+        loss_fn = make_loss(model, OBJECTIVES[task], dataset)
         params, model_state = jax.eval_shape(model.init, jax.random.key(0))
         arguments = (dataset.train.x, dataset.train.y, model_state, jax.random.key(0))
         treatment = optalr.coverage(

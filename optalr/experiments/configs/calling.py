@@ -1,46 +1,39 @@
-"""Passing a config section's keys to the function that its ``name`` stands for."""
+"""From a section of a config to an object: a `name` says which function, keys are its arguments.
+
+Every object that a config names is made here, so that a misspelt name or key reads the same
+wherever it stands.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from optalr.experiments.errors import ExperimentError, suggest
 
+T = TypeVar("T")
+
+
+def choose(choices: Mapping[str, T], name: str, *, key: str) -> T:
+    """Return what ``name`` stands for.
+
+    Args:
+      choices: name to what it stands for.
+      name: what the config says.
+      key: where it says so, such as ``model.name``.
+
+    Raises:
+      ExperimentError: no such name.
+    """
+    if name not in choices:
+        raise ExperimentError(f"unknown {key} {name!r}: {suggest(name, choices)}")
+    return choices[name]
+
 
 def accepted(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the named parameters of ``function``."""
+    """Return the parameters of ``function`` that can be given by name."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters
     return {name: p for name, p in parameters.items() if p.kind in kinds}
-
-
-def check_options(
-    function: Callable[..., Any],
-    options: Mapping[str, Any],
-    *,
-    section: str,
-    given: tuple[str, ...] = (),
-) -> None:
-    """Raise where ``options`` has a key that ``function`` does not take or lacks one it needs.
-
-    Args:
-      function: what the section's name stands for.
-      options: the section's keys.
-      section: its name, for the message.
-      given: parameters that the caller supplies itself; they are not keys of the config.
-    """
-    parameters = {n: p for n, p in accepted(function).items() if n not in given}
-    for key in options:
-        if key not in parameters:
-            hint = suggest(f"{section}.{key}", [f"{section}.{name}" for name in parameters])
-            if not parameters:
-                hint = "it takes none."
-            raise ExperimentError(f"unknown key '{section}.{key}' for {_name(function)}: {hint}")
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in options:
-            raise ExperimentError(
-                f"{_name(function)} needs '{section}.{name}': add it to the config."
-            )
 
 
 def call(
@@ -57,19 +50,30 @@ def call(
       options: the section's keys.
       section: its name, for the message.
       **given: arguments that do not come from the config; those it does not take are left out.
+
+    Raises:
+      ExperimentError: a key that ``function`` does not take, one missing that it needs, or a value
+        that it refuses.
     """
-    taken = {key: value for key, value in given.items() if key in accepted(function)}
-    check_options(function, options, section=section, given=tuple(taken))
-    arguments = {key: _frozen(value) for key, value in options.items()}
+    parameters = accepted(function)
+    taken = {key: value for key, value in given.items() if key in parameters}
+    name = getattr(function, "__name__", str(function))
+    # What is given is no key of the config, so no message may suggest it.
+    keys = {key: parameter for key, parameter in parameters.items() if key not in taken}
+    for key in options:
+        if key not in keys:
+            hint = suggest(f"{section}.{key}", [f"{section}.{valid}" for valid in keys])
+            hint = hint if keys else "it takes none."
+            raise ExperimentError(f"unknown key '{section}.{key}' for {name}: {hint}")
+    for key, parameter in keys.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            raise ExperimentError(f"{name} needs '{section}.{key}': add it to the config.")
     try:
-        return function(**taken, **arguments)
+        return function(**taken, **{key: _frozen(value) for key, value in options.items()})
     except (TypeError, ValueError) as error:
-        raise ExperimentError(f"{section} {_name(function)}: {error}") from error
+        raise ExperimentError(f"{section} {name}: {error}") from error
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", str(function))
+    """Return lists as tuples: jax wants static arguments that can be hashed."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value

@@ -5,6 +5,7 @@ A name is looked up in optalr, then in optax, then in ``optax.contrib``.
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 import optalr
-from optalr.experiments.configs.calling import accepted, call
-from optalr.experiments.configs.config import Config, PhaseConfig
+from optalr.experiments.configs.calling import accepted, call, choose
+from optalr.experiments.configs.config import Config, TrainConfig
 from optalr.experiments.configs.rates import Schedule, build_schedule
 from optalr.experiments.errors import ExperimentError, suggest
 
@@ -27,16 +28,22 @@ RECIPES = (
     "swats",
     "tso_alra",
 )
+PHASES: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "switch_at": optalr.switch_at,
+        "switch_on_plateau": optalr.switch_on_plateau,
+        "blend_between": optalr.blend_between,
+    }
+)
 # Public callables of optax that take a learning rate but are no optimizers.
 _NOT_OPTIMIZERS = ("inject_hyperparams", "scale_by_learning_rate")
 
 
 def method_names() -> tuple[str, ...]:
     """Return every name that ``method.name`` can take, ``scale_by_*`` excepted."""
-    recipes = [name for name in RECIPES if hasattr(optalr, name)]
     baselines = [name for name in dir(optax) if _is_optimizer(optax, name)]
     contributed = [name for name in dir(optax.contrib) if _is_optimizer(optax.contrib, name)]
-    return tuple(dict.fromkeys([*recipes, *baselines, *contributed]))
+    return tuple(dict.fromkeys([*RECIPES, *baselines, *contributed]))
 
 
 def build_method(
@@ -62,28 +69,25 @@ def build_method(
     Raises:
       ExperimentError: an unknown name or argument.
     """
-    rate = config.method.learning_rate if learning_rate is None else learning_rate
+    number = config.method.learning_rate if learning_rate is None else learning_rate
     schedule = build_schedule(
-        config.schedule, rate, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+        config.schedule, number, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
-    options = _in_steps(config.method.options, steps_per_epoch)
-    given = {k: v for k, v in (given or {}).items() if k not in options}
-    if config.phase.name:
-        given["phase"] = build_phase(config.phase, steps_per_epoch=steps_per_epoch)
+    # A method of optalr keeps a plain number plain: it can still be injected or traced.
+    rate = number if config.schedule.name == "constant" else schedule
+    options = _in_steps(config.method.options, steps_per_epoch, section="method")
+    given = {key: value for key, value in (given or {}).items() if key not in options}
     factory, origin = find_method(config.method.name)
-    if config.phase.name and "phase" not in accepted(factory):
-        raise ExperimentError(
-            f"method {config.method.name!r} has no phases: remove the [phase] section, or take a "
-            "two-stage method such as tso_alra."
-        )
-    constant = config.schedule.name == "constant"
-    method = _build(factory, origin, rate if constant else schedule, schedule, options, given)
-    before = []
-    if config.train.weight_decay:
-        before.append(optax.add_decayed_weights(config.train.weight_decay, mask=_kernels))
-    if config.train.clip_norm:
-        before.append(optax.clip_by_global_norm(config.train.clip_norm))
+    if config.phase.name:
+        given["phase"] = _build_phase(config, factory, steps_per_epoch)
+    if "learning_rate" not in accepted(factory):
+        method = _build_without_rate(factory, options, schedule=schedule, given=given)
+    elif origin == "optalr":
+        method = call(factory, options, section="method", learning_rate=rate, **given)
+    else:
+        method = call(_injected(factory), options, section="method", learning_rate=schedule)
     method = optax.with_extra_args_support(method)
+    before = _on_the_gradient(config.train)
     return optax.chain(*before, method) if before else method
 
 
@@ -93,54 +97,55 @@ def find_method(name: str) -> tuple[Callable[..., Any], str]:
     Raises:
       ExperimentError: no such optimizer.
     """
-    places = ((optalr, "optalr"), (optax, "optax"), (optax.contrib, "optax"))
-    for module, origin in places:
-        scales = name.startswith("scale_by_") and name not in _NOT_OPTIMIZERS
+    scales = name.startswith("scale_by_") and name not in _NOT_OPTIMIZERS
+    for module, origin in ((optalr, "optalr"), (optax, "optax"), (optax.contrib, "optax")):
+        factory = getattr(module, name, None)
         recipe = origin == "optalr" and name in RECIPES
-        if callable(getattr(module, name, None)) and (
-            scales or recipe or _is_optimizer(module, name)
-        ):
-            return getattr(module, name), origin
+        if callable(factory) and (scales or recipe or _is_optimizer(module, name)):
+            return factory, origin
     raise ExperimentError(f"unknown method.name {name!r}: {suggest(name, method_names())}")
 
 
-def build_phase(config: PhaseConfig, *, steps_per_epoch: int) -> Any:
-    """Return the phase scheduler that ``config`` names.
+def _build_phase(config: Config, factory: Callable[..., Any], steps_per_epoch: int) -> Any:
+    """Return the phase scheduler that ``config`` names, for a method that takes one."""
+    scheduler = choose(PHASES, config.phase.name, key="phase.name")
+    options = _in_steps(config.phase.options, steps_per_epoch, section="phase")
+    phase = call(scheduler, options, section="phase")
+    if "phase" not in accepted(factory):
+        raise ExperimentError(
+            f"method {config.method.name!r} has no phases: remove the [phase] section, or take a "
+            "two-stage method such as tso_alra."
+        )
+    return phase
 
-    Raises:
-      ExperimentError: no such scheduler.
-    """
-    names = [n for n in ("blend_between", "switch_at", "switch_on_plateau") if hasattr(optalr, n)]
-    if config.name not in names:
-        raise ExperimentError(f"unknown phase.name {config.name!r}: {suggest(config.name, names)}")
-    options = _in_steps(config.options, steps_per_epoch)
-    return call(getattr(optalr, config.name), options, section="phase")
 
-
-def _build(
+def _build_without_rate(
     factory: Callable[..., Any],
-    origin: str,
-    rate: Any,
-    schedule: Schedule,
     options: Mapping[str, Any],
+    *,
+    schedule: Schedule,
     given: Mapping[str, Any],
 ) -> optax.GradientTransformation:
-    """Call ``factory`` with a learning rate where it takes one, or chain one after it."""
-    if "learning_rate" not in accepted(factory):
-        if not factory.__name__.startswith("scale_by_"):
-            return call(factory, options, section="method", **given)
-        own = {key: value for key, value in options.items() if key != "length"}
-        direction = call(factory, own, section="method", **given)
-        length = _build_length(options["length"]) if "length" in options else _scale_by(schedule)
-        return optax.chain(direction, length)
-    if origin == "optalr":
-        return call(factory, options, section="method", learning_rate=rate, **given)
-    # Only the rate is injected: it shows in the state, and the other numbers stay constants.
+    """Call a recipe that sets its own rate, or chain a length after a direction."""
+    if not factory.__name__.startswith("scale_by_"):
+        return call(factory, options, section="method", **given)
+    own = {key: value for key, value in options.items() if key != "length"}
+    direction = call(factory, own, section="method", **given)
+    if "length" in options:
+        return optax.chain(direction, _build_length(options["length"]))
+    scale = optax.inject_hyperparams(optax.scale_by_learning_rate, hyperparam_dtype=jnp.float32)
+    return optax.chain(direction, scale(learning_rate=schedule))
+
+
+def _injected(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``factory`` with its rate kept in the state, where ``optalr.metrics`` finds it."""
+    # Only the rate is injected: the other numbers stay constants, which compile to less.
     fixed = tuple(name for name in accepted(factory) if name != "learning_rate")
     injected = optax.inject_hyperparams(factory, static_args=fixed, hyperparam_dtype=jnp.float32)
+    # `call` checks the config's keys against these.
     injected.__signature__ = inspect.signature(factory)  # type: ignore[attr-defined]
     injected.__name__ = factory.__name__
-    return call(injected, options, section="method", learning_rate=schedule)
+    return injected
 
 
 def _build_length(section: Any) -> optax.GradientTransformation:
@@ -155,12 +160,17 @@ def _build_length(section: Any) -> optax.GradientTransformation:
     return call(factory, options, section="method.length")
 
 
-def _scale_by(schedule: Schedule) -> optax.GradientTransformation:
-    make = optax.inject_hyperparams(optax.scale_by_learning_rate, hyperparam_dtype=jnp.float32)
-    return make(learning_rate=schedule)
+def _on_the_gradient(config: TrainConfig) -> list[optax.GradientTransformation]:
+    """Return what changes the gradient before the method sees it."""
+    before = []
+    if config.weight_decay:
+        before.append(optax.add_decayed_weights(config.weight_decay, mask=_kernels))
+    if config.clip_norm:
+        before.append(optax.clip_by_global_norm(config.clip_norm))
+    return before
 
 
-def _in_steps(options: Mapping[str, Any], steps_per_epoch: int) -> dict[str, Any]:
+def _in_steps(options: Mapping[str, Any], steps_per_epoch: int, *, section: str) -> dict[str, Any]:
     """Return ``options`` with every ``x_epochs`` as ``x``, in steps."""
     converted = {}
     for key, value in options.items():
@@ -168,7 +178,7 @@ def _in_steps(options: Mapping[str, Any], steps_per_epoch: int) -> dict[str, Any
             converted[key] = value
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise ExperimentError(f"'{key}' must be a number of epochs, got {value!r}.")
+            raise ExperimentError(f"{section}.{key} must be a number of epochs, got {value!r}.")
         converted[key.removesuffix("_epochs")] = round(value * steps_per_epoch)
     return converted
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.experiments.configs.calling import call
+from optalr.experiments.configs.calling import call, choose
 from optalr.experiments.configs.config import ScheduleConfig
-from optalr.experiments.errors import ExperimentError, suggest
+from optalr.experiments.errors import ExperimentError
 
 Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
 
@@ -26,6 +26,7 @@ def cosine(learning_rate: float, total_steps: int, final_factor: float = 0.0) ->
 
 def warmup_cosine(
     learning_rate: float,
+    *,
     total_steps: int,
     steps_per_epoch: int,
     warmup_epochs: float = 1.0,
@@ -40,6 +41,7 @@ def warmup_cosine(
 
 def steps(
     learning_rate: float,
+    *,
     steps_per_epoch: int,
     at_epochs: tuple[float, ...],
     factor: float = 0.1,
@@ -77,14 +79,17 @@ def build_schedule(
 ) -> Schedule:
     """Return the schedule that ``config`` names, a function from step to rate.
 
+    Args:
+      config: the ``[schedule]`` section.
+      learning_rate: the rate that it changes; may be traced.
+      steps_per_epoch: turns epochs into steps.
+      total_steps: length of the training.
+
     Raises:
       ExperimentError: an unknown name or argument.
     """
-    if config.name not in SCHEDULES:
-        hint = suggest(config.name, SCHEDULES)
-        raise ExperimentError(f"unknown schedule.name {config.name!r}: {hint}")
     return call(
-        SCHEDULES[config.name],
+        choose(SCHEDULES, config.name, key="schedule.name"),
         config.options,
         section="schedule",
         learning_rate=learning_rate,

@@ -14,11 +14,17 @@ from optalr.experiments.errors import ExperimentError
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 _SHAPES = "shapes"
+# Of a leaf's number in its name; no model here has 100 000 leaves.
 _DIGITS = 5
 
 
 class Checkpoints:
-    """The checkpoints of one run, named by step."""
+    """The checkpoints of one run, named by step.
+
+    Args:
+      path: their folder, which is made if it is not there.
+      keep: how many of the latest stay.
+    """
 
     def __init__(self, path: Path, keep: int):
         self._manager = ocp.CheckpointManager(
@@ -36,11 +42,11 @@ class Checkpoints:
         self._manager.close()
 
     def latest(self) -> int | None:
-        """Return the step of the latest complete checkpoint."""
+        """Return the step of the latest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Save a pytree of arrays and a dict of plain values."""
+        """Save a pytree of arrays and a dict of plain values, once for each step."""
         if step in self._manager.all_steps():
             return
         named = _named(state)
@@ -63,7 +69,8 @@ class Checkpoints:
         """
         meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
-        # Compared here, because Orbax says of a mismatch neither where it is nor what to do.
+        # Compared here, because Orbax's own error says neither where the trees differ nor what to
+        # do about it.
         saved, wanted = meta.pop(_SHAPES), _shapes(target)
         differing = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
         if differing:
@@ -83,7 +90,7 @@ class Checkpoints:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Return the leaves by number and key path; an empty array holds nothing to save."""
+    """Return the leaves by number and key path, without empty arrays: Orbax refuses those."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(i, path): leaf for i, (path, leaf) in enumerate(leaves) if np.size(leaf)}
 

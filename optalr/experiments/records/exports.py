@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
 
 
 def export_csv(folder: RunFolder) -> list[Path]:
@@ -27,7 +27,7 @@ def export_tensorboard(folder: RunFolder) -> Path:
     """Write the metrics as TensorBoard events into ``tensorboard/``, anew each time.
 
     Raises:
-      ExperimentError: tensorboardX is not installed.
+      ExperimentError: tensorboardX, which the ``experiments`` extra does not bring, is missing.
     """
     try:
         from tensorboardX import SummaryWriter

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
 
 _SHADE = "#f2c14e"
 _SPLITS = (("validation", "tab:orange"), ("test", "tab:red"))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optalr.experiments.records.record import write_atomically
+from optalr.experiments.records.run_folder import write_atomically
 from optalr.experiments.reports.pictures import draw_curves, draw_losses, draw_rates
 from optalr.experiments.studies import compare
 from optalr.experiments.studies.compare import Comparison

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from optalr.experiments.configs.config import Config, load_config, override, to_table, to_toml
+from optalr.experiments.configs.config import Config, to_table
+from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.data import Dataset, load
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError, suggest
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder, write_atomically
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder, write_atomically
 from optalr.experiments.reports.plots import column, trailing_mean
 from optalr.experiments.training.loop import Report, train
-from optalr.experiments.training.objective import PROBLEMS
+from optalr.experiments.training.objective import OBJECTIVES
 from optalr.experiments.training.trainer import Trainer
 
 SPECIFICATION = "comparison.json"
@@ -173,7 +174,7 @@ def run_all(comparison: Comparison, show: ShowProgress) -> None:
             seeded = override(config, {"train.seed": seed})
             folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, seeded)
             with show(
-                f"{name} seed {seed} ({done}/{total})", trainer.problem.score_name, 1
+                f"{name} seed {seed} ({done}/{total})", trainer.objective.score_name, 1
             ) as report:
                 _train(trainer, folder, report)
 
@@ -188,7 +189,7 @@ def score_name(comparison: Comparison) -> str:
     for name in comparison.configs:
         for folder in comparison.runs(name):
             row = folder.rows(METRICS)[0]
-            return next(p.score_name for p in PROBLEMS.values() if p.score_name in row)
+            return next(p.score_name for p in OBJECTIVES.values() if p.score_name in row)
     return "accuracy"
 
 

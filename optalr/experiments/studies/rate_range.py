@@ -11,7 +11,7 @@ from optalr.experiments.configs.config import Config
 from optalr.experiments.data import load
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import build_model
-from optalr.experiments.training.objective import PROBLEMS
+from optalr.experiments.training.objective import OBJECTIVES
 from optalr.experiments.training.steps import make_loss
 
 
@@ -27,7 +27,7 @@ def suggest_for(
     """
     dataset = load(config.data)
     size = min(config.train.batch_size, len(dataset.train))
-    model, problem = build_model(config.model, dataset), PROBLEMS[dataset.task]
+    model, problem = build_model(config.model, dataset), OBJECTIVES[dataset.task]
     loss_fn = make_loss(model, problem, dataset)
     key = jax.random.key(config.train.seed)
     params, model_state = model.init(key)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optalr.experiments.configs.methods import build_method, find_method
-from optalr.experiments.training.steps import TrainState, make_epoch, make_step
+from optalr.experiments.training.steps import Batches, TrainState, make_epoch, make_step
 from optalr.experiments.training.trainer import Trainer
 
 # Members of one program; more are trained in turns.
@@ -61,9 +61,9 @@ def _train(trainer: Trainer, members: list[tuple[float, int]]) -> list[dict[str,
         return TrainState(params, model_state, method(rate).init(params), jnp.int32(0))
 
     def epoch(state, rate, key, indices, x, y):
-        step = make_step(trainer.loss_fn, method(rate), trainer.problem, trainer.augment)
+        step = make_step(trainer.loss_fn, method(rate), trainer.objective, augment=trainer.augment)
         values = jnp.full(indices.shape[:1], jnp.nan, jnp.float32)
-        state, measured = make_epoch(step)(state, key, x, y, indices, values)
+        state, measured = make_epoch(step)(state, key, Batches(x, y, indices, values))
         return state, jnp.mean(measured["loss"])
 
     run = jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None, None)), donate_argnums=0)

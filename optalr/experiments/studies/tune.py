@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from optalr.experiments.configs.config import Config, override, to_table, to_toml
+from optalr.experiments.configs.config import Config, to_table
+from optalr.experiments.configs.files import override, to_toml
 from optalr.experiments.data import Dataset, load
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.records.record import RunFolder, write_atomically
+from optalr.experiments.records.run_folder import RunFolder, write_atomically
 from optalr.experiments.studies.sweep import can_sweep, train_grid
 from optalr.experiments.training.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""Scaling an experiment down to a laptop, consistently."""
+"""An experiment scaled down to a laptop, milestones and all."""
 
 import math
 from collections.abc import Mapping
@@ -11,10 +11,14 @@ from optalr.experiments.errors import ExperimentError
 def scale_to_budget(config: Config, budget: float) -> Config:
     """Return ``config`` at about ``budget`` times its work.
 
-    Epochs and training examples both shrink by the square root of ``budget``; whatever is stated
+    Epochs and training examples both shrink by the square root of ``budget``. Whatever is stated
     in epochs (milestones of the schedule, the switch, warm-ups, checkpoints) shrinks with the
     epochs, so that it comes at the same part of the run. Learning rates, batch size and the test
     set stay.
+
+    Args:
+      config: the experiment at its full size.
+      budget: part of the work, in (0, 1].
 
     Raises:
       ExperimentError: ``budget`` is not in (0, 1].
@@ -33,10 +37,11 @@ def scale_to_budget(config: Config, budget: float) -> Config:
     for section in ("method", "schedule", "phase"):
         table[section] = _shrink_epochs(table[section], shrink)
     table["tune"] = _shrink_epochs(table["tune"], shrink)
-    return from_table(table, "the config")
+    return from_table(table)
 
 
 def _shrink_epochs(section: Mapping[str, Any], shrink: float) -> dict[str, Any]:
+    """Return ``section`` with every ``x_epochs``, a number or a list of them, multiplied."""
     return {
         key: _times(value, shrink) if key.endswith("_epochs") else value
         for key, value in section.items()

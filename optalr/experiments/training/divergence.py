@@ -1,11 +1,20 @@
-"""Saying why a training run blew up."""
+"""Why a training run blew up."""
 
 import math
 from typing import Any
 
+_RECENT_STEPS = 20
+# Losses of minibatches jump, but seldom threefold.
+_GROWTH = 3
+
 
 def diagnose(rows: list[dict[str, Any]], step: int) -> str:
-    """Return the likely cause and a remedy, from the metrics that led to ``step``."""
+    """Return the likely cause and a remedy.
+
+    Args:
+      rows: metrics, a row a step.
+      step: the step at which training stopped.
+    """
     before = [row for row in rows if row["step"] <= step and math.isfinite(row["loss"])]
     if not before:
         return (
@@ -13,7 +22,8 @@ def diagnose(rows: list[dict[str, Any]], step: int) -> str:
             "fault; look for values that are not numbers in the data"
         )
     last = before[-1]
-    recent = before[-20:]
+    # A rate that is too large shows within a few steps, so earlier losses are not compared.
+    recent = before[-_RECENT_STEPS:]
     lowest = min(recent, key=lambda row: row["loss"])
     found = [f"the last finite loss was {last['loss']:.4g} at step {last['step']}"]
     rate = last.get("learning_rate", math.nan)
@@ -22,7 +32,7 @@ def diagnose(rows: list[dict[str, Any]], step: int) -> str:
     if last.get("failures", 0) > 0:
         found.append(f"{last['failures']:.0f} numerical failures had been counted")
     grew = last["loss"] / max(lowest["loss"], 1e-30)
-    if grew > 3:
+    if grew > _GROWTH:
         found.append(
             f"the loss had grown {grew:.3g}-fold in {last['step'] - lowest['step']} steps, so the "
             "learning rate is too large"

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from optalr.arrays import all_finite
 from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
 from optalr.experiments.training.divergence import diagnose
 from optalr.experiments.training.trainer import Segment, Trainer, TrainState
 
@@ -23,8 +24,8 @@ Report = Callable[[dict[str, Any]], None]
 def train(trainer: Trainer, folder: RunFolder, report: Report = lambda row: None) -> dict[str, Any]:
     """Train to the last epoch, from the last checkpoint if there is one.
 
-    The parameters, the method's state and every recorded number but the seconds are the same bits
-    whether or not the run was interrupted.
+    The parameters, the method's state and every recorded number except the seconds are the same
+    bits whether or not the run was interrupted.
 
     Args:
       trainer: the config made ready.
@@ -35,21 +36,21 @@ def train(trainer: Trainer, folder: RunFolder, report: Report = lambda row: None
       The result: final losses and scores, steps, seconds.
 
     Raises:
-      TrainingDivergedError: a loss or parameter is not finite; the message is a diagnosis.
+      TrainingDivergedError: a loss or parameter is not finite. The message is a diagnosis.
     """
     finished = folder.result()
     if finished is not None:
         return finished
     keep = trainer.config.record.keep
     with folder.lock(), Checkpoints(folder.path / "checkpoints", keep) as checkpoints:
-        return _Run(trainer, folder, checkpoints, report).to_the_end()
+        return _Run(trainer, folder, checkpoints=checkpoints, report=report).to_the_end()
 
 
 class _Run:
     """One run under way."""
 
     def __init__(
-        self, trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints, report: Report
+        self, trainer: Trainer, folder: RunFolder, *, checkpoints: Checkpoints, report: Report
     ):
         self.trainer, self.folder, self.checkpoints = trainer, folder, checkpoints
         self.report = report
@@ -60,6 +61,7 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def to_the_end(self) -> dict[str, Any]:
+        """Train what is left, and return the result."""
         trainer = self.trainer
         state = self._start()
         while (step := int(state.step)) < trainer.total_steps:
@@ -69,26 +71,29 @@ class _Run:
                 state = segment.state
                 self._append(segment)
                 self._save_if_due(state)
+            # It is handed to one step, the first after it was measured.
             self.validation_loss = math.nan
         return self._finish(state)
 
     def _start(self) -> TrainState:
+        """Return the state to go on from, and cut off what was recorded after it."""
         state = self.trainer.init(self.seed)
         latest = self.checkpoints.latest()
         if latest is not None:
-            # Before the state is read, which a change of the config may have made unreadable.
+            # Compared before the state is read, which a change of the config may make impossible.
             saved = self.checkpoints.meta(latest).get("configuration")
             if saved is not None:
-                optalr.warn_if_changed(saved, _configuration(self.trainer.config))
+                optalr.warn_if_changed(saved, _decisive_settings(self.trainer.config))
             state, meta = self.checkpoints.restore(latest, state)
             self.seconds = meta["seconds"]
         step = int(state.step)
         self.folder.cut(METRICS, step)
-        # The evaluation at this very step is made again, to the same numbers.
+        # The evaluation at this very step is made again and comes to the same numbers.
         self.folder.cut(EVALUATIONS, step - 1)
         return state
 
     def _append(self, segment: Segment) -> None:
+        """Record a row for each step of a segment, up to the first loss that is not finite."""
         trainer = self.trainer
         losses = segment.measured["loss"]
         num_steps = len(losses)
@@ -97,6 +102,7 @@ class _Run:
         names = [*segment.measured, "step", "epoch", "seconds"]
         steps = np.arange(last - num_steps + 1, last + 1)
         seconds = self.seconds + pace * np.arange(1, num_steps + 1)
+        # Lists of Python numbers, a column at a time: a number at a time is slow.
         columns = [
             *(values.tolist() for values in segment.measured.values()),
             steps.tolist(),
@@ -121,8 +127,9 @@ class _Run:
         if due or waited > 60 * self.record.checkpoint_minutes:
             if not bool(jax.jit(all_finite)(state.params)):
                 self._diverged(step)
+            # Rows reach the disk first, so that no checkpoint is ahead of them.
             self.folder.sync()
-            settings = _configuration(self.trainer.config)
+            settings = _decisive_settings(self.trainer.config)
             meta = {"seconds": self.seconds, "configuration": settings}
             self.checkpoints.save(step, state, meta)
             self.saved_at = time.monotonic()
@@ -158,6 +165,7 @@ class _Run:
         return result
 
     def _diverged(self, step: int) -> None:
+        """Record the divergence with its diagnosis, and raise it."""
         latest = self.checkpoints.latest()
         diagnosis = diagnose(self.folder.rows(METRICS), step)
         kept = (
@@ -178,11 +186,11 @@ class _Run:
         raise TrainingDivergedError(message)
 
 
-def resume(path: Any) -> tuple[Trainer, RunFolder]:
+def open_unfinished(path: str | Path) -> tuple[Trainer, RunFolder]:
     """Return what ``train`` needs to go on with the run in a folder.
 
     Raises:
-      ExperimentError: no run is there, or it has nothing left to do.
+      ExperimentError: the folder holds no run, or one that has nothing left to do.
     """
     folder = RunFolder.open(path)
     result = folder.result()
@@ -199,8 +207,11 @@ def resume(path: Any) -> tuple[Trainer, RunFolder]:
     return Trainer(folder.config()), folder
 
 
-def _configuration(config: Config) -> dict[str, str]:
-    """Describe what decides the course of a run, its seed (each run folder's own) excepted."""
+def _decisive_settings(config: Config) -> dict[str, str]:
+    """Describe what decides the course of a run.
+
+    The seed is left out: a trainer serves many, and each run folder has its own.
+    """
     table = to_table(config)
     decisive = {key: table[key] for key in ("data", "model", "method", "schedule", "phase")}
     train = {key: value for key, value in table["train"].items() if key != "seed"}

@@ -1,16 +1,19 @@
 """What a task asks of a model's outputs: the loss, and what is reported beside it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+# ``(outputs, y)`` to one number an example.
+Measure = Callable[[jax.Array, jax.Array], jax.Array]
 
-class Problem(NamedTuple):
-    """The loss of a task.
+
+class Objective(NamedTuple):
+    """The loss of a task and the score that is reported beside it.
 
     Attributes:
       example_losses: ``(outputs, y)`` to one loss an example.
@@ -18,8 +21,8 @@ class Problem(NamedTuple):
       score_name: what the mean score is called.
     """
 
-    example_losses: Callable[[jax.Array, jax.Array], jax.Array]
-    example_scores: Callable[[jax.Array, jax.Array], jax.Array]
+    example_losses: Measure
+    example_scores: Measure
     score_name: str
 
     def loss(self, outputs: jax.Array, y: jax.Array) -> jax.Array:
@@ -31,6 +34,12 @@ class Problem(NamedTuple):
         return jnp.mean(self.example_scores(outputs, y))
 
 
+def score_name_in(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the score is called in the metrics of a run, of which the task is not known."""
+    names = [objective.score_name for objective in OBJECTIVES.values()]
+    return next((name for name in names if rows and name in rows[0]), names[0])
+
+
 def _cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), y)
 
@@ -39,7 +48,8 @@ def _hits(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return (jnp.argmax(outputs, axis=-1) == y).astype(jnp.float32)
 
 
-def _per_sequence(function: Callable[[jax.Array, jax.Array], jax.Array]):
+def _per_sequence(function: Measure) -> Measure:
+    """Return the mean of ``function`` over the symbols of each sequence."""
     return lambda outputs, y: jnp.mean(function(outputs, y), axis=-1)
 
 
@@ -51,10 +61,10 @@ def _absolute_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(outputs - y), axis=-1)
 
 
-PROBLEMS: Mapping[str, Problem] = MappingProxyType(
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
-        "classification": Problem(_cross_entropy, _hits, "accuracy"),
-        "language": Problem(_per_sequence(_cross_entropy), _per_sequence(_hits), "accuracy"),
-        "regression": Problem(_squared_error, _absolute_error, "absolute_error"),
+        "classification": Objective(_cross_entropy, _hits, "accuracy"),
+        "language": Objective(_per_sequence(_cross_entropy), _per_sequence(_hits), "accuracy"),
+        "regression": Objective(_squared_error, _absolute_error, "absolute_error"),
     }
 )

@@ -11,11 +11,12 @@ import optax
 import optalr
 from optalr.experiments.data.dataset import Dataset, Split
 from optalr.experiments.models import Model
-from optalr.experiments.training.objective import Problem
+from optalr.experiments.training.objective import Objective
 
+# A probe is evaluated in every step, an evaluation once in an epoch.
 EVALUATION_BATCH = 512
 PROBE_BATCH = 256
-# The loop counts its own steps, and the bytes of a state do not change.
+# The loop counts its own steps and measures its own loss, and a state's size does not change.
 _NOT_LOGGED = ("step", "state_bytes", "loss")
 
 
@@ -35,7 +36,45 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-def make_loss(model: Model, problem: Problem, dataset: Dataset) -> Any:
+# Arrays, traced or not, or while compiling their shapes and dtypes.
+_Arrays = Any
+
+
+class Batch(NamedTuple):
+    """What one step reads.
+
+    Attributes:
+      x: examples, a row each.
+      y: their targets.
+      validation_value: float32 scalar, the validation loss if it was just measured, else NaN.
+    """
+
+    x: _Arrays
+    y: _Arrays
+    validation_value: _Arrays
+
+
+class Batches(NamedTuple):
+    """What an epoch reads.
+
+    Attributes:
+      x: all training examples.
+      y: all their targets.
+      indices: int32 ``(steps, batch)``, the examples of each step.
+      validation_values: float32 ``(steps,)``, as in ``Batch``.
+    """
+
+    x: _Arrays
+    y: _Arrays
+    indices: _Arrays
+    validation_values: _Arrays
+
+
+Measured = dict[str, jax.Array]
+Step = Callable[[TrainState, jax.Array, Batch], tuple[TrainState, Measured]]
+
+
+def make_loss(model: Model, objective: Objective, dataset: Dataset) -> Any:
     """Return ``loss(params, x, y, model_state, key) -> (loss, (outputs, model_state))``."""
 
     def predict(params, x, y, model_state, key):
@@ -43,7 +82,7 @@ def make_loss(model: Model, problem: Problem, dataset: Dataset) -> Any:
         return outputs, (outputs, new_state)
 
     def output_loss(outputs, x, y, model_state, key):
-        return problem.loss(outputs, y)
+        return objective.loss(outputs, y)
 
     return optalr.composite_loss(predict, output_loss, has_aux=True)
 
@@ -51,82 +90,97 @@ def make_loss(model: Model, problem: Problem, dataset: Dataset) -> Any:
 def make_step(
     loss_fn: Any,
     tx: optax.GradientTransformationExtraArgs,
-    problem: Problem,
+    objective: Objective,
+    *,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     validation: Split | None = None,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Return ``step(state, key, x, y, validation_value) -> (state, measured)``.
+) -> Step:
+    """Return ``step(state, key, batch) -> (state, measured)``.
 
-    ``key`` is the run's; the step's own follows from it and the step's number, so that a resumed
-    run draws what the first would have drawn. Where there are ``validation`` examples, methods may
-    probe the loss of a random batch of them, the extra ``validation_value_fn``.
+    ``key`` is the run's. The step's own key follows from it and from the step's number, so that a
+    resumed run draws what an uninterrupted one would have drawn.
+
+    Args:
+      loss_fn: as ``make_loss`` returns it.
+      tx: the method.
+      objective: names and computes the score that is measured beside the loss.
+      augment: changes the examples at random.
+      validation: lets methods probe the loss of a random batch of these examples, as the extra
+        ``validation_value_fn``.
     """
     evaluate = optalr.value_grad_and_extras(loss_fn, has_aux=True)
 
-    def probe(validation, state, key):
-        """Return the loss of a random validation batch, as a function of the parameters."""
-        size = min(PROBE_BATCH, len(validation))
-        chosen = jax.random.choice(key, len(validation), (size,), replace=False)
-        batch = jnp.asarray(validation.x)[chosen], jnp.asarray(validation.y)[chosen]
-
-        def value(args, params):
-            return loss_fn(params, *args)[0]
-
-        return jax.tree_util.Partial(value, (*batch, state.model_state, key))
-
-    def step(state, key, x, y, validation_value):
+    def step(state: TrainState, key: jax.Array, batch: Batch) -> tuple[TrainState, Measured]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        if augment is not None:
-            x = augment(augment_key, x)
+        x = batch.x if augment is None else augment(augment_key, batch.x)
         (loss, (outputs, model_state)), grads, extras = evaluate(
             state.params,
             x,
-            y,
+            batch.y,
             state.model_state,
             dropout_key,
             signals=optalr.wants_signals(state.opt_state),
         )
         if validation is not None and len(validation):
-            extras["validation_value_fn"] = probe(validation, state, dropout_key)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, **extras, validation_value=validation_value
-        )
+            extras["validation_value_fn"] = _probe(loss_fn, validation, state, key=dropout_key)
+        extras["validation_value"] = batch.validation_value
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extras)
         params = optax.apply_updates(state.params, updates)
-        measured = {"loss": loss, problem.score_name: problem.score(outputs, y)}
-        reported = optalr.metrics(opt_state)
-        measured |= {name: reported[name] for name in reported if name not in _NOT_LOGGED}
+        measured = {"loss": loss, objective.score_name: objective.score(outputs, batch.y)}
+        measured |= _reported(opt_state)
         measured = {name: jnp.asarray(v, jnp.float32) for name, v in measured.items()}
         return TrainState(params, model_state, opt_state, state.step + 1), measured
 
     return step
 
 
-def make_epoch(step: Callable[..., Any]) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Return ``epoch(state, key, x, y, indices, validation_values)``: a scan of ``step``.
+def _probe(loss_fn: Any, validation: Split, state: TrainState, *, key: jax.Array) -> Any:
+    """Return the loss of a random validation batch, as a function of the parameters."""
+    size = min(PROBE_BATCH, len(validation))
+    chosen = jax.random.choice(key, len(validation), (size,), replace=False)
+    batch = jnp.asarray(validation.x)[chosen], jnp.asarray(validation.y)[chosen]
 
-    ``indices`` is ``(steps, batch)``; what is measured comes back with a leading axis of steps.
+    def value(args, params):
+        return loss_fn(params, *args)[0]
+
+    return jax.tree_util.Partial(value, (*batch, state.model_state, key))
+
+
+def _reported(opt_state: Any) -> Measured:
+    found = optalr.metrics(opt_state)
+    return {name: value for name, value in found.items() if name not in _NOT_LOGGED}
+
+
+def make_epoch(
+    step: Step,
+) -> Callable[[TrainState, jax.Array, Batches], tuple[TrainState, Measured]]:
+    """Return ``epoch(state, key, batches) -> (state, measured)``: a scan of ``step``.
+
+    What is measured comes back with a leading axis of steps.
     """
 
-    def epoch(state, key, x, y, indices, validation_values):
+    def epoch(state, key, batches):
         def body(state, inputs):
             chosen, validation_value = inputs
-            return step(state, key, x[chosen], y[chosen], validation_value)
+            batch = Batch(batches.x[chosen], batches.y[chosen], validation_value)
+            return step(state, key, batch)
 
-        return jax.lax.scan(body, state, (indices, validation_values))
+        return jax.lax.scan(body, state, (batches.indices, batches.validation_values))
 
     return epoch
 
 
 def make_evaluation(
-    model: Model, problem: Problem, dataset: Dataset
+    model: Model, objective: Objective, dataset: Dataset
 ) -> Callable[[Any, Any, Split], dict[str, float]]:
     """Return ``evaluation(params, model_state, split)``: the mean loss and score of a split."""
 
     @jax.jit
-    def sums(params, model_state, x, y, weight):
+    def sums(variables, part, weight):
+        (params, model_state), (x, y) = variables, part
         outputs, _ = model.apply(params, model_state, dataset.prepare(x))
-        losses = problem.example_losses(outputs, y)
-        scores = problem.example_scores(outputs, y)
+        losses = objective.example_losses(outputs, y)
+        scores = objective.example_scores(outputs, y)
         return jnp.sum(losses * weight), jnp.sum(scores * weight)
 
     # One shape for every split, so one compilation.
@@ -134,14 +188,15 @@ def make_evaluation(
 
     def evaluation(params, model_state, split):
         if not len(split):
-            return {"loss": float("nan"), problem.score_name: float("nan")}
+            return {"loss": float("nan"), objective.score_name: float("nan")}
         totals = []
         for start in range(0, len(split), size):
             indices = np.arange(start, start + size)
+            # The last part is filled up with its last example, which then counts for nothing.
             part = split.take(np.minimum(indices, len(split) - 1))
             weight = (indices < len(split)).astype(np.float32)
-            totals.append(sums(params, model_state, part.x, part.y, weight))
+            totals.append(sums((params, model_state), (part.x, part.y), weight))
         loss, score = np.sum(np.asarray(jax.device_get(totals), np.float64), axis=0) / len(split)
-        return {"loss": float(loss), problem.score_name: float(score)}
+        return {"loss": float(loss), objective.score_name: float(score)}
 
     return evaluation

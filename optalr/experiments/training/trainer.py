@@ -1,4 +1,4 @@
-"""What a config determines and its seeds share: data, model, method, compiled functions."""
+"""What a config determines and all its seeds share: data, model, method, compiled programs."""
 
 import time
 from collections import deque
@@ -15,8 +15,11 @@ from optalr.experiments.data import Dataset, load
 from optalr.experiments.data.augment import Augmentation, build_augmentation
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import build_model
-from optalr.experiments.training.objective import PROBLEMS
+from optalr.experiments.training.objective import OBJECTIVES
 from optalr.experiments.training.steps import (
+    Batch,
+    Batches,
+    Measured,
     TrainState,
     make_epoch,
     make_evaluation,
@@ -24,8 +27,10 @@ from optalr.experiments.training.steps import (
     make_step,
 )
 
-# A streamed loop reports about once in this many seconds, and runs this many steps ahead.
+# A streamed loop reports about once in this many seconds: often enough for a progress bar.
 _REPORT_SECONDS = 1.0
+# It runs this many steps ahead of the device: enough to hide the host's work, few enough that
+# batches do not pile up in memory.
 _STEPS_AHEAD = 4
 
 
@@ -43,8 +48,23 @@ class Segment(NamedTuple):
     seconds: float
 
 
+class _Order(NamedTuple):
+    """What the steps of a segment read beside the data; see ``Batches``."""
+
+    indices: np.ndarray
+    validation_values: np.ndarray
+
+
 class Trainer:
-    """One config made ready to train, with any seed."""
+    """One config made ready to train, with any seed.
+
+    Args:
+      config: the experiment.
+      dataset: its data where they are loaded already, as in a comparison of several configs.
+
+    Raises:
+      ExperimentError: a name or argument of the config is unknown, or its parts do not fit.
+    """
 
     def __init__(self, config: Config, dataset: Dataset | None = None):
         self.config = config
@@ -53,9 +73,10 @@ class Trainer:
         self._check_batch_size()
         self.steps_per_epoch = len(self.dataset.train) // self.batch_size
         self.total_steps = config.train.epochs * self.steps_per_epoch
-        self.problem = PROBLEMS[self.dataset.task]
+        self.objective = OBJECTIVES[self.dataset.task]
         self.model = build_model(config.model, self.dataset)
-        self.loss_fn = make_loss(self.model, self.problem, self.dataset)
+        self.loss_fn = make_loss(self.model, self.objective, self.dataset)
+        # What a method may ask for and data and model know already.
         self.given: dict[str, Any] = {"num_classes": self.dataset.num_classes}
         if self.dataset.task != "regression":
             self.given["loss"] = "softmax_cross_entropy"
@@ -73,16 +94,16 @@ class Trainer:
         self.step = make_step(
             self.loss_fn,
             self.tx,
-            self.problem,
-            self.augment,
+            self.objective,
+            augment=self.augment,
             validation=self.dataset.validation if probes else None,
         )
-        self.evaluation = make_evaluation(self.model, self.problem, self.dataset)
+        self.evaluation = make_evaluation(self.model, self.objective, self.dataset)
         self._init = jax.jit(self._first_state)
         self.compile_seconds = 0.0
-        # Made once: to make a key takes longer than to record a small step.
+        # Kept, because making a key takes longer than recording a small step.
         self._keys: dict[int, jax.Array] = {}
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[int, Any] = {}
         self._resident: tuple[jax.Array, jax.Array] | None = None
 
     def init(self, seed: int) -> TrainState:
@@ -97,9 +118,9 @@ class Trainer:
         """
         state = self._guard(jax.eval_shape, self._init, self.key(0))
         if self.scans:
-            self._epoch_function(state, 0, self.steps_per_epoch)
+            self._compile_epoch(state, self.key(0), self.steps_per_epoch)
         else:
-            self._step_function(state, 0)
+            self._compile_step(state, self.key(0))
 
     def segments(self, state: TrainState, seed: int, validation_value: float) -> Iterator[Segment]:
         """Train from ``state.step`` to the end of its epoch, a segment at a time.
@@ -109,23 +130,28 @@ class Trainer:
           seed: the run's.
           validation_value: the loss just measured, handed to the first step of an epoch.
         """
-        done = int(state.step)
-        epoch, start = divmod(done, self.steps_per_epoch)
+        epoch, start = divmod(int(state.step), self.steps_per_epoch)
         indices = self.order(seed, epoch)[start:]
         values = np.full(len(indices), np.nan, np.float32)
         if start == 0:
             values[0] = validation_value
+        order = _Order(indices, values)
         if self.scans:
-            yield self._scan(state, seed, indices, values)
+            yield self._scan(state, self.key(seed), order)
         else:
-            yield from self._stream(state, seed, indices, values)
+            yield from self._stream(state, self.key(seed), order)
 
     def evaluate(self, state: TrainState, *names: str) -> dict[str, float]:
         """Return ``<split>_<measure>`` for each split named."""
+        dataset = self.dataset
+        splits = {
+            "train": dataset.train,
+            "validation": dataset.validation,
+            "test": dataset.test,
+        }
         found = {}
         for name in names:
-            split = getattr(self.dataset, name)
-            measures = self.evaluation(state.params, state.model_state, split)
+            measures = self.evaluation(state.params, state.model_state, splits[name])
             found |= {f"{name}_{measure}": value for measure, value in measures.items()}
         return found
 
@@ -133,28 +159,28 @@ class Trainer:
         params, model_state = self.model.init(key)
         return TrainState(params, model_state, self.tx.init(params), jnp.int32(0))
 
-    def _scan(self, state, seed, indices, values) -> Segment:
-        run = self._epoch_function(state, seed, len(indices))
-        key, data = self.key(seed), self.data()
+    def _scan(self, state: TrainState, key: jax.Array, order: _Order) -> Segment:
+        run = self._compile_epoch(state, key, len(order.indices))
+        batches = Batches(*self.data(), *order)
         started = time.perf_counter()
-        state, measured = run(state, key, *data, indices, values)
+        state, measured = run(state, key, batches)
         measured = jax.device_get(measured)
         jax.block_until_ready(state)
         return Segment(state, measured, time.perf_counter() - started)
 
-    def _stream(self, state, seed, indices, values) -> Iterator[Segment]:
-        run, key = self._step_function(state, seed), self.key(seed)
-        rows: list[dict[str, jax.Array]] = []
+    def _stream(self, state: TrainState, key: jax.Array, order: _Order) -> Iterator[Segment]:
+        run = self._compile_step(state, key)
+        rows: list[Measured] = []
         ahead: deque[jax.Array] = deque()
         started = time.perf_counter()
-        for i, (chosen, value) in enumerate(zip(indices, values, strict=True)):
-            batch = self.dataset.train.take(chosen)
-            state, measured = run(state, key, batch.x, batch.y, value)
+        for i, (chosen, value) in enumerate(zip(*order, strict=True)):
+            examples = self.dataset.train.take(chosen)
+            state, measured = run(state, key, Batch(examples.x, examples.y, value))
             rows.append(measured)
             ahead.append(measured["loss"])
             if len(ahead) > _STEPS_AHEAD:
                 ahead.popleft().block_until_ready()
-            if i + 1 == len(indices) or time.perf_counter() - started > _REPORT_SECONDS:
+            if i + 1 == len(order.indices) or time.perf_counter() - started > _REPORT_SECONDS:
                 table = jax.device_get(rows)
                 jax.block_until_ready(state)
                 measured = {name: np.stack([row[name] for row in table]) for name in table[0]}
@@ -181,33 +207,39 @@ class Trainer:
             self._resident = jnp.asarray(train.x), jnp.asarray(train.y)
         return self._resident
 
-    def _epoch_function(self, state: Any, seed: int, num_steps: int) -> Any:
-        def arguments():
-            shape = (num_steps, self.batch_size)
-            indices = jax.ShapeDtypeStruct(shape, jnp.int32)
-            values = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
-            return (state, self.key(seed), *self.data(), indices, values)
+    def _compile_epoch(self, state: Any, key: jax.Array, num_steps: int) -> Any:
+        """Return the compiled scan of ``num_steps`` steps; what is compiled is kept."""
 
-        return self._compile(("epoch", num_steps), make_epoch(self.step), arguments)
-
-    def _step_function(self, state: Any, seed: int) -> Any:
         def arguments():
-            batch = self.dataset.train.take(np.arange(self.batch_size))
+            indices = jax.ShapeDtypeStruct((num_steps, self.batch_size), jnp.int32)
+            values = jax.ShapeDtypeStruct((num_steps,), jnp.float32)
+            return state, key, Batches(*self.data(), indices, values)
+
+        return self._compile_once(num_steps, make_epoch(self.step), arguments)
+
+    def _compile_step(self, state: Any, key: jax.Array) -> Any:
+        """Return the compiled step; what is compiled is kept."""
+
+        def arguments():
+            examples = self.dataset.train.take(np.arange(self.batch_size))
             value = jax.ShapeDtypeStruct((), jnp.float32)
-            return (state, self.key(seed), batch.x, batch.y, value)
+            return state, key, Batch(examples.x, examples.y, value)
 
-        return self._compile(("step",), self.step, arguments)
+        return self._compile_once(1, self.step, arguments)
 
-    def _compile(self, name: Any, function: Any, arguments: Callable[[], Any]) -> Any:
-        if name not in self._compiled:
+    def _compile_once(
+        self, num_steps: int, function: Callable[..., Any], arguments: Callable[[], Any]
+    ) -> Any:
+        # A trainer either scans or streams, so the number of steps tells its programs apart.
+        if num_steps not in self._compiled:
             started = time.perf_counter()
             jitted, examples = jax.jit(function, donate_argnums=(0,)), arguments()
-            self._compiled[name] = self._guard(lambda: jitted.lower(*examples).compile())
+            self._compiled[num_steps] = self._guard(lambda: jitted.lower(*examples).compile())
             self.compile_seconds += time.perf_counter() - started
-        return self._compiled[name]
+        return self._compiled[num_steps]
 
     def _guard(self, function: Any, *arguments: Any) -> Any:
-        """Call ``function``; what a method refuses becomes one line that names it."""
+        """Call ``function``; turn what a method refuses into one line that names it."""
         try:
             return function(*arguments)
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -239,10 +271,11 @@ class Trainer:
             )
 
     def _choose_loop(self) -> bool:
-        """Decide whether epochs are scanned."""
+        """Return whether epochs are scanned."""
         loop = self.config.train.loop
         if loop != "auto":
             return loop == "scan"
         if self.dataset.train.x.nbytes > self.config.train.resident_bytes:
             return False
+        # Inside a scan, XLA's gradients of convolutions are some 20 times slower on a CPU.
         return jax.default_backend() != "cpu" or not self.model.has_convolutions()

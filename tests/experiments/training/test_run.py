@@ -1,10 +1,8 @@
 """The runner end to end: a run, its folder, interruptions, divergence."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from optalr.experiments.configs.config import from_table, load_config
+from optalr.experiments import cli
+from optalr.experiments.configs.config import from_table
+from optalr.experiments.configs.files import load_config
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
-from optalr.experiments.records.record import EVALUATIONS, METRICS, RunFolder, free_path
+from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
 from optalr.experiments.reports.plots import plot_run
-from optalr.experiments.training.loop import resume, train
+from optalr.experiments.training.loop import open_unfinished, train
 from optalr.experiments.training.trainer import Trainer
 from optalr.reading.resuming import ConfigurationChangedWarning
 
@@ -34,13 +34,22 @@ def _config(**sections):
     return from_table({k: {**SMALL.get(k, {}), **sections.get(k, {})} for k in SMALL | sections})
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Train one small run to its end."""
-    config = _config()
-    folder = RunFolder.create(tmp_path_factory.mktemp("runs") / "whole", config)
+def _trained(path, config):
+    folder = RunFolder.create(path / "whole", config)
     trainer = Trainer(config)
     return trainer, folder, train(trainer, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Train one small run to its end, epochs in a scan."""
+    return _trained(tmp_path_factory.mktemp("runs"), _config())
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """Train the same run to its end, a step at a time."""
+    return _trained(tmp_path_factory.mktemp("streamed"), _config(train={"loop": "step"}))
 
 
 def _final_state(trainer, folder):
@@ -80,12 +89,10 @@ def test_a_run_learns_and_leaves_a_whole_folder(finished):
     assert len(kept) == trainer.config.record.keep
 
 
-def test_the_streamed_loop_takes_the_same_steps_as_the_scanned_one(finished, tmp_path):
-    _, folder, _ = finished
-    config = _config(train={"loop": "step"})
-    streamed = RunFolder.create(tmp_path / "streamed", config)
-    train(Trainer(config), streamed)
-    ours, theirs = ([row["loss"] for row in f.rows(METRICS)] for f in (folder, streamed))
+def test_the_streamed_loop_takes_the_same_steps_as_the_scanned_one(finished, streamed):
+    assert finished[0].scans
+    assert not streamed[0].scans
+    ours, theirs = ([row["loss"] for row in run[1].rows(METRICS)] for run in (finished, streamed))
     # XLA fuses a scan's body otherwise than a step, so the last bits differ and then grow.
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
@@ -100,14 +107,11 @@ def test_only_the_seed_decides(finished, tmp_path):
     assert other.rows(METRICS)[0]["loss"] != folder.rows(METRICS)[0]["loss"]
 
 
-@pytest.mark.parametrize("loop", ["scan", "step"])
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, loop, monkeypatch):
-    config = _config(train={"loop": loop})
-    trainer = Trainer(config)
-    whole = RunFolder.create(tmp_path / "whole", config)
-    train(trainer, whole)
-    halted = RunFolder.create(tmp_path / "halted", config)
-    if loop == "step":  # checkpoints within an epoch as well
+@pytest.mark.parametrize("uninterrupted", ["finished", "streamed"])
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, uninterrupted, monkeypatch, request):
+    trainer, whole, _ = request.getfixturevalue(uninterrupted)
+    halted = RunFolder.create(tmp_path / "halted", trainer.config)
+    if not trainer.scans:  # checkpoints within an epoch as well
         halted_config = tmp_path / "halted" / "config.toml"
         text = halted_config.read_text()
         halted_config.write_text(text.replace("minutes = 10.0", "minutes = 0.0"))
@@ -121,25 +125,18 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, loop, monkeypatch):
 
     for _ in range(5):
         try:
-            train(*resume(halted.path), interrupt)
+            train(*open_unfinished(halted.path), interrupt)
         except KeyboardInterrupt:
             continue
         break
     assert halted.result()["steps"] == 20
-    assert len(seen) > len(set(seen)) or loop == "step"
+    assert len(seen) > len(set(seen)) or not trainer.scans
     _assert_same_run(trainer, whole, halted)
 
 
 def test_a_finished_run_is_not_resumed(finished):
     with pytest.raises(ExperimentError, match="is finished"):
-        resume(finished[1].path)
-
-
-def test_nothing_is_overwritten(finished):
-    trainer, folder, _ = finished
-    with pytest.raises(ExperimentError, match="exists and is not overwritten"):
-        RunFolder.create(folder.path, trainer.config)
-    assert free_path(folder.path).name == "whole-2"
+        open_unfinished(finished[1].path)
 
 
 def test_two_processes_cannot_train_into_one_folder(finished, tmp_path):
@@ -151,7 +148,7 @@ def test_two_processes_cannot_train_into_one_folder(finished, tmp_path):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ExperimentError, match="holds no run"):
-        resume(tmp_path)
+        open_unfinished(tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
@@ -165,7 +162,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
         pytest.warns(ConfigurationChangedWarning, match=r"model\.hidden\.0: 16 -> 8"),
         pytest.raises(ExperimentError, match="does not fit this run"),
     ):
-        train(*resume(copy))
+        train(*open_unfinished(copy))
 
 
 def test_resuming_with_another_setting_warns_and_names_it(finished, tmp_path):
@@ -176,19 +173,9 @@ def test_resuming_with_another_setting_warns_and_names_it(finished, tmp_path):
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("epochs = 4", "epochs = 5"))
     with pytest.warns(ConfigurationChangedWarning) as caught:
-        result = train(*resume(copy))
+        result = train(*open_unfinished(copy))
     assert [str(w.message).split(": ", 1)[1] for w in caught] == ["train.epochs: 4 -> 5"]
     assert result["steps"] == 25
-
-
-def test_a_torn_last_line_is_left_out(tmp_path):
-    folder = RunFolder(tmp_path)
-    (tmp_path / METRICS).write_text('{"step": 1, "loss": null}\n{"step": 2, "lo')
-    rows = folder.rows(METRICS)
-    assert [row["step"] for row in rows] == [1]
-    assert np.isnan(rows[0]["loss"])
-    folder.cut(METRICS, 5)
-    assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": null}\n'
 
 
 def test_a_later_divergence_names_the_last_good_checkpoint_and_leaves_it_there(tmp_path):
@@ -212,7 +199,7 @@ def test_a_divergence_stops_with_a_diagnosis(tmp_path):
     assert result["status"] == "diverged"
     assert np.isnan(folder.rows(METRICS)[-1]["loss"])
     with pytest.raises(ExperimentError, match="would again"):
-        resume(folder.path)
+        open_unfinished(folder.path)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +218,19 @@ def test_a_mistake_shows_before_training(sections, wanted):
         Trainer(_config(**sections))
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Give a context whose processes are forked from one that has imported everything already."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    # The tests' cached programs let a process get to its training within seconds.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["optalr.experiments.commands", "sklearn.datasets"])
+    return context
+
+
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path):
+def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path, processes):
     """A killed run goes on from its last checkpoint, and its folder is never damaged."""
     config = _config(train={"epochs": 60}, record={"checkpoint_every": 2})
     trainer = Trainer(config)
@@ -240,25 +238,18 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path
     train(trainer, whole)
     killed = RunFolder.create(tmp_path / "killed", config)
     generator = np.random.default_rng(0)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    # The tests' cached programs let a process get to its training within seconds.
-    environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     kills, lost = 0, 0
     while kills < 20:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "optalr", "resume", str(killed.path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
+        process = processes.Process(target=cli.main, args=(["resume", str(killed.path)],))
+        process.start()
         before = _latest(killed)
         # Kill within the stretch in which it writes: some time after its first new line.
         size = _size(killed)
-        while process.poll() is None and _size(killed) == size:
+        while process.is_alive() and _size(killed) == size:
             time.sleep(0.002)
         time.sleep(generator.uniform(0.0, 0.08))
         process.kill()
-        process.wait()
+        process.join()
         kills += 1
         assert _latest(killed) >= before
         assert all(row["step"] == i + 1 for i, row in enumerate(killed.rows(METRICS)))
@@ -269,7 +260,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(tmp_path
             killed = RunFolder.create(killed.path, config)
     assert lost > 0
     if killed.result() is None:
-        train(*resume(killed.path))
+        train(*open_unfinished(killed.path))
     _assert_same_run(trainer, whole, killed)
 
 

@@ -1,13 +1,8 @@
 import pytest
+from pydantic import ValidationError
 
-from optalr.experiments.configs.config import (
-    Config,
-    from_table,
-    load_config,
-    override,
-    to_table,
-    to_toml,
-)
+from optalr.experiments.configs.config import Config, from_table, to_table
+from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.errors import ExperimentError, suggest
 
 
@@ -23,6 +18,17 @@ def test_a_file_states_differences_only(tmp_path):
     assert config.train.epochs == 3
     assert config.train.batch_size == Config().train.batch_size
     assert config.method.options == {"momentum": 0.5}
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().train.epochs = 3  # type: ignore[misc]
+
+
+def test_a_method_may_have_an_argument_called_options():
+    config = from_table({"method": {"name": "tso_alra", "options": {"block_size": 24}}})
+    assert config.method.options == {"options": {"block_size": 24}}
+    assert to_table(config)["method"]["options"] == {"block_size": 24}
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -53,6 +59,12 @@ def test_what_is_written_is_read_again(tmp_path):
         ("[data]\naugment = 'flip'\n", "data.augment .* a list"),
         ("[train\n", "not valid TOML"),
         ("[method]\nlearning_rate = nan\n", "method.learning_rate"),
+        ("[train]\nepochs = '1'\n", "train.epochs .* must be a whole number .*, got '1'"),
+        ("[train]\nepochs = 2.0\n", "train.epochs .* must be a whole number"),
+        ("[method]\nlearning_rate = '1e-3'\n", "method.learning_rate .* must be a number"),
+        ("[record]\ntensorboard = 1\n", "record.tensorboard .* must be true or false"),
+        ("[data]\naugment = [3]\n", r"data\.augment\.0 .* must be text"),
+        ("[train.epochs]\na = 3\n", "train.epochs .* must be a whole number"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(tmp_path, text, wanted):

@@ -112,7 +112,7 @@ def test_a_mistake_names_the_key_and_the_remedy(table, wanted):
 
 def _rates(name, learning_rate=1.0, **options):
     schedule = build_schedule(
-        ScheduleConfig(name, options), learning_rate, steps_per_epoch=10, total_steps=100
+        ScheduleConfig(name=name, **options), learning_rate, steps_per_epoch=10, total_steps=100
     )
     return [float(schedule(jnp.int32(step))) for step in (0, 10, 49, 50, 100)]
 

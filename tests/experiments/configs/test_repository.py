@@ -1,14 +1,16 @@
 """Every config in the repository can be read, says what it is for, and fits its data."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from optalr.experiments.configs.config import Config, load_config
+from optalr.experiments.configs.config import Config, to_table
+from optalr.experiments.configs.files import load_config
 from optalr.experiments.configs.methods import build_method
 from optalr.experiments.studies.tune import grid
 
-FOLDER = Path(__file__).parents[2] / "configs"
+FOLDER = Path(__file__).parents[3] / "configs"
 FILES = sorted(FOLDER.rglob("*.toml"))
 
 
@@ -24,10 +26,6 @@ def test_a_config_states_purpose_expectation_and_cost(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_a_config_states_differences_only(path):
-    import tomllib
-
-    from optalr.experiments.configs.config import to_table
-
     defaults = to_table(Config())
     for section, values in tomllib.loads(path.read_text()).items():
         if isinstance(values, dict) and section != "tune":

@@ -8,8 +8,8 @@
     result.json        written last: a folder without it is unfinished
     curves.png
 
-Files are replaced atomically. A JSONL file may be ahead of the last checkpoint after an
-interruption; what is ahead is cut off before a run goes on.
+Files are replaced atomically. After an interruption a JSONL file may be ahead of the last
+checkpoint. What is ahead is cut off before the run goes on.
 """
 
 import fcntl
@@ -26,7 +26,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from optalr.experiments.configs.config import Config, load_config, to_table, to_toml
+from optalr.experiments.configs.config import Config, to_table
+from optalr.experiments.configs.files import load_config, to_toml
 from optalr.experiments.errors import ExperimentError
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -34,7 +35,11 @@ _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "numpy")
 
 
 class RunFolder:
-    """A run on disk."""
+    """A run on disk.
+
+    Args:
+      path: the folder; it need not exist yet.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -52,6 +57,7 @@ class RunFolder:
                 f"{path} exists and is not overwritten: name another folder with --out, or go on "
                 f"with `optalr resume {path}`."
             )
+        # Renaming is atomic; the number keeps two processes out of each other's way.
         scratch = path.parent / f".{path.name}.{os.getpid()}"
         try:
             scratch.mkdir(parents=True)
@@ -100,14 +106,14 @@ class RunFolder:
             file.write(text)
 
     def sync(self) -> None:
-        """See the JSONL files to the disk, so that no checkpoint is ahead of them."""
+        """Wait until the JSONL files are on the disk, so that no checkpoint is ahead of them."""
         for name in (METRICS, EVALUATIONS):
             if (self.path / name).exists():
                 with open(self.path / name, "rb") as file:
                     os.fsync(file.fileno())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """Return the lines of a JSONL file; a last line that was cut short is left out."""
+        """Return the lines of a JSONL file, without a last line that was cut short."""
         path = self.path / name
         if not path.exists():
             return []
@@ -121,7 +127,7 @@ class RunFolder:
         return found
 
     def cut(self, name: str, last_step: int) -> None:
-        """Drop the lines of a JSONL file that lie after ``last_step``."""
+        """Drop the lines of a JSONL file that are later than ``last_step``."""
         kept = [row for row in self.rows(name) if row["step"] <= last_step]
         write_atomically(self.path / name, "".join(_json(row) + "\n" for row in kept))
 
@@ -139,7 +145,7 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """Return what the numbers depend on beside the config."""
+    """Return what the numbers depend on apart from the config."""
     import jax
 
     import optalr
@@ -162,7 +168,12 @@ def environment() -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file by one that is complete, or leave it as it was."""
+    """Replace a file by one that is complete, or leave it as it was.
+
+    Args:
+      path: the file.
+      content: text, which is written as UTF-8, or bytes.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     data = content.encode() if isinstance(content, str) else content
     with open(scratch, "wb") as file:
@@ -182,7 +193,7 @@ def free_path(path: Path) -> Path:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    """Return JSON, in which a number that is not finite is null."""
+    """Return JSON in which a number that is not finite is null, because JSON has no NaN."""
 
     def clean(item: Any) -> Any:
         if isinstance(item, Mapping):
@@ -193,6 +204,7 @@ def _json(value: Any, indent: int | None = None) -> str:
             return None
         return item
 
+    # Nearly all rows are finite; cleaning each would take longer than writing it.
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
