@@ -52,7 +52,7 @@ class Model:
     def apply(
         self, params: Any, model_state: Any, x: jax.Array, *, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Return ``(outputs, model_state)``, as in training with a ``key`` and as in testing without."""
+        """Return ``(outputs, model_state)``, as in training with a ``key``, else as in testing."""
         variables = {"params": params, **model_state}
         if key is None:
             return self.module.apply(variables, x, train=False), model_state  # type: ignore

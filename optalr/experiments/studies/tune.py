@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from optalr.experiments.configs.config import Config, override, to_table, to_toml
-from optalr.experiments.data import Dataset, load
+from optalr.experiments.data import load
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.records.record import RunFolder, write_atomically
 from optalr.experiments.studies.sweep import can_sweep, train_grid
@@ -24,7 +24,7 @@ def grid(config: Config) -> list[dict[str, Any]]:
     """Return the points of a config's grid, each a dict of dotted key to value.
 
     Raises:
-      ExperimentError: there is no grid, or an entry of it is not a list of values.
+      ExperimentError: there is no grid, an entry is not a list of values, or a key is unknown.
     """
     if not config.tune:
         raise ExperimentError(
@@ -49,14 +49,18 @@ def grid(config: Config) -> list[dict[str, Any]]:
 def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]:
     """Train every point of the grid with every seed and yield a row a point.
 
-    The choice is by the validation loss at the last step; the test set is not looked at. Points
-    already in the folder's ``results.jsonl`` are yielded without training, so that a search can be
-    interrupted.
+    A row has the means over seeds, among them the validation loss at the last step, by which
+    ``best`` chooses. The test set is not looked at. Points that stand in the folder's
+    ``results.jsonl`` are yielded without training, so a search can be interrupted.
 
     Args:
       config: the experiment, with its grid.
       path: a new folder, or one in which the same search was begun.
-      num_seeds: seeds a point, from ``train.seed`` on.
+      num_seeds: seeds a point, >= 1, from ``train.seed`` on.
+
+    Raises:
+      ExperimentError: the grid is bad, there are no seeds or no validation examples, or the folder
+        holds something else.
     """
     points = grid(config)
     if num_seeds < 1:
@@ -72,9 +76,11 @@ def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]
     seeds = range(config.train.seed, config.train.seed + num_seeds)
     for i, point in enumerate(points):
         if json.dumps(point) not in known:
+            # Points that share all but the rate share a compiled program, so they go together.
             alike = [other for other in points[i:] if _but_rate(other) == _but_rate(point)]
             missing = [other for other in alike if json.dumps(other) not in known]
-            rows = _train_points(config, missing, seeds, dataset)
+            trainer = Trainer(override(config, missing[0]), dataset)
+            rows = _train_points(trainer, missing, seeds)
             folder.append(RESULTS, rows)
             known |= {json.dumps(row["point"]): row for row in rows}
         yield known[json.dumps(point)]
@@ -85,24 +91,29 @@ def _but_rate(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_points(
-    config: Config, points: list[dict[str, Any]], seeds: Sequence[int], dataset: Dataset
+    trainer: Trainer, points: list[dict[str, Any]], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Train points that differ in their learning rate alone, at once where the method allows."""
-    trainer = Trainer(override(config, points[0]), dataset)
+    """Train points that differ in their rate alone: all at once, or else the trainer's, the first.
+
+    The rest is then found missing again, and comes in its turn.
+    """
     if _RATE in points[0] and can_sweep(trainer):
         found = train_grid(trainer, [float(point[_RATE]) for point in points], seeds)
-        return [_row(point, each) for point, each in zip(points, found, strict=True)]
+        return [_means(point, each) for point, each in zip(points, found, strict=True)]
     point = points[0]
-    return [_row(point, [train_once(trainer, seed) for seed in seeds])]
+    return [_means(point, [train_once(trainer, seed) for seed in seeds])]
 
 
-def _row(point: dict[str, Any], found: list[dict[str, float]]) -> dict[str, Any]:
+def _means(point: dict[str, Any], found: list[dict[str, float]]) -> dict[str, Any]:
     means = {key: float(np.mean([measures[key] for measures in found])) for key in found[0]}
     return {"point": point, "seeds": len(found), **means}
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the row with the lowest validation loss; a point that diverged cannot win.
+
+    Args:
+      rows: what ``tune`` yielded.
 
     Raises:
       ExperimentError: every point diverged.
@@ -114,7 +125,11 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def train_once(trainer: Trainer, seed: int) -> dict[str, float]:
-    """Train without a record and return final losses, NaN where training diverged."""
+    """Train without a record and return final losses, NaN where training diverged.
+
+    Returns:
+      The mean training loss of the last epoch, and the validation loss and score.
+    """
     state = trainer.init(seed)
     every = trainer.config.train.evaluate_every
     losses = np.zeros(0)
@@ -133,6 +148,7 @@ def train_once(trainer: Trainer, seed: int) -> dict[str, float]:
 
 
 def _open(path: Path, config: Config, num_seeds: int) -> RunFolder:
+    """Open the folder of a search, new or begun; what it searches stands in ``tuning.toml``."""
     text = to_toml({"tuning": {"seeds": num_seeds}, **to_table(config)})
     file = path / "tuning.toml"
     if path.exists():
