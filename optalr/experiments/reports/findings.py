@@ -69,7 +69,7 @@ def draw_factors(spectra: list[tuple[int, Factors]]) -> Figure:
     figsize = (2.6 * max(2, len(kernels)), 5.2)
     figure = Figure(figsize=figsize, dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(2, len(kernels), squeeze=False)
-    # From dark to light over training.
+    # From blue to red over training.
     shades = np.linspace(0.1, 0.85, len(spectra))
     for i, kernel in enumerate(kernels):
         for j, side in enumerate(("inputs (rows)", "outputs (cols)")):

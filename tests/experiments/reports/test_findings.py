@@ -58,7 +58,7 @@ def test_factors_have_an_axis_a_side_and_a_line_an_epoch():
     assert first.get_ydata().tolist() == [4.0, 1.0]
     # What float32 cannot hold is drawn at its limit.
     assert last.get_ydata() == pytest.approx([9.0, 9e-8])
-    # From dark to light: the red part grows.
+    # From blue to red over training.
     assert first.get_color()[0] < last.get_color()[0]
     names = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert names == ["epoch 1", "epoch 5"]
