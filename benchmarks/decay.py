@@ -2,8 +2,9 @@
 
     python benchmarks/decay.py [docs/images/flow_decay.png]
 
-It draws the norm of ``F``, the loss's derivative in the outputs, along undamped flows of type G with
-exact solves, over the profiles that they were asked to follow, ``F(t) = e^{-t} F(0)`` among them.
+It draws the norm of ``F``, the loss's derivative in the outputs, along undamped flows of type G
+with exact solves, over the profiles that they were asked to follow, ``F(t) = e^{-t} F(0)`` among
+them.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/preconditioned.py
 
 At the start, and after 10 and 20 steps of the damped flow with five Krylov steps, the same system
-``(G + λI) v = ∇`` is solved with and without them. It prints the plain norm of the residual over that
-of the gradient, and how far the quadratic model falls along the solution.
+``(G + λI) v = ∇`` is solved with and without them. It prints the plain norm of the residual over
+that of the gradient, and how far the quadratic model falls along the solution.
 """
 
 import argparse

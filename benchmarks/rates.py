@@ -3,8 +3,8 @@
     python benchmarks/rates.py                       # all models, table and JSON into results/
     python benchmarks/rates.py --models mlp --repeats 20
 
-Flops are the compiler's count for a whole training step, over that for SGD's. Times are medians of the
-ratio of alternating pairs within one process. The floor of the exact second order is 8/3: five
+Flops are the compiler's count for a whole training step, over that for SGD's. Times are medians of
+the ratio of alternating pairs within one process. The floor of the exact second order is 8/3: five
 products a layer against the gradient's three.
 """
 

@@ -5,9 +5,9 @@
 The released kfac-jax 0.0.8 does not run on jax 0.10, so it gets an environment of its own with the
 jax that it runs on, and this file imports nothing of ours; the MLP and the VGG-like net are written
 out in bare JAX. Its step is not only a capture: it also updates its factors, its inverses (every
-5th step by default) and the parameters. Compare the ratio to *its own* gradient, on the same machine
-and jax. On a CPU it differentiates convolutions inside
-``cond``, which XLA's CPU backend runs some 20 times slower than outside.
+5th step by default) and the parameters. Compare the ratio to *its own* gradient, on the same
+machine and jax. On a CPU it differentiates convolutions inside ``cond``, which XLA's CPU backend
+runs some 20 times slower than outside.
 """
 
 import argparse

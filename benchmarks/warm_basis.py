@@ -5,8 +5,8 @@
 Trains an MLP on scikit-learn's digits with ``scale_by_kronecker`` and keeps the factors and the
 gradient at every refresh. Then it takes the roots of that history again, each from the basis of the
 one before by one QR step, and decomposes anew where the residual exceeds a tolerance. A row has how
-often that was, and how far the direction ``A^{-1/2} G B^{-1/2}`` is from that of full decompositions
-(all kernels together): its relative error, and the cosine between both.
+often that was, and how far the direction ``A^{-1/2} G B^{-1/2}`` is from that of full
+decompositions (all kernels together): its relative error, and the cosine between both.
 """
 
 import argparse
