@@ -25,7 +25,8 @@ def _dataset(shape, *, classes=10, task="classification"):
 
 
 def _model(name, shape, *, classes=10, task="classification", **options):
-    return build_model(ModelConfig(name, options), _dataset(shape, classes=classes, task=task))
+    dataset = _dataset(shape, classes=classes, task=task)
+    return build_model(ModelConfig(name, options), dataset)
 
 
 def _count(model):
