@@ -248,6 +248,7 @@ def _svhn_part(name: str, content: bytes) -> Split:
             f"{name}_32x32.mat holds X of shape {images.shape}, not (32, 32, 3, N) bytes: it "
             "is not the cropped SVHN."
         )
+    # The .mat files keep examples on the last axis.
     images = np.ascontiguousarray(images.transpose(3, 0, 1, 2))
     # SVHN labels the digit 0 as 10.
     return _labelled(name, images, labels % 10, num_classes=10)

@@ -65,4 +65,5 @@ def load_pickle(name: str, content: bytes) -> dict[bytes, Any]:
         ) from None
     if not isinstance(loaded, dict):
         raise ExperimentError(f"{name} holds no dictionary: it is not the file it should be.")
+    # A pickle of Python 3 has keys of text, one of Python 2 of bytes; callers know the latter.
     return {k.encode() if isinstance(k, str) else k: v for k, v in loaded.items()}

@@ -88,6 +88,7 @@ def find(
       ExperimentError: no place has the files (the message says where to put them), or a file is cut
         short or unsafe.
     """
+    # All from one place: files of two versions of a data set should not be mixed.
     looked_in = places(search, system)
     for place in looked_in:
         found = _read_all(place, wanted, inside)

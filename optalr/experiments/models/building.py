@@ -56,6 +56,7 @@ class Model:
         variables = {"params": params, **model_state}
         if key is None:
             return self.module.apply(variables, x, train=False), model_state  # type: ignore
+        # Training moves the other collections; testing must leave them alone.
         outputs, new = self.module.apply(
             variables, x, train=True, mutable=list(model_state), rngs={"dropout": key}
         )

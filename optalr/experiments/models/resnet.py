@@ -80,6 +80,7 @@ class ResNetV1(nn.Module):
         x = nn.relu(_norm(_conv(self.width, (3, 3), padding=1)(x), train))
         for stage, count in enumerate(self.blocks):
             for block in range(count):
+                # The first block of every later stage halves height and width.
                 stride = 2 if stage and not block else 1
                 x = BasicBlock(self.width << stage, stride, self.projection)(x, train)
         return nn.Dense(self.features)(global_mean(x))
@@ -117,6 +118,7 @@ def resnet(num_classes: int, depth: int = 20, version: int = 1) -> nn.Module:
     """
     if version == 1 and depth == 18:
         return ResNetV1(num_classes, (2, 2, 2, 2), 64, True)
+    # Two layers (three in a bottleneck) a block, three stages, and two layers outside of blocks.
     if version == 1 and depth > 7 and depth % 6 == 2:
         return ResNetV1(num_classes, ((depth - 2) // 6,) * 3, 16, False)
     if version == 2 and depth > 10 and depth % 9 == 2:

@@ -44,6 +44,7 @@ def progress(title: str, score_name: str, lines: int = 10) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
+        # Nothing is reported before the first epoch, and the first thing in it is to compile.
         task = bar.add_task(title, total=None, numbers="compiling")
 
         def report(row: dict[str, Any]) -> None:
@@ -75,6 +76,7 @@ def _plain_lines(title: str, score_name: str, lines: int) -> Report:
 
 
 def _numbers(row: Mapping[str, Any], score_name: str) -> str:
+    # Not every method has a rate or a phase to show.
     parts = [f"loss {row['loss']:.4f}", f"{score_name} {row[score_name]:.3f}"]
     if "learning_rate" in row:
         parts.append(f"rate {row['learning_rate']:.2e}")

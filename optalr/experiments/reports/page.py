@@ -58,6 +58,7 @@ def html_page(comparison: Comparison, table: TextTable, *, target: float, pictur
         for name, row in zip(names, matrix, strict=True)
     ]
     title = html.escape(table.title)
+    # Inside the page, which can then be sent as one file.
     image = base64.b64encode(picture).decode()
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",

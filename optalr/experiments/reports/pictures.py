@@ -59,6 +59,7 @@ def draw_curves(comparison: Comparison, title: str, *, target: float) -> Figure:
         label_axis(row[1], "seconds of training", y)
     label_axis(axes[3, 0], "step", "learning rate")
     label_axis(axes[3, 1], "step", "phase")
+    # The test loss before training is drawn, but what comes after it sets the scale.
     highest = 0.0
     for drawn in _read(comparison):
         _draw_config(axes, drawn, score)
@@ -86,6 +87,7 @@ def draw_losses(comparison: Comparison, title: str) -> Figure:
     highest = 0.0
     for drawn in _read(comparison, epochs=True):
         ends = _at_epochs(drawn.curves)
+        # From the first epoch on: the loss of the untrained net would set the scale.
         tested = ends.evaluated["test_loss"][:, 1:]
         drawn.band(axes[0], ends.steps, ends.measured["loss"])
         drawn.band(axes[1], ends.evaluation_steps[1:], tested, marker=".")
@@ -168,6 +170,7 @@ def draw_selection(comparison: Comparison) -> Figure:
         plain_ticks(axis)
     lengths = [drawn.curves.steps[-1] for drawn in found]
     if lengths and max(lengths) > 3 * min(lengths):
+        # The evaluation before the first step lies at 0, which has no logarithm.
         axes[0, 0].set_xscale("log", nonpositive="mask")
     axes[-1, 0].set_xlabel(over)
     axes[-1, 1].set_xlabel("seconds of training")
@@ -200,6 +203,7 @@ def _read(comparison: Comparison, epochs: bool = False) -> Iterator[_Drawn]:
 def _at_epochs(curves: Curves) -> Curves:
     """Return the curves at the ends of epochs only, with epochs in place of steps."""
     length = curves.steps_per_epoch
+    # The last step of an epoch: there its trailing mean is over all of its steps.
     ends = slice(length - 1, None, length)
     return dataclasses.replace(
         curves,

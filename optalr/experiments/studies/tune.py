@@ -118,6 +118,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     Raises:
       ExperimentError: every point diverged.
     """
+    # `min` would return a NaN that happens to stand first.
     finite = [row for row in rows if math.isfinite(row["validation_loss"])]
     if not finite:
         raise ExperimentError("every point of the grid diverged: add smaller learning rates to it.")
@@ -130,6 +131,7 @@ def train_once(trainer: Trainer, seed: int) -> dict[str, float]:
     Returns:
       The mean training loss of the last epoch, and the validation loss and score.
     """
+    # As `training.loop` trains, without its files and the evaluations that nothing reads.
     state = trainer.init(seed)
     every = trainer.config.train.evaluate_every
     losses = np.zeros(0)
