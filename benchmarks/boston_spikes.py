@@ -5,15 +5,15 @@
 Linear regression by full-batch gradient descent with Newton's method on the rate, as in figures 1
 and 2 of "Faster gradient descent via an adaptive learning rate": 400 districts to train on, raw
 features, initial rate 1e-2, the bare rule with the floor of 1e-6. Its authors "cannot really
-explain" that the loss spikes. Six runs tell the two candidates apart:
+explain" why the loss spikes. Six runs tell the candidates apart:
 
   exact or differences  f', f'' exact or from the paper's five values at ε = 1e-5
-  float32 or float64    rounding matters in the first only
+  float32 or float64    only in the first does rounding matter
   lag or no lag         Newton's rule one step late is the method of Barzilai and Borwein; at once
                         it is steepest descent, which never raises the loss of a quadratic
 
-The safeguards of ``optalr.RateSafeguards`` are compared with the bare rule from 40 random starts,
-because a single run, which ends in a spike or between two, says little.
+The safeguards of ``optalr.RateSafeguards`` are compared with the bare rule from 40 random starts. A
+single run says little: it may end in a spike or between two.
 
 The data's column B is built on the assumption that racial segregation raises house prices: use it
 to check optimizers, not to learn about houses.
@@ -101,7 +101,7 @@ def spread_table(found):
     return "\n".join(lines)
 
 
-def run(derivatives, double, lag, steps, seed):
+def run(derivatives, double, lag, *, steps, seed):
     """Return per step: train and test loss, rate, and f'' by differences and exactly."""
     with jax.enable_x64(double):
         dtype = jnp.float64 if double else jnp.float32
@@ -214,7 +214,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results/boston_spikes.json")
     args = parser.parse_args()
     floor = best_loss(args.seed)
-    runs = {name: run(*setting, args.steps, args.seed) for name, setting in RUNS.items()}
+    runs = {name: run(*setting, steps=args.steps, seed=args.seed) for name, setting in RUNS.items()}
     rows = summarize(runs, floor)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"jax": jax.__version__, "steps": args.steps, "seed": args.seed, "optimum": floor}

@@ -2,8 +2,9 @@
 
     python benchmarks/decay.py [docs/images/flow_decay.png]
 
-Draws the norm of ``F``, the loss's derivative in the outputs, along undamped flows of type G with
-exact solves, over the profiles that they were asked to follow: ``F(t) = e^{-t} F(0)`` first.
+It draws the norm of ``F``, the loss's derivative in the outputs, along undamped flows of type G
+with exact solves, over the profiles that they were asked to follow, ``F(t) = e^{-t} F(0)`` among
+them.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import optalr
 
 
 def decay(profile, time_step, end):
-    """Follow a flow by small undamped steps; return times and the outputs' derivative F."""
+    """Follow a flow by small undamped steps; return times and F, the derivative in the outputs."""
     rotation = np.array([[0.6, 0.8], [-0.8, 0.6]], np.float32)
     loss = optalr.composite_loss(
         lambda w: w + 0.5 * jnp.sin(rotation @ w) - np.array([0.3, -0.5], np.float32),

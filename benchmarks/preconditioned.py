@@ -3,10 +3,11 @@
     python benchmarks/preconditioned.py
 
 At the start, and after 10 and 20 steps of the damped flow with five Krylov steps, the same system
-``(G + λI) v = ∇`` is solved with and without them. Printed are the plain norm of the residual over
+``(G + λI) v = ∇`` is solved with and without them. It prints the plain norm of the residual over
 that of the gradient, and how far the quadratic model falls along the solution.
 """
 
+import argparse
 import pathlib
 
 import jax
@@ -37,7 +38,7 @@ def problem():
     return state.params, optalr.composite_loss(predict, output_loss), (x, y)
 
 
-def measure(evaluate, params, data, factor):
+def measure(evaluate, params, data, *, factor):
     """Return the loss, λ, and ``(residual, fall)`` of the solves, plain and preconditioned."""
     value, grads, extras = evaluate(params, *data)
     norm = optax.tree.norm(grads)
@@ -60,6 +61,7 @@ def measure(evaluate, params, data, factor):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     params, loss_fn, data = problem()
     evaluate = optalr.value_grad_and_extras(loss_fn)
     tx = optalr.edf(1.0, num_steps=5)
@@ -70,7 +72,7 @@ def main():
         updates, state = tx.update(grads, state, params, **extras)
         return optax.apply_updates(params, updates), state
 
-    solve = jax.jit(lambda params, data, factor: measure(evaluate, params, data, factor))
+    solve = jax.jit(lambda params, data, factor: measure(evaluate, params, data, factor=factor))
     state = tx.init(params)
     print(f"residual, and fall of the model, at k = {COUNTS}: plain, then preconditioned")
     for count in range(21):

@@ -3,8 +3,8 @@
     python benchmarks/rates.py                       # all models, table and JSON into results/
     python benchmarks/rates.py --models mlp --repeats 20
 
-Flops are the compiler's count of a whole training step over that of SGD's. Times are medians of the
-ratio of alternating pairs within one process. The floor of the exact second order is 8/3: five
+Flops are the compiler's count for a whole training step, over that for SGD's. Times are medians of
+the ratio of alternating pairs within one process. The floor of the exact second order is 8/3: five
 products a layer against the gradient's three.
 """
 
@@ -83,7 +83,7 @@ def make_step(loss_fn, tx):
 class Compiled:
     """One compiled training step that goes on from where it was."""
 
-    def __init__(self, loss_fn, tx, params, batch):
+    def __init__(self, loss_fn, tx, *, params, batch):
         self.state, self.batch = (params, tx.init(params)), batch
         self.executable = (
             jax.jit(make_step(loss_fn, tx)).lower(params, self.state[1], *batch).compile()
@@ -110,10 +110,10 @@ def measure(name, repeats):
         scores = model.apply({"params": params}, x)
         return optax.softmax_cross_entropy_with_integer_labels(scores, y).mean()
 
-    sgd = Compiled(loss_fn, optax.sgd(1e-3), params, (x, y))
+    sgd = Compiled(loss_fn, optax.sgd(1e-3), params=params, batch=(x, y))
     rows = {}
     for method, tx in methods().items():
-        other = Compiled(loss_fn, tx, params, (x, y))
+        other = Compiled(loss_fn, tx, params=params, batch=(x, y))
         steps = EVERY if "every" in method else 1
         sgd.seconds(steps), other.seconds(steps)  # the first calls are slow
         pairs = [(sgd.seconds(steps), other.seconds(steps)) for _ in range(repeats)]

@@ -106,7 +106,9 @@ def compiled_methods(names, stack, before):
     return calls
 
 
-def measure_cell(names, n, batch, condition, arguments):
+def measure_cell(names, cell, arguments):
+    """Yield a row a method for one condition, size and batch."""
+    condition, n, batch = cell
     before, stack = (jnp.asarray(s) for s in random_stack(batch, n, condition))
     calls = compiled_methods(names, stack, before)
     times = {name: [] for name in names}
@@ -194,7 +196,7 @@ def main():
             for batch in arguments.batches:
                 if n * batch > arguments.max_rows and len(arguments.batches) > 1:
                     continue
-                cell = list(measure_cell(names, n, batch, condition, arguments))
+                cell = list(measure_cell(names, (condition, n, batch), arguments))
                 rows += cell
                 print(table(cell), flush=True)
                 write(rows, output, title)

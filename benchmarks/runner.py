@@ -1,8 +1,8 @@
 """The runner's throughput beside that of a bare loop written by hand for the same training.
 
-Alternating pairs in one process; both are timed from the end of the first epoch to that of the
-last, the runner with all that it records. Wall seconds say what a user waits, seconds of the
-processor are less disturbed by other programs. Run from the repository's root:
+Both run in alternating pairs in one process and are timed from the end of the first epoch to that
+of the last, the runner with all that it records. Wall seconds are what a user waits; seconds of the
+processor are less disturbed by other programs. Run it from the repository's root:
 
     python benchmarks/runner.py [--model mlp|cnn] [--pairs 7]
 """

@@ -166,38 +166,43 @@ class Folding:
         return self.averages, rest
 
 
-def measure(name, repeats, every, positions):
+def returning_signals(evaluate):
+    def step(flag, params, *batch):
+        value, grads, extras = evaluate(params, *batch, signals=flag)
+        return value, grads, extras["signals"]
+
+    return step
+
+
+def always(evaluate):
+    return lambda params, *batch: returning_signals(evaluate)(True, params, *batch)
+
+
+def gram_flops(signals):
+    """Return the flops of the Gram matrices, over all layers: 2NT(m² + n²)."""
+    layers = jax.tree.leaves(signals, is_leaf=lambda m: isinstance(m, optalr.LayerMoments))
+    return sum(
+        2 * float(m.count * m.positions) * (m.rows.shape[-1] ** 2 + m.cols.shape[-1] ** 2)
+        for m in layers
+    )
+
+
+def measure(name, repeats, *, every, positions):
     loss_fn, params, batch = make(name)
     full = optalr.value_grad_and_extras(loss_fn, has_aux=True)
     sampled = optalr.value_grad_and_extras(
         loss_fn, has_aux=True, every=every, max_positions=positions
     )
-
-    def with_signals(evaluate):
-        def step(flag, params, *batch):
-            value, grads, extras = evaluate(params, *batch, signals=flag)
-            return value, grads, extras["signals"]
-
-        return step
-
-    def always(evaluate):
-        return lambda params, *batch: with_signals(evaluate)(True, params, *batch)
-
     plain, flops, peak = compiled(jax.value_and_grad(loss_fn, has_aux=True), params, *batch)
     each, each_flops, each_peak = compiled(always(full), params, *batch)
     some, some_flops, some_peak = compiled(always(sampled), params, *batch)
-    traced, _, _ = compiled(with_signals(sampled), jnp.array(True), params, *batch)
+    traced, _, _ = compiled(returning_signals(sampled), jnp.array(True), params, *batch)
     fold = Folding(sampled, params, batch)
     _, static_flops, _ = compiled(
-        lambda *args: with_signals(full)(False, *args)[:2], params, *batch
+        lambda *args: returning_signals(full)(False, *args)[:2], params, *batch
     )
     returned = each(params, *batch)[2]
-    layers = jax.tree.leaves(returned, is_leaf=lambda m: isinstance(m, optalr.LayerMoments))
     matrices = sum(a.nbytes for a in jax.tree.leaves(returned))
-    floor = sum(
-        2 * float(m.count * m.positions) * (m.rows.shape[-1] ** 2 + m.cols.shape[-1] ** 2)
-        for m in layers
-    )
     on, off = jnp.array(True), jnp.array(False)
 
     def every_tenth():
@@ -221,7 +226,7 @@ def measure(name, repeats, every, positions):
         "flops_each": each_flops / flops,
         "flops_sampled": some_flops / flops,
         "flops_static_off": static_flops / flops,
-        "floor": (flops + floor) / flops,
+        "floor": (flops + gram_flops(returned)) / flops,
         "memory": (each_peak - matrices) / peak,
         "memory_sampled": (some_peak - matrices) / peak,
         "matrices_mb": matrices / 1e6,
@@ -257,7 +262,7 @@ def main():
     }
     results = {}
     for name in args.models:
-        results[name] = measure(name, args.repeats, args.every, args.positions)
+        results[name] = measure(name, args.repeats, every=args.every, positions=args.positions)
         print(table({name: results[name]}), flush=True)
         args.out.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
 

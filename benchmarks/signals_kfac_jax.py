@@ -4,10 +4,10 @@
 
 The released kfac-jax 0.0.8 does not run on jax 0.10, so it gets an environment of its own with the
 jax that it runs on, and this file imports nothing of ours; the MLP and the VGG-like net are written
-out in bare JAX. Its step is not only a capture: it contains the update of its factors, of its
-inverses (every 5th step by default) and of the parameters. The ratio to *its own* gradient on the
-same machine and jax is what is to be compared. On a CPU it differentiates convolutions inside
-``cond``, which XLA's CPU backend runs some 20 times slower than outside.
+out in bare JAX. Its step is not only a capture: it also updates its factors, its inverses (every
+5th step by default) and the parameters. Compare the ratio to *its own* gradient, on the same
+machine and jax. On a CPU it differentiates convolutions inside ``cond``, which XLA's CPU backend
+runs some 20 times slower than outside.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def problems():
     }
 
 
-def measure(name, num_steps):
+def problem(name):
+    """Return params, batch, the loss that tells kfac-jax of its likelihood, and the bare loss."""
     model, shapes, batch_shape = problems()[name]
     keys = jax.random.split(jax.random.PRNGKey(0), len(shapes))
     params = [
@@ -73,6 +74,11 @@ def measure(name, num_steps):
         x, y = batch
         return -jnp.mean(jax.nn.log_softmax(model(params, x))[jnp.arange(len(y)), y])
 
+    return params, (x, y), loss_fn, plain_fn
+
+
+def measure(name, num_steps):
+    params, batch, loss_fn, plain_fn = problem(name)
     gradient = jax.jit(jax.value_and_grad(plain_fn))
     optimizer = kfac_jax.Optimizer(
         value_and_grad_func=jax.value_and_grad(loss_fn),
@@ -84,17 +90,17 @@ def measure(name, num_steps):
         learning_rate_schedule=lambda step: 1e-3,
         momentum_schedule=lambda step: 0.9,
     )
-    state = optimizer.init(params, jax.random.PRNGKey(3), (x, y))
-    jax.block_until_ready(gradient(params, (x, y)))
+    state = optimizer.init(params, jax.random.PRNGKey(3), batch)
+    jax.block_until_ready(gradient(params, batch))
     steps, gradients = [], []
     for i in range(num_steps):
         start = time.perf_counter()
         params, state, _ = optimizer.step(
-            params, state, jax.random.PRNGKey(i), batch=(x, y), global_step_int=i
+            params, state, jax.random.PRNGKey(i), batch=batch, global_step_int=i
         )
         jax.block_until_ready(params)
         middle = time.perf_counter()
-        jax.block_until_ready(gradient(params, (x, y)))
+        jax.block_until_ready(gradient(params, batch))
         steps.append(middle - start)
         gradients.append(time.perf_counter() - middle)
         print(f"{name}, step {i}: {steps[-1]:.3g} s, gradient {gradients[-1]:.3g} s", flush=True)

@@ -21,8 +21,8 @@ Columns (times are ratios to Adam's step, medians of pairs; wall and processor t
   traced                    phase 1 with the phase traced, over ``optax.sgd``
   somax                     a step of python-somax's ``sgn_ce``, where it is installed
 
-kfac-jax needs another jax: ``signals_kfac_jax.py`` times its step. psgd-jax 0.2.9 imports private
-parts of optax that 0.2.8 no longer has, so it is not here.
+kfac-jax needs another jax: ``signals_kfac_jax.py`` times its step. psgd-jax is left out: its 0.2.9
+imports private parts of optax that 0.2.8 no longer has.
 
 Signals are sampled as in ``signals.py``: one example in ``--every``, ``--positions`` positions.
 """
@@ -61,7 +61,7 @@ def seconds(run):
 class Stepper:
     """A compiled step that carries its own parameters and state."""
 
-    def __init__(self, name, tx, evaluate, prepare=lambda state: state, flag=None):
+    def __init__(self, name, tx, evaluate, *, prepare=lambda state: state, flag=None):
         loss_fn, params, batch = make(name)
         evaluate = evaluate(loss_fn)
         tx = optax.with_extra_args_support(tx)
@@ -170,23 +170,31 @@ def layer_flops(name, every, positions):
     return layout, apply, gram, roots
 
 
-def measure(name, pairs, every, positions):
-    layout, apply, gram, roots = layer_flops(name, every, positions)
-
-    def tso(switch_at):
-        return optalr.tso_alra(
-            1e-2,
-            switch_at=switch_at,
-            update_every=ROOTS_EVERY,
-            signals_every=SIGNALS_EVERY,
-            layout=layout,
-        )
-
+def measure(name, pairs, *, every, positions):
+    layout, *flops = layer_flops(name, every, positions)
+    # A switch that is never reached: what is measured is put into its stage by hand.
+    tso = optalr.tso_alra(
+        1e-2,
+        switch_at=10**9,
+        update_every=ROOTS_EVERY,
+        signals_every=SIGNALS_EVERY,
+        layout=layout,
+    )
     capture = with_signals(every, positions)
+    sgd = Stepper(name, optax.sgd(1e-2), plain_gradient)
+    setting = (tso, capture, sgd)
+    row = before_the_switch(name, setting, flops, pairs=pairs)
+    return row | after_the_switch(name, setting, pairs=pairs)
+
+
+def before_the_switch(name, setting, flops, *, pairs):
+    """Return the columns of the first stage, and those of SGD and of the peer, over Adam's step."""
+    tso, capture, sgd = setting
+    apply, gram, roots = flops
     adam = Stepper(name, optax.adam(1e-3), plain_gradient)
     row = {"adam_ms": 0.0}
     clocks = {}
-    stepper = Stepper(name, tso(10**9), capture, flag=jnp.array(False))
+    stepper = Stepper(name, tso, capture, flag=jnp.array(False))
     for kind in FREQUENCIES:
         stepper.force, stepper.flag = late(kind), jnp.array(kind != "plain")
         clocks[kind] = alternate(adam, stepper, pairs if kind != "refresh" else max(3, pairs // 2))
@@ -198,12 +206,17 @@ def measure(name, pairs, every, positions):
     row["floor"] = floor
     row["over_floor"] = row["amortized"] / floor
     del stepper
-    sgd = Stepper(name, optax.sgd(1e-2), plain_gradient)
     row["sgd_over_adam"] = alternate(adam, sgd, pairs)[0]
     peer = somax_stepper(name)
     if peer is not None:
         row["somax"] = alternate(adam, peer, max(3, pairs // 2))[0]
-    del adam
+    return row
+
+
+def after_the_switch(name, setting, *, pairs):
+    """Return the columns of the second stage, over SGD's step."""
+    tso, capture, sgd = setting
+    row = {}
 
     def switch(state):
         return optalr.set_phase(state, 1.0)
@@ -211,9 +224,9 @@ def measure(name, pairs, every, positions):
     def release(state):
         return optalr.release_first_stage(switch(state))
 
-    switched = Stepper(name, tso(10**9), capture, switch, flag=jnp.array(False))
+    switched = Stepper(name, tso, capture, prepare=switch, flag=jnp.array(False))
     row["traced"], row["traced_cpu"], _ = alternate(sgd, switched, 2 * pairs)
-    static = Stepper(name, tso(10**9), capture, release, flag=False)
+    static = Stepper(name, tso, capture, prepare=release, flag=False)
     row["static"], row["static_cpu"], _ = alternate(sgd, static, 2 * pairs)
     row["static_flops"], row["traced_flops"] = static.flops / sgd.flops, switched.flops / sgd.flops
     return row
@@ -262,7 +275,7 @@ def main():
     results = {}
     for name in args.models:
         before = os.getloadavg()[0]
-        results[name] = measure(name, pairs, args.every, args.positions)
+        results[name] = measure(name, pairs, every=args.every, positions=args.positions)
         results[name]["load"] = max(before, os.getloadavg()[0])
         print(table({name: results[name]}), flush=True)
         if not args.quick:

@@ -3,13 +3,14 @@
     python benchmarks/warm_basis.py [--update-every 10]
 
 Trains an MLP on scikit-learn's digits with ``scale_by_kronecker`` and keeps the factors and the
-gradient at every refresh. Then the roots of that history are taken again, each from the basis of
-the one before by one QR step, decomposed anew where the residual exceeds a tolerance. A row says
-how often that was, and how far the direction ``A^{-1/2} G B^{-1/2}`` is from the one of full
+gradient at every refresh. Then it takes the roots of that history again, each from the basis of the
+one before by one QR step, and decomposes anew where the residual exceeds a tolerance. A row has how
+often that was, and how far the direction ``A^{-1/2} G B^{-1/2}`` is from that of full
 decompositions (all kernels together): its relative error, and the cosine between both.
 """
 
 import argparse
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from optalr.linalg import inverse_root, mean_eigenvalue
 
 TOLERANCES = (0.03, 0.1, 0.3, 1.0, 3.0, np.inf)
 SIZES = (64, 128, 64, 10)
-DAMPING = 1e-3
+DAMPING, DECAY = 1e-3, 0.95
 
 
 def predict(params, x):
@@ -47,7 +48,7 @@ def history(update_every, num_steps):
     ]
     evaluate = optalr.value_grad_and_extras(loss_fn)
     tx = optax.chain(
-        optalr.scale_by_kronecker(damping=DAMPING, update_every=update_every),
+        optalr.scale_by_kronecker(decay=DECAY, damping=DAMPING, update_every=update_every),
         optax.trace(0.9),
         optax.scale_by_learning_rate(1e-2),
     )
@@ -57,19 +58,24 @@ def history(update_every, num_steps):
     def step(params, state, x, y):
         loss, grads, extras = evaluate(params, x, y, signals=optalr.wants_signals(state))
         updates, state = tx.update(grads, state, params, **extras)
-        return optax.apply_updates(params, updates), state, loss, grads
+        moments = [(layer["w"].rows, layer["w"].cols) for layer in extras["signals"]]
+        return optax.apply_updates(params, updates), state, loss, (grads, moments)
 
+    # Averaged here as the method averages them: how its memory is laid out is its own affair.
+    averages = [(jnp.zeros((m, m)), jnp.zeros((n, n))) for m, n in itertools.pairwise(SIZES)]
+    weight = 0.0
     for _ in range(num_steps):
-        before = int(state[0].num_refreshes)
+        before, measured = int(state[0].num_refreshes), bool(optalr.wants_signals(state))
         batch = rng.choice(len(x), 128, replace=False)
-        params, state, loss, grads = step(params, state, x[batch], y[batch])
-        kronecker = state[0]
-        if int(kronecker.num_refreshes) > before:
-            weight = kronecker.weight
+        params, state, loss, (grads, moments) = step(params, state, x[batch], y[batch])
+        if measured:
+            averages = jax.tree.map(lambda a, m: DECAY * a + (1 - DECAY) * m, averages, moments)
+            weight = DECAY * weight + (1 - DECAY)
+        if int(state[0].num_refreshes) > before:
             found.append(
                 [
-                    (leaf["w"].rows.factor / weight, grad["w"], leaf["w"].cols.factor / weight)
-                    for grad, leaf in zip(grads, kronecker.leaves, strict=True)
+                    (rows / weight, grad["w"], cols / weight)
+                    for (rows, cols), grad in zip(averages, grads, strict=True)
                 ]
             )
     return found, float(loss)

@@ -1,5 +1,5 @@
 """Experiments: configs, data, models, the training loop, records, and the command line.
 
-This is the only room that touches disk, clock and printing; ``pip install "optalr[experiments]"``
-installs what it needs.
+No other room touches disk, clock or printing. ``pip install "optalr[experiments]"`` installs what
+this one needs.
 """

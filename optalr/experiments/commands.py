@@ -15,7 +15,9 @@ from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import MODELS
 from optalr.experiments.records.exports import export_csv, export_tensorboard
 from optalr.experiments.records.run_folder import METRICS, RunFolder, free_path, write_atomically
+from optalr.experiments.reports.axes import to_png
 from optalr.experiments.reports.console import console, print_table, progress
+from optalr.experiments.reports.findings import noise_rows, write_findings
 from optalr.experiments.reports.pictures import draw_selection
 from optalr.experiments.reports.plots import plot_run
 from optalr.experiments.reports.tables import write_report
@@ -60,7 +62,7 @@ def compare_folder(
     configs = compare.read_configs(folder, overrides)
     configs = {name: scale_to_budget(config, budget) for name, config in configs.items()}
     out = out or free_path(RUNS / f"compare-{folder.resolve().name}")
-    _run_and_report(compare.create(out, configs, num_seeds, target))
+    _run_and_report(compare.create(out, configs, num_seeds=num_seeds, target=target))
 
 
 def tune_config(
@@ -136,11 +138,11 @@ def examine_theory(
     if out is None:
         out = RUNS / f"theory-{_title(config_path)}"
     found = theory.examine(Trainer(config), num_batches=num_batches, damping=damping)
-    written = theory.write(found, out)
+    written = write_findings(found, out)
     print_table(
         f"Covariance over {num_batches} batches, {found.num_weights} weights",
         ("direction", "effective rank", "largest / median", "share of the largest tenth"),
-        theory.noise_rows(found.noise),
+        noise_rows(found.noise),
     )
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
@@ -151,7 +153,7 @@ def plot_folder(path: Path, *, configs: tuple[str, ...] = (), out: Path | None =
         comparison = compare.open_comparison(path)
         if configs:
             picture = out or path / "selection.png"
-            write_atomically(picture, draw_selection(compare.select(comparison, configs)))
+            write_atomically(picture, to_png(draw_selection(compare.select(comparison, configs))))
             console.print(f"picture: {picture}", soft_wrap=True)
         else:
             _report(comparison)

@@ -1,7 +1,7 @@
 """Random changes of training images, as jitted functions of a key and a batch.
 
-Images are ``(N, height, width, channels)``; their dtype stays. What moves in from outside is zero.
-A name may carry its strength after a colon, as in ``rotate:15``:
+Images are ``(N, height, width, channels)`` and keep their dtype. Pixels that come in from outside
+are zero. A name may carry its strength after a colon, as in ``rotate:15``:
 
     flip         mirror left and right, with probability one half
     shift:0.1    move by up to this part of the size, in whole pixels
@@ -31,19 +31,20 @@ def flip(key: jax.Array, images: jax.Array, probability: float = 0.5) -> jax.Arr
 def shift(key: jax.Array, images: jax.Array, part: float = 0.1) -> jax.Array:
     """Move each image by up to ``part`` of its height and width, in whole pixels."""
     height, width = images.shape[1:3]
-    return _cut(key, images, round(part * height), round(part * width))
+    return _cut(key, images, reach=(round(part * height), round(part * width)))
 
 
 def crop(key: jax.Array, images: jax.Array, pixels: float = 4) -> jax.Array:
     """Pad each image by ``pixels`` and cut its size out at a random place."""
-    return _cut(key, images, round(pixels), round(pixels))
+    return _cut(key, images, reach=(round(pixels), round(pixels)))
 
 
 def zoom(key: jax.Array, images: jax.Array, factor: float = 0.1) -> jax.Array:
     """Enlarge or shrink each image about its centre by up to ``factor``."""
     scales = jax.random.uniform(key, (len(images),), minval=1 - factor, maxval=1 + factor)
     zero = jnp.zeros_like(scales)
-    return _transform(images, 1 / scales, zero, zero, 1 / scales)
+    # Sampling goes from the new image to the old one, hence the inverse.
+    return _resample(images, ((1 / scales, zero), (zero, 1 / scales)))
 
 
 def rotate(key: jax.Array, images: jax.Array, degrees: float = 15) -> jax.Array:
@@ -51,7 +52,7 @@ def rotate(key: jax.Array, images: jax.Array, degrees: float = 15) -> jax.Array:
     limit = jnp.deg2rad(degrees)
     angles = jax.random.uniform(key, (len(images),), minval=-limit, maxval=limit)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return _transform(images, cos, -sin, sin, cos)
+    return _resample(images, ((cos, -sin), (sin, cos)))
 
 
 AUGMENTATIONS: Mapping[str, Callable[..., jax.Array]] = MappingProxyType(
@@ -81,6 +82,7 @@ def build_augmentation(names: Sequence[str]) -> Augmentation | None:
 
 
 def _parse(text: str) -> tuple[Callable[..., jax.Array], tuple[float, ...]]:
+    """Split ``name:strength`` into the function and its arguments, none where there is no colon."""
     name, colon, strength = str(text).partition(":")
     if name not in AUGMENTATIONS:
         hint = suggest(name, AUGMENTATIONS)
@@ -98,8 +100,10 @@ def _parse(text: str) -> tuple[Callable[..., jax.Array], tuple[float, ...]]:
     return AUGMENTATIONS[name], (number,)
 
 
-def _cut(key: jax.Array, images: jax.Array, down: int, right: int) -> jax.Array:
+def _cut(key: jax.Array, images: jax.Array, reach: tuple[int, int]) -> jax.Array:
+    """Move each image by up to ``reach`` pixels down or up, and right or left."""
     num, height, width, channels = images.shape
+    down, right = reach
     padded = jnp.pad(images, ((0, 0), (down, down), (right, right), (0, 0)))
     keys = jax.random.split(key)
     tops = jax.random.randint(keys[0], (num,), 0, 2 * down + 1)
@@ -111,25 +115,28 @@ def _cut(key: jax.Array, images: jax.Array, down: int, right: int) -> jax.Array:
     return jax.vmap(cut)(padded, tops, lefts)
 
 
-def _transform(
-    images: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array
-) -> jax.Array:
-    """Sample each image at ``(a y + b x, c y + d x)`` about its centre, bilinearly."""
+# Two rows of two entries, each with one number an image.
+_Matrices = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def _resample(images: jax.Array, matrices: _Matrices) -> jax.Array:
+    """Sample each image at its matrix times ``(y, x)`` about its centre, bilinearly."""
     height, width = images.shape[1:3]
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2], jnp.float32)
     y, x = jnp.meshgrid(
         jnp.arange(height) - centre[0], jnp.arange(width) - centre[1], indexing="ij"
     )
 
-    def one(image, a, b, c, d):
-        rows, columns = a * y + b * x + centre[0], c * y + d * x + centre[1]
+    def one(image, matrix):
+        rows, columns = (m[0] * y + m[1] * x + c for m, c in zip(matrix, centre, strict=True))
 
         def plane(channel):
             return map_coordinates(channel, [rows, columns], order=1, mode="constant")
 
         return jax.vmap(plane, in_axes=-1, out_axes=-1)(image)
 
-    moved = jax.vmap(one)(images.astype(jnp.float32), a, b, c, d)
+    moved = jax.vmap(one)(images.astype(jnp.float32), matrices)
+    # A cast alone would cut every pixel down to the whole number below.
     if jnp.issubdtype(images.dtype, jnp.integer):
         moved = jnp.round(moved)
     return moved.astype(images.dtype)

@@ -14,7 +14,7 @@ Task = Literal["classification", "regression", "language"]
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Examples ``x`` and targets ``y``, equally long."""
+    """Examples ``x`` and as many targets ``y``."""
 
     x: np.ndarray
     y: np.ndarray
@@ -29,16 +29,16 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-    """What a file holds: examples, a test set if the data has one, and what is asked of them.
+    """What a loader returns: examples, a test set if the data has one, and the task.
 
     Attributes:
-      train: examples; images are ``(N, height, width, channels)``, uint8 or float32.
+      train: the examples; images are ``(N, height, width, channels)``, uint8 or float32.
       test: the data's own test set, or None.
-      task: decides the loss.
-      num_classes: classes, symbols, or numbers to predict.
+      task: what to learn; it decides the loss.
+      num_classes: the number of classes, of symbols, or of numbers to predict.
       standardize: ``channel`` (one mean and deviation a channel), ``feature`` (one a number) or
         ``none``.
-      note: anything that a user must know about the data.
+      note: what a user must know about the data.
     """
 
     train: Split
@@ -51,18 +51,18 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three splits, and the affine map that standardizes by the training examples.
+    """Three splits, and the map that standardizes by the training examples.
 
     Attributes:
       name: the data's name.
       train: examples to learn from.
       validation: examples for tuning and switching; may be empty.
       test: examples for the report.
-      task: decides the loss.
-      num_classes: classes, symbols, or numbers to predict.
-      mean: subtracted, of the rank of a batch; None leaves the numbers alone.
-      scale: then multiplied.
-      note: anything that a user must know about the data.
+      task: what to learn; it decides the loss.
+      num_classes: the number of classes, of symbols, or of numbers to predict.
+      mean: what is subtracted, of the rank of a batch; None leaves the numbers alone.
+      scale: what the difference is multiplied by, of the same shape.
+      note: what a user must know about the data.
     """
 
     name: str
@@ -79,8 +79,8 @@ class Dataset:
         """Return a batch as a model takes it: float32, standardized (text stays whole numbers)."""
         if self.mean is None or self.scale is None:
             return x
-        mean, scale = np.broadcast_to(self.mean, (1, *x.shape[1:])), self.scale
-        scale = np.broadcast_to(scale, (1, *x.shape[1:]))
+        shape = (1, *x.shape[1:])
+        mean, scale = np.broadcast_to(self.mean, shape), np.broadcast_to(self.scale, shape)
         return (x.astype(jnp.float32) - jnp.asarray(mean)) * jnp.asarray(scale)
 
 
@@ -94,7 +94,16 @@ def split(
     limit: int = 0,
     fraction: float = 1.0,
 ) -> Dataset:
-    """Hold out test (where the data has none) and validation examples by seed, and standardize.
+    """Hold out validation examples, and test examples where the data has none, and standardize.
+
+    Args:
+      name: the data's name.
+      raw: what a loader returned.
+      test_fraction: part of all examples to test on, in [0, 1), where the data has no test set.
+      validation_fraction: part of what is then left to validate on, in [0, 1).
+      split_seed: decides which examples are held out, and nothing else.
+      limit: at most so many training examples; 0 keeps all.
+      fraction: part of the training examples to keep, in (0, 1].
 
     Raises:
       ExperimentError: nothing is left to learn from or to test on.
@@ -107,8 +116,10 @@ def split(
         test = raw.test
     num_validation = round(validation_fraction * len(order))
     validation = raw.train.take(np.sort(order[:num_validation]))
+    # Cut last, so that a smaller training set is tested on the same examples as the whole one.
     kept = order[num_validation:]
     kept = kept[: max(1, round(fraction * len(kept)))]
+    # Sorted, so that examples stay in the order of their file.
     train = raw.train.take(np.sort(kept[:limit] if limit else kept))
     if not len(train) or not len(test):
         raise ExperimentError(
@@ -120,11 +131,11 @@ def split(
 
 
 def _moments(x: np.ndarray, how: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return mean and inverse deviation, of the rank of ``x``, for ``Dataset.prepare``."""
+    """Return the ``mean`` and ``scale`` of a ``Dataset``: one over the deviation."""
     if how == "none":
         return None, None
     axes = (0,) if how == "feature" else tuple(range(x.ndim - 1))
-    # Chunks, because float64 copies of a whole image set would take eight times its memory.
+    # In chunks: a float64 copy of a whole image set would take eight times its memory.
     total, square, count = 0.0, 0.0, 0
     for start in range(0, len(x), 4096):
         part = x[start : start + 4096].astype(np.float64)
@@ -133,6 +144,6 @@ def _moments(x: np.ndarray, how: str) -> tuple[np.ndarray | None, np.ndarray | N
         count += part.size // int(np.prod([n for i, n in enumerate(x.shape) if i not in axes]))
     mean = np.asarray(total / count)
     deviation = np.sqrt(np.maximum(np.asarray(square / count) - mean**2, 0.0))
-    # A constant number says nothing and is left at zero rather than blown up.
+    # A feature that never changes says nothing; dividing by its rounding errors would blow it up.
     scale = np.where(deviation > 1e-8 * (1.0 + np.abs(mean)), 1.0 / np.maximum(deviation, 1e-30), 0)
     return mean.astype(np.float32), scale.astype(np.float32)

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,11 +12,14 @@ from optalr.experiments.data.restricted import load_pickle
 from optalr.experiments.data.sources import Download, Search, find
 from optalr.experiments.errors import ExperimentError
 
+# The third byte of an idx file names the type of its numbers; this one is the unsigned byte.
 _IDX_UBYTE = 0x08
+_CIFAR_BYTES = 3 * 32 * 32
 
 
 def mnist(search: Search) -> Raw:
     """Load MNIST: 60000 and 10000 digits of 28 x 28, from its idx files, raw or gzipped."""
+    # PyTorch's mirror: the original site often refuses downloads.
     address = "https://ossci-datasets.s3.amazonaws.com/mnist"
     sums = (
         "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -24,7 +27,7 @@ def mnist(search: Search) -> Raw:
         "9fb629c4189551a2d022fa330f9573f3",
         "ec29112dd5afa0611ce80d1b7f02629c",
     )
-    return _idx_data(search, address, sums, ("/usr/share/datasets/mnist",))
+    return _idx_data(search, _downloads(address, sums), system="/usr/share/datasets/mnist")
 
 
 def fashion_mnist(search: Search) -> Raw:
@@ -36,7 +39,8 @@ def fashion_mnist(search: Search) -> Raw:
         "bef4ecab320f06d8554ea6380940ec79",
         "bb300cfdad3c16e7a12a480ee83cd310",
     )
-    return _idx_data(search, address, sums, ("/usr/share/datasets/fashion-mnist",))
+    downloads = _downloads(address, sums)
+    return _idx_data(search, downloads, system="/usr/share/datasets/fashion-mnist")
 
 
 def cifar10(search: Search) -> Raw:
@@ -47,7 +51,8 @@ def cifar10(search: Search) -> Raw:
     wanted = {name: (name, f"{name}.bin") for name in names}
     inside = ("cifar-10-batches-py", "cifar-10-batches-bin")
     files = find(search, wanted, inside=inside, downloads=downloads)
-    parts = [_cifar_part(name, content, 1, b"labels", 10) for name, content in files.items()]
+    layout = _CifarLayout(key=b"labels", label_bytes=1, byte=0, num_classes=10)
+    parts = [_cifar_part(name, content, layout) for name, content in files.items()]
     train = Split(
         np.concatenate([p.x for p in parts[:-1]]), np.concatenate([p.y for p in parts[:-1]])
     )
@@ -60,28 +65,22 @@ def cifar100(search: Search, labels: str = "fine", drop_contradictions: bool = F
     Args:
       search: where the files are.
       labels: ``fine`` (100 classes) or ``coarse`` (20).
-      drop_contradictions: leave out training images that occur twice with different labels (nine
-        pairs, so that 49982 images are left).
+      drop_contradictions: leave out training images that occur twice with different labels. There
+        are nine such pairs, so 49982 images are left.
     """
-    if labels not in ("fine", "coarse"):
+    if labels not in _CIFAR100:
         raise ExperimentError(f"data.labels must be fine or coarse, got {labels!r}.")
     address = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
     downloads = [Download(address, "eb9058c3a382ffc7106e4002c42a8d85")]
     wanted = {name: (name, f"{name}.bin") for name in ("train", "test")}
     inside = ("cifar-100-python", "cifar-100-binary")
     files = find(search, wanted, inside=inside, downloads=downloads)
-    num_classes = 100 if labels == "fine" else 20
-    # A binary record is coarse label, fine label, image.
-    byte = 1 if labels == "fine" else 0
-    key = f"{labels}_labels".encode()
-    parts = {
-        name: _cifar_part(name, content, 2, key, num_classes, byte)
-        for name, content in files.items()
-    }
+    layout = _CIFAR100[labels]
+    parts = {name: _cifar_part(name, content, layout) for name, content in files.items()}
     train = parts["train"]
     if drop_contradictions:
         train = train.take(np.flatnonzero(~contradictory(train)))
-    return Raw(train, parts["test"], "classification", num_classes)
+    return Raw(train, parts["test"], "classification", layout.num_classes)
 
 
 def svhn(search: Search, extra: bool = False) -> Raw:
@@ -109,10 +108,10 @@ def svhn(search: Search, extra: bool = False) -> Raw:
 
 
 def parse_idx(name: str, content: bytes) -> np.ndarray:
-    """Return the array of an idx file of unsigned bytes.
+    """Return the array that an idx file of unsigned bytes holds.
 
     Raises:
-      ExperimentError: another format, or another length than its header says.
+      ExperimentError: the format is another, or the length is not what the header says.
     """
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _IDX_UBYTE:
         raise ExperimentError(f"{name} is no idx file of bytes: is it the right file?")
@@ -130,6 +129,7 @@ def parse_idx(name: str, content: bytes) -> np.ndarray:
 def contradictory(part: Split) -> np.ndarray:
     """Mark the images that occur more than once with different labels."""
     rows = np.ascontiguousarray(part.x.reshape(len(part), -1))
+    # One opaque value an image: sorting these is much faster than `unique` over the rows' axis.
     _, group = np.unique(rows.view(f"V{rows.shape[1]}").ravel(), return_inverse=True)
     low = np.full(group.max() + 1, np.iinfo(np.int32).max)
     high = np.full(group.max() + 1, -1)
@@ -138,15 +138,26 @@ def contradictory(part: Split) -> np.ndarray:
     return (low != high)[group]
 
 
-def _idx_data(search: Search, address: str, sums: Sequence[str], system: Sequence[str]) -> Raw:
-    stems = ("train-images", "train-labels", "t10k-images", "t10k-labels")
-    wanted, downloads = {}, []
-    for stem, md5 in zip(stems, sums, strict=True):
-        axes = 3 if stem.endswith("images") else 1
-        # Both styles are about: train-images-idx3-ubyte and train-images.idx3-ubyte.
-        wanted[stem] = (f"{stem}-idx{axes}-ubyte", f"{stem}.idx{axes}-ubyte")
-        downloads.append(Download(f"{address}/{stem}-idx{axes}-ubyte.gz", md5))
-    files = find(search, wanted, system=system, downloads=downloads)
+_IDX_STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
+
+
+def _idx_names(stem: str) -> tuple[str, str]:
+    """Return the two names in use, as in train-images-idx3-ubyte and train-images.idx3-ubyte."""
+    axes = 3 if stem.endswith("images") else 1
+    return f"{stem}-idx{axes}-ubyte", f"{stem}.idx{axes}-ubyte"
+
+
+def _downloads(address: str, sums: Sequence[str]) -> list[Download]:
+    return [
+        Download(f"{address}/{_idx_names(stem)[0]}.gz", md5)
+        for stem, md5 in zip(_IDX_STEMS, sums, strict=True)
+    ]
+
+
+def _idx_data(search: Search, downloads: Sequence[Download], *, system: str) -> Raw:
+    """Read the four idx files, which Debian's packages install into the folder ``system``."""
+    wanted = {stem: _idx_names(stem) for stem in _IDX_STEMS}
+    files = find(search, wanted, system=(system,), downloads=downloads)
     arrays = {stem: parse_idx(stem, content) for stem, content in files.items()}
     parts = []
     for part in ("train", "t10k"):
@@ -156,43 +167,68 @@ def _idx_data(search: Search, address: str, sums: Sequence[str], system: Sequenc
                 f"{part}-images and {part}-labels have {images.ndim} and {labels.ndim} axes, not 3 "
                 "and 1: were they exchanged?"
             )
-        parts.append(_split(part, images[..., None], labels, 10))
+        parts.append(_labelled(part, images[..., None], labels, num_classes=10))
     return Raw(parts[0], parts[1], "classification", 10)
 
 
-def _cifar_part(
-    name: str, content: bytes, num_labels: int, key: bytes, num_classes: int, byte: int = 0
-) -> Split:
-    """Return the images of a pickle, or of a binary file with ``num_labels`` bytes before each."""
+class _CifarLayout(NamedTuple):
+    """Where a CIFAR file keeps the labels that are wanted.
+
+    Attributes:
+      key: their name in a pickle.
+      label_bytes: label bytes before each image of a binary file.
+      byte: which of these is the label.
+      num_classes: how many classes there are.
+    """
+
+    key: bytes
+    label_bytes: int
+    byte: int
+    num_classes: int
+
+
+# A binary record of CIFAR-100 is coarse label, fine label, image.
+_CIFAR100 = {
+    "fine": _CifarLayout(key=b"fine_labels", label_bytes=2, byte=1, num_classes=100),
+    "coarse": _CifarLayout(key=b"coarse_labels", label_bytes=2, byte=0, num_classes=20),
+}
+
+
+def _cifar_part(name: str, content: bytes, layout: _CifarLayout) -> Split:
+    """Return the examples of a CIFAR pickle or of a CIFAR binary file."""
+    # Every pickle of protocol 2 and above starts with this byte, and no CIFAR label is as high.
     if content[:1] == b"\x80":
-        return _cifar_pickle(name, content, key, num_classes)
-    size = num_labels + 3072
+        return _cifar_pickle(name, content, layout)
+    size = layout.label_bytes + _CIFAR_BYTES
     if not content or len(content) % size:
         raise ExperimentError(
             f"{name} has {len(content)} bytes, not a multiple of {size}: it is cut short, or "
             "neither a CIFAR pickle nor a CIFAR binary file."
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
-    return _split(name, _channels_last(records[:, num_labels:]), records[:, byte], num_classes)
+    images = _channels_last(records[:, layout.label_bytes :])
+    return _labelled(name, images, records[:, layout.byte], num_classes=layout.num_classes)
 
 
-def _cifar_pickle(name: str, content: bytes, key: bytes, num_classes: int) -> Split:
+def _cifar_pickle(name: str, content: bytes, layout: _CifarLayout) -> Split:
     loaded = load_pickle(name, content)
-    images, labels = loaded.get(b"data"), loaded.get(key)
+    images, labels = loaded.get(b"data"), loaded.get(layout.key)
     if (
         not isinstance(images, np.ndarray)
         or images.dtype != np.uint8
-        or images.shape[1:] != (3072,)
+        or images.shape[1:] != (_CIFAR_BYTES,)
         or not isinstance(labels, (list, np.ndarray))
     ):
         raise ExperimentError(
-            f"{name} lacks 'data' of 3072 bytes an image or {key.decode()!r}: it is not the CIFAR "
-            "file it should be."
+            f"{name} lacks 'data' of {_CIFAR_BYTES} bytes an image or {layout.key.decode()!r}: it "
+            "is not the CIFAR file it should be."
         )
-    return _split(name, _channels_last(images), np.asarray(labels), num_classes)
+    images = _channels_last(images)
+    return _labelled(name, images, np.asarray(labels), num_classes=layout.num_classes)
 
 
 def _channels_last(rows: np.ndarray) -> np.ndarray:
+    """Return images from rows of a red, then a green, then a blue plane."""
     return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
@@ -202,7 +238,7 @@ def _svhn_part(name: str, content: bytes) -> Split:
     try:
         loaded: dict[str, Any] = loadmat(io.BytesIO(content))
         images, labels = np.asarray(loaded["X"]), np.asarray(loaded["y"]).ravel()
-    except Exception as error:
+    except Exception as error:  # a damaged .mat file can make scipy raise nearly anything
         raise ExperimentError(
             f"{name}_32x32.mat is cut short or no SVHN file ({type(error).__name__}): fetch it "
             "again."
@@ -212,11 +248,14 @@ def _svhn_part(name: str, content: bytes) -> Split:
             f"{name}_32x32.mat holds X of shape {images.shape}, not (32, 32, 3, N) bytes: it "
             "is not the cropped SVHN."
         )
-    # SVHN calls the digit 0 ten.
-    return _split(name, np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels % 10, 10)
+    # The .mat files keep examples on the last axis.
+    images = np.ascontiguousarray(images.transpose(3, 0, 1, 2))
+    # SVHN labels the digit 0 as 10.
+    return _labelled(name, images, labels % 10, num_classes=10)
 
 
-def _split(name: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> Split:
+def _labelled(name: str, images: np.ndarray, labels: np.ndarray, *, num_classes: int) -> Split:
+    """Return images with their labels, after a look at whether they belong together."""
     if len(images) != len(labels):
         raise ExperimentError(
             f"{name}: {len(images)} images but {len(labels)} labels; the files do not belong "

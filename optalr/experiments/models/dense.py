@@ -5,7 +5,7 @@ import jax
 
 
 class MLP(nn.Module):
-    """Dense layers with a ReLU between them; no hidden layer is linear or logistic regression."""
+    """Dense layers with a ReLU between them; without hidden ones, a linear model."""
 
     features: int
     hidden: tuple[int, ...] = (128, 64)
@@ -21,10 +21,10 @@ class MLP(nn.Module):
 
 
 def mlp(num_classes: int, hidden: tuple[int, ...] = (128, 64)) -> nn.Module:
-    """Build dense layers of the given widths, a ReLU between them."""
+    """Build dense layers of the given widths, with a ReLU between them."""
     return MLP(num_classes, hidden)
 
 
 def linear(num_classes: int) -> nn.Module:
-    """Build one dense layer: linear or logistic regression, as the data asks."""
+    """Build one dense layer: linear or logistic regression, whichever the data asks for."""
     return MLP(num_classes, ())

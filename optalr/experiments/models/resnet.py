@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models.convolution import global_mean
 
+# No biases: batch normalization would subtract them again.
 _conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
 
@@ -17,13 +18,13 @@ def _norm(x: jax.Array, train: bool) -> jax.Array:
 
 
 def _padded_shortcut(x: jax.Array, width: int, stride: int) -> jax.Array:
-    """Return option A of the paper: every ``stride``-th pixel, the new channels zero."""
+    """Return option A of the paper: every ``stride``-th pixel, with zeros as the new channels."""
     x = x[:, ::stride, ::stride]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, v1: the ReLU comes after the sum."""
+    """Two 3 x 3 convolutions beside a shortcut (v1): the ReLU comes after the sum."""
 
     width: int
     stride: int = 1
@@ -44,7 +45,7 @@ class BasicBlock(nn.Module):
 
 
 class PreactivationBottleneck(nn.Module):
-    """Convolutions 1 x 1, 3 x 3, 1 x 1 beside a shortcut, v2: each after norm and ReLU."""
+    """Convolutions 1 x 1, 3 x 3, 1 x 1 beside a shortcut (v2), each after a norm and a ReLU."""
 
     width: int
     stride: int = 1
@@ -55,6 +56,7 @@ class PreactivationBottleneck(nn.Module):
         strides = (self.stride, self.stride)
         out = 4 * self.width
         y = nn.relu(_norm(x, train))
+        # As in the paper: a projection starts from the normalized input, an identity from the raw.
         if x.shape[-1] != out or self.stride != 1:
             x = _conv(out, (1, 1), strides)(y)
         y = _conv(self.width, (1, 1))(y)
@@ -65,7 +67,7 @@ class PreactivationBottleneck(nn.Module):
 
 
 class ResNetV1(nn.Module):
-    """Stages of basic blocks, the first of width ``width`` and each next one twice as wide."""
+    """Stages of basic blocks, each twice as wide as the one before and half as high."""
 
     features: int
     blocks: tuple[int, ...]
@@ -78,6 +80,7 @@ class ResNetV1(nn.Module):
         x = nn.relu(_norm(_conv(self.width, (3, 3), padding=1)(x), train))
         for stage, count in enumerate(self.blocks):
             for block in range(count):
+                # The first block of every later stage halves height and width.
                 stride = 2 if stage and not block else 1
                 x = BasicBlock(self.width << stage, stride, self.projection)(x, train)
         return nn.Dense(self.features)(global_mean(x))
@@ -106,12 +109,16 @@ def resnet(num_classes: int, depth: int = 20, version: int = 1) -> nn.Module:
 
     Args:
       num_classes: classes.
-      depth: 18 (four stages of 64 to 512 channels), or for version 1 ``6n + 2`` (20, 56, 110, ...)
-        and for version 2 ``9n + 2`` (164, ...), with three stages.
+      depth: 18 (four stages, of 64 to 512 channels), or with three stages ``6n + 2`` (20, 56, 110)
+        for version 1 and ``9n + 2`` (164) for version 2.
       version: 1 or 2.
+
+    Raises:
+      ExperimentError: there is no resnet of that depth and version.
     """
     if version == 1 and depth == 18:
         return ResNetV1(num_classes, (2, 2, 2, 2), 64, True)
+    # Two layers (three in a bottleneck) a block, three stages, and two layers outside of blocks.
     if version == 1 and depth > 7 and depth % 6 == 2:
         return ResNetV1(num_classes, ((depth - 2) // 6,) * 3, 16, False)
     if version == 2 and depth > 10 and depth % 9 == 2:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from optalr.experiments.errors import ExperimentError
 
+# The deviation that GPT-2 starts from.
 _init = nn.initializers.normal(0.02)
 
 
@@ -26,13 +27,14 @@ class Attention(nn.Module):
         query, key, value = split("query"), split("key"), split("value")
         scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) / jnp.sqrt(query.shape[-1])
         earlier = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        # Finite, so that no infinity can reach a gradient; its softmax is zero all the same.
         weights = nn.softmax(jnp.where(earlier, scores, -1e9), axis=-1)
         mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value).reshape(num, length, width)
         return nn.Dense(width, kernel_init=_init, name="out")(mixed)
 
 
 class Block(nn.Module):
-    """Attention and a dense layer of four times the width, each after a norm and beside a sum."""
+    """Attention, then dense layers of four times the width, each after a norm and added."""
 
     heads: int
     dropout: float
@@ -51,7 +53,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Embeddings of symbols and places, blocks, a norm, and a dense layer to the symbols."""
+    """Embeddings of symbols and places, blocks, a norm, and a dense layer back to the symbols."""
 
     symbols: int
     layers: int
@@ -71,9 +73,9 @@ class LanguageModel(nn.Module):
 
 
 def transformer(
-    num_classes: int, layers: int = 2, width: int = 64, heads: int = 4, dropout: float = 0.0
+    num_classes: int, *, layers: int = 2, width: int = 64, heads: int = 4, dropout: float = 0.0
 ) -> nn.Module:
-    """Build a causal transformer over symbols, before which norms stand (as in GPT-2)."""
+    """Build a causal transformer over symbols, with norms before its layers (as in GPT-2)."""
     if width % heads:
         raise ExperimentError(f"model.width {width} must be a multiple of model.heads {heads}.")
-    return LanguageModel(num_classes, layers, width, heads, dropout)
+    return LanguageModel(num_classes, layers=layers, width=width, heads=heads, dropout=dropout)

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress, tables, one-line errors."""
+"""What a person sees in the terminal: progress and tables."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +24,12 @@ console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty
 
 @contextmanager
 def progress(title: str, score_name: str, lines: int = 10) -> Iterator[Report]:
-    """Show a bar with loss, score, learning rate and phase; yield what to report rows to.
+    """Show a bar with loss, score, learning rate and phase; yield the function that takes rows.
 
-    Where the output is no terminal (a log file), about ``lines`` plain lines are printed instead.
+    Args:
+      title: what is trained.
+      score_name: the score's name in the rows.
+      lines: how many plain lines to print instead where the output is no terminal but a log file.
     """
     if not console.is_terminal:
         yield _plain_lines(title, score_name, lines)
@@ -41,6 +44,7 @@ def progress(title: str, score_name: str, lines: int = 10) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
+        # Nothing is reported before the first epoch, and the first thing in it is to compile.
         task = bar.add_task(title, total=None, numbers="compiling")
 
         def report(row: dict[str, Any]) -> None:
@@ -55,6 +59,7 @@ def progress(title: str, score_name: str, lines: int = 10) -> Iterator[Report]:
 
 
 def _plain_lines(title: str, score_name: str, lines: int) -> Report:
+    """Return a report function that prints a line whenever another part of the run is done."""
     shown = 0
 
     def report(row: dict[str, Any]) -> None:
@@ -71,6 +76,7 @@ def _plain_lines(title: str, score_name: str, lines: int) -> Report:
 
 
 def _numbers(row: Mapping[str, Any], score_name: str) -> str:
+    # Not every method has a rate or a phase to show.
     parts = [f"loss {row['loss']:.4f}", f"{score_name} {row[score_name]:.3f}"]
     if "learning_rate" in row:
         parts.append(f"rate {row['learning_rate']:.2e}")
@@ -80,7 +86,7 @@ def _numbers(row: Mapping[str, Any], score_name: str) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its first column to the left and numbers to the right."""
+    """Print a table: names aligned left in the first column, numbers right in the others."""
     console.print(title, soft_wrap=True)
     table = Table()
     # The first column holds names, which are hard to read in pieces.
@@ -92,8 +98,3 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def print_error(message: str) -> None:
-    """Print one line to the error stream."""
-    print(f"optalr: error: {message}", file=sys.stderr)

@@ -1,100 +1,135 @@
-"""Pictures of a comparison: everything over steps and seconds, losses and rates over epochs."""
+"""Pictures of a comparison: everything over steps and seconds, losses and rates over epochs.
+
+Each function returns the figure; ``axes.to_png`` makes a file of it.
+"""
 
 import dataclasses
-import io
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from optalr.experiments.reports.plots import shade_phases, trailing_mean
-from optalr.experiments.studies import compare
-from optalr.experiments.studies.compare import Comparison, Curves
+from optalr.experiments.reports.axes import (
+    Style,
+    add_title_and_legend,
+    draw_band,
+    label_axis,
+    log_scale,
+    plain_ticks,
+    shade_phases,
+    style_of,
+)
+from optalr.experiments.studies.compare import Comparison
+from optalr.experiments.studies.curves import Curves, read_curves, score_name
+from optalr.experiments.studies.series import trailing_mean
 
-_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
-# With more configs than colors, the colors come again with other dashes.
-_DASHES = ("-", "--", ":")
 _DOTS_PER_INCH = 110
+# For the small picture, which stands between paragraphs.
+_FEW_DOTS_PER_INCH = 80
 
-_Style = tuple[str, str]
+
+class _Drawn(NamedTuple):
+    """One config's curves and how they are drawn."""
+
+    name: str
+    style: Style
+    curves: Curves
+
+    def band(self, axis: Any, x: np.ndarray, values: np.ndarray, *, marker: str = "") -> None:
+        """Draw mean and range over seeds."""
+        color, dashes = self.style
+        draw_band(axis, x, values, color=color, ls=dashes, label=self.name, marker=marker)
 
 
-def draw_curves(comparison: Comparison, title: str, score: str, target: float) -> bytes:
-    """Return a PNG of losses, score, learning rate and phase, over steps and seconds."""
-    figure = Figure(figsize=(13, 14), layout="constrained")
+def draw_curves(comparison: Comparison, title: str, *, target: float) -> Figure:
+    """Draw losses, score, learning rate and phase, over steps and seconds.
+
+    Args:
+      comparison: the runs; those of a config that has none finished are left out.
+      title: the figure's title.
+      target: the training loss to mark by a dotted line.
+    """
+    score = score_name(comparison)
+    figure = Figure(figsize=(13, 14), dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(4, 2)
-    labels = (
-        ("step", "training loss"),
-        ("seconds of training", "training loss"),
-        ("step", "test loss"),
-        ("seconds of training", "test loss"),
-        ("step", f"test {score}".replace("_", " ")),
-        ("seconds of training", f"test {score}".replace("_", " ")),
-        ("step", "learning rate"),
-        ("step", "phase"),
-    )
-    for axis, (x, y) in zip(axes.flat, labels, strict=True):
-        _label(axis, x, y)
+    test_score = f"test {score}".replace("_", " ")
+    for row, y in zip(axes, ("training loss", "test loss", test_score), strict=False):
+        label_axis(row[0], "step", y)
+        label_axis(row[1], "seconds of training", y)
+    label_axis(axes[3, 0], "step", "learning rate")
+    label_axis(axes[3, 1], "step", "phase")
+    # The test loss before training is drawn, but what comes after it sets the scale.
     highest = 0.0
-    for name, style, curves in _read(comparison):
-        _draw_config(axes, curves, score, name, style)
-        highest = max(highest, _highest(curves.evaluated["test_loss"][:, 1:]))
+    for drawn in _read(comparison):
+        _draw_config(axes, drawn, score)
+        highest = max(highest, _highest(drawn.curves.evaluated["test_loss"][:, 1:]))
     for axis in axes[0]:
         axis.axhline(target, color="black", lw=0.8, ls=":")
-        _log_scale(axis)
+        log_scale(axis)
     for axis in axes[1]:
-        _log_scale(axis, highest)
+        log_scale(axis, highest)
     axes[3, 0].set_yscale("log")
     axes[3, 1].set_ylim(-0.05, 1.05)
-    return _finish(figure, axes[0, 0], title)
+    add_title_and_legend(figure, axes[0, 0], title)
+    return figure
 
 
-def draw_losses(comparison: Comparison, title: str) -> bytes:
-    """Return a PNG of the training loss, a mean of each epoch, and the test loss, over epochs."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+def draw_losses(comparison: Comparison, title: str) -> Figure:
+    """Draw the training loss, a mean of each epoch, and the test loss, over epochs.
+
+    A dashed line marks the epoch in which a config's second phase begins.
+    """
+    figure = Figure(figsize=(9, 4.2), dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(1, 2)
-    _label(axes[0], "epoch", "training loss (mean of an epoch)")
-    _label(axes[1], "epoch", "test loss")
+    label_axis(axes[0], "epoch", "training loss (mean of an epoch)")
+    label_axis(axes[1], "epoch", "test loss")
     highest = 0.0
-    for name, style, curves in _read(comparison, epochs=True):
-        ends = _at_epochs(curves)
+    for drawn in _read(comparison, epochs=True):
+        ends = _at_epochs(drawn.curves)
+        # From the first epoch on: the loss of the untrained net would set the scale.
         tested = ends.evaluated["test_loss"][:, 1:]
-        _band(axes[0], ends.steps, ends.measured["loss"], style, name)
-        _band(axes[1], ends.evaluation_steps[1:], tested, style, name, marker=".")
+        drawn.band(axes[0], ends.steps, ends.measured["loss"])
+        drawn.band(axes[1], ends.evaluation_steps[1:], tested, marker=".")
         highest = max(highest, _highest(tested))
-        if "phase" in curves.measured:
-            second = np.flatnonzero(curves.measured["phase"].mean(axis=0) > 0)
-            for axis in axes if len(second) else ():
-                axis.axvline(second[0] / curves.steps_per_epoch, color=style[0], lw=0.9, ls="--")
-    _log_scale(axes[0])
-    _log_scale(axes[1], highest)
-    return _finish(figure, axes[0], title)
+        second = np.flatnonzero(_mean_phase(drawn.curves) > 0)
+        if len(second):
+            begins = second[0] / drawn.curves.steps_per_epoch
+            for axis in axes:
+                axis.axvline(begins, color=drawn.style.color, lw=0.9, ls="--")
+    log_scale(axes[0])
+    log_scale(axes[1], highest)
+    add_title_and_legend(figure, axes[0], title)
+    return figure
 
 
-def draw_rates(comparison: Comparison, title: str) -> bytes:
-    """Return a small PNG of the training loss and the learning rate, means of ten steps."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+def draw_rates(comparison: Comparison, title: str) -> Figure:
+    """Draw, small, the training loss and the learning rate, trailing means over epochs."""
+    figure = Figure(figsize=(10, 4), dpi=_FEW_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(1, 2)
-    _label(axes[0], "epoch", "training loss")
-    _label(axes[1], "epoch", "learning rate")
-    for name, style, curves in _read(comparison):
+    label_axis(axes[0], "epoch", "training loss")
+    label_axis(axes[1], "epoch", "learning rate")
+    for drawn in _read(comparison):
+        curves = drawn.curves
         epochs = curves.steps / curves.steps_per_epoch
-        _band(axes[0], epochs, curves.measured["loss"], style, name)
+        drawn.band(axes[0], epochs, curves.measured["loss"])
         if "learning_rate" in curves.measured:
-            rates = _smooth_rates(curves.measured["learning_rate"], curves.window)
-            _band(axes[1], epochs, rates, style, name)
+            rates = smooth_rates(curves.measured["learning_rate"], curves.window)
+            drawn.band(axes[1], epochs, rates)
     for axis in axes:
         axis.set_yscale("log")
         low, high = axis.dataLim.intervaly
         if 0 < low <= high < 2 * low:  # one constant rate has no range of its own
             axis.set_ylim(low / 2, 2 * high)
-    return _finish(figure, axes[0], title, dots=80)
+    add_title_and_legend(figure, axes[0], title)
+    return figure
 
 
-def _smooth_rates(rates: np.ndarray, window: int) -> np.ndarray:
-    """Return trailing geometric means; a rate of zero, a step that was refused, does not count."""
+def smooth_rates(rates: np.ndarray, window: int) -> np.ndarray:
+    """Return trailing geometric means; a rate of zero, a step that was refused, does not count.
+
+    Geometric, because rates differ by factors and are drawn over a logarithmic axis.
+    """
     logs = np.log(np.where(rates > 0, rates, np.nan))
     known = [trailing_mean(np.where(np.isnan(row), 0.0, 1.0), window) for row in logs]
     sums = [trailing_mean(np.nan_to_num(row), window) for row in logs]
@@ -102,59 +137,73 @@ def _smooth_rates(rates: np.ndarray, window: int) -> np.ndarray:
         return np.exp(np.stack(sums) / np.stack(known))
 
 
-def draw_selection(comparison: Comparison) -> bytes:
-    """Return a PNG of the losses over steps and seconds; of the test loss if it has a curve.
+def draw_selection(comparison: Comparison) -> Figure:
+    """Draw the losses over steps and seconds; the test loss only if it was measured on the way.
 
     Where the configs' epochs have different numbers of steps, as with full batches beside
-    mini-batches, it is over epochs instead of steps, and training losses are means of an epoch.
-    Where some configs take many more steps than others, as a cheap method given equal time does,
-    the steps' axis is logarithmic.
+    mini-batches, epochs take the place of steps and training losses are means of an epoch. Where
+    some configs take many more steps than others, as a cheap method does in equal time, the axis of
+    steps is logarithmic.
     """
-    found = list(_read(comparison))
-    over = "step"
-    if len({curves.steps_per_epoch for _, _, curves in found}) > 1:
+    found, over = list(_read(comparison)), "step"
+    if len({drawn.curves.steps_per_epoch for drawn in found}) > 1:
         over = "epoch"
         averaged = _read(comparison, epochs=True)
-        found = [(name, style, _at_epochs(curves)) for name, style, curves in averaged]
-    tested = any(len(curves.evaluation_steps) > 2 for _, _, curves in found)
+        found = [drawn._replace(curves=_at_epochs(drawn.curves)) for drawn in averaged]
+    tested = any(len(drawn.curves.evaluation_steps) > 2 for drawn in found)
     labels = ("training loss", "test loss") if tested else ("training loss",)
-    figure = Figure(figsize=(7.8, 3.3 if len(labels) == 1 else 6.2), layout="constrained")
+    height = 6.2 if tested else 3.3
+    figure = Figure(figsize=(7.8, height), dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(len(labels), 2, sharex="col", sharey="row", squeeze=False)
     for axis in axes.flat:
-        _label(axis, "", "")
+        label_axis(axis, "", "")
         axis.set_yscale("log")
-    for name, style, curves in found:
-        for i, (at, evaluated_at) in enumerate(_places(curves)):
-            _band(axes[0, i], at, curves.measured["loss"], style, name)
+    for drawn in found:
+        for i, (at, evaluated_at) in enumerate(_places(drawn.curves)):
+            drawn.band(axes[0, i], at, drawn.curves.measured["loss"])
             if tested:
-                _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
-    start = max((float(c.measured["loss"][:, 0].mean()) for _, _, c in found), default=1.0)
-    # An untrained net's test loss is far above all others where its running statistics are none.
-    tested_from = max((_highest(c.evaluated["test_loss"][:, 1:]) for _, _, c in found), default=0.0)
-    for axis, label, top in zip(axes[:, 0], labels, (np.inf, 1.15 * tested_from), strict=False):
+                drawn.band(axes[1, i], evaluated_at, drawn.curves.evaluated["test_loss"])
+    for axis, label, limits in zip(axes[:, 0], labels, _loss_limits(found), strict=False):
         axis.set_ylabel(label)
-        # Above is a breakdown, below a fit to the last bit; both would flatten the rest.
         low, high = axis.get_ylim()
-        axis.set_ylim(max(low, 1e-6 * start), min(high, 30 * start, top))
-        _plain_ticks(axis)
-    lengths = [curves.steps[-1] for _, _, curves in found]
+        axis.set_ylim(max(low, limits[0]), min(high, limits[1]))
+        plain_ticks(axis)
+    lengths = [drawn.curves.steps[-1] for drawn in found]
     if lengths and max(lengths) > 3 * min(lengths):
+        # The evaluation before the first step lies at 0, which has no logarithm.
         axes[0, 0].set_xscale("log", nonpositive="mask")
     axes[-1, 0].set_xlabel(over)
     axes[-1, 1].set_xlabel("seconds of training")
-    return _finish(figure, axes[0, 0], "")
+    add_title_and_legend(figure, axes[0, 0], "")
+    return figure
 
 
-def _read(comparison: Comparison, epochs: bool = False) -> Iterator[tuple[str, _Style, Curves]]:
+def _loss_limits(found: Iterable[_Drawn]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return what the training and the test losses are worth showing between.
+
+    Above is a breakdown, below a fit to the last bit; both would flatten the rest.
+    """
+    all_curves = [drawn.curves for drawn in found]
+    start = max((float(c.measured["loss"][:, 0].mean()) for c in all_curves), default=1.0)
+    # Without the first evaluation: an untrained net whose running statistics are still those of
+    # its initialization can have a test loss far above all that follow.
+    tested = max((_highest(c.evaluated["test_loss"][:, 1:]) for c in all_curves), default=0.0)
+    low, high = 1e-6 * start, 30 * start
+    return (low, high), (low, min(high, 1.15 * tested))
+
+
+def _read(comparison: Comparison, epochs: bool = False) -> Iterator[_Drawn]:
+    """Yield the configs with finished runs; a config keeps its style in every picture."""
     for i, name in enumerate(comparison.configs):
-        curves = compare.read_curves(comparison, name, epochs=epochs)
+        curves = read_curves(comparison, name, epochs=epochs)
         if curves is not None:
-            yield name, (_COLORS[i % len(_COLORS)], _DASHES[i // len(_COLORS) % 3]), curves
+            yield _Drawn(name, style_of(i), curves)
 
 
 def _at_epochs(curves: Curves) -> Curves:
     """Return the curves at the ends of epochs only, with epochs in place of steps."""
     length = curves.steps_per_epoch
+    # The last step of an epoch: there its trailing mean is over all of its steps.
     ends = slice(length - 1, None, length)
     return dataclasses.replace(
         curves,
@@ -166,18 +215,24 @@ def _at_epochs(curves: Curves) -> Curves:
     )
 
 
-def _draw_config(axes: Any, curves: Curves, score: str, name: str, style: _Style) -> None:
-    losses = curves.measured["loss"]
+def _draw_config(axes: Any, drawn: _Drawn, score: str) -> None:
+    """Draw one config into the eight axes of ``draw_curves``."""
+    curves = drawn.curves
     for i, (at, evaluated_at) in enumerate(_places(curves)):
-        _band(axes[0, i], at, losses, style, name)
-        _band(axes[1, i], evaluated_at, curves.evaluated["test_loss"], style, name)
-        _band(axes[2, i], evaluated_at, curves.evaluated[f"test_{score}"], style, name)
+        drawn.band(axes[0, i], at, curves.measured["loss"])
+        drawn.band(axes[1, i], evaluated_at, curves.evaluated["test_loss"])
+        drawn.band(axes[2, i], evaluated_at, curves.evaluated[f"test_{score}"])
     for axis, key in ((axes[3, 0], "learning_rate"), (axes[3, 1], "phase")):
         if key in curves.measured:
-            _band(axis, curves.steps, curves.measured[key], style, name)
-    if "phase" in curves.measured:
-        for axis in axes[:3, 0]:
-            shade_phases(axis, curves.steps, curves.measured["phase"].mean(axis=0))
+            drawn.band(axis, curves.steps, curves.measured[key])
+    for axis in axes[:3, 0]:
+        shade_phases(axis, curves.steps, _mean_phase(curves))
+
+
+def _mean_phase(curves: Curves) -> np.ndarray:
+    """Return the mean phase over seeds at each step, 0 for a method without phases."""
+    phases = curves.measured.get("phase")
+    return np.zeros(len(curves.steps)) if phases is None else phases.mean(axis=0)
 
 
 def _places(curves: Curves) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
@@ -188,54 +243,6 @@ def _places(curves: Curves) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     )
 
 
-def _band(
-    axis: Any, x: np.ndarray, values: np.ndarray, style: _Style, label: str, marker: str = ""
-) -> None:
-    """Draw mean and range over seeds; long curves are thinned to what a picture can show."""
-    stride = max(1, len(x) // 2000)
-    x, values = x[::stride], values[:, ::stride]
-    color, dashes = style
-    axis.plot(x, values.mean(axis=0), color=color, ls=dashes, lw=1.4, label=label, marker=marker)
-    if len(values) > 1:
-        low, high = values.min(axis=0), values.max(axis=0)
-        axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
-
-
 def _highest(values: np.ndarray) -> float:
     """Return the highest mean over seeds; one seed that goes astray should not shrink the rest."""
     return float(values.mean(axis=0).max(initial=0.0))
-
-
-def _log_scale(axis: Any, highest: float = 0.0) -> None:
-    """Make the losses' axis logarithmic, with plain numbers, and end it above ``highest``."""
-    axis.set_yscale("log")
-    if highest > 0:
-        axis.set_ylim(top=1.15 * highest)
-    _plain_ticks(axis)
-
-
-def _plain_ticks(axis: Any) -> None:
-    """Write the losses as plain numbers where the axis spans little."""
-    low, high = axis.get_ylim()
-    if high < 300 * low:
-        steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 8 * low else (1, 2, 5)
-        axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _label(axis: Any, x: str, y: str) -> None:
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.grid(alpha=0.3)
-
-
-def _finish(figure: Figure, axis: Any, title: str, dots: int = _DOTS_PER_INCH) -> bytes:
-    handles, names = axis.get_legend_handles_labels()
-    figure.suptitle(title, fontsize="medium")
-    if names:
-        columns = max(1, int(12 * figure.get_figwidth()) // (8 + max(map(len, names))))
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dots, format="png")
-    return buffer.getvalue()

@@ -1,1 +1,1 @@
-"""Several runs together: comparisons, tuning, theory."""
+"""Several runs together: comparisons, tuning, a rate's range, theory."""

@@ -22,30 +22,31 @@ def suggest_for(
 
     The config's weight decay joins the loss; its method, schedule and augmentation are not used.
 
+    Args:
+      config: data, model, batch size, weight decay and seed.
+      starts: initial rates, at least two, > 0.
+      num_steps: steps from each start.
+
+    Returns:
+      The rate where the starts agree, and what each of them did.
+
     Raises:
       ExperimentError: an argument is out of range.
     """
     dataset = load(config.data)
-    size = min(config.train.batch_size, len(dataset.train))
-    model, problem = build_model(config.model, dataset), OBJECTIVES[dataset.task]
-    loss_fn = make_loss(model, problem, dataset)
+    model, objective = build_model(config.model, dataset), OBJECTIVES[dataset.task]
+    loss_fn = make_loss(model, objective, dataset)
     key = jax.random.key(config.train.seed)
     params, model_state = model.init(key)
     decay = config.train.weight_decay
 
+    # Decay is a penalty here, because a rate is learned from the slope of what it shall lower.
     def penalized(params, *args):
         loss, aux = loss_fn(params, *args)
         kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
         return loss + 0.5 * decay * sum(jnp.sum(leaf**2) for leaf in kernels), aux
 
-    order = np.random.default_rng(config.train.seed)
-    per_epoch = len(dataset.train) // size
-    chosen = np.concatenate(
-        [
-            order.permutation(len(dataset.train))[: per_epoch * size].reshape(per_epoch, size)
-            for _ in range(-(-(num_steps + 1) // per_epoch))
-        ]
-    )
+    chosen = _minibatches(config, len(dataset.train), num_steps + 1)
 
     def batch_at(step):
         part = dataset.train.take(chosen[step])
@@ -62,3 +63,13 @@ def suggest_for(
         )
     except ValueError as error:
         raise ExperimentError(f"suggest-rate: {error}") from error
+
+
+def _minibatches(config: Config, num_examples: int, at_least: int) -> np.ndarray:
+    """Return the examples of each minibatch, in whole epochs, each in an order of its own."""
+    random = np.random.default_rng(config.train.seed)
+    size = min(config.train.batch_size, num_examples)
+    per_epoch = num_examples // size
+    num_epochs = -(-at_least // per_epoch)  # rounded up
+    orders = [random.permutation(num_examples)[: per_epoch * size] for _ in range(num_epochs)]
+    return np.concatenate(orders).reshape(-1, size)

@@ -1,7 +1,7 @@
 """Training many learning rates and seeds at once, as one vectorized program.
 
 ``vmap`` runs both branches of a ``cond``, so a method that refreshes roots now and then would do so
-in every step; only optax's methods are swept this way, and only where epochs are scanned.
+in every step. Only optax's methods are swept this way, and only where epochs are scanned.
 """
 
 import math
@@ -16,12 +16,16 @@ from optalr.experiments.configs.methods import build_method, find_method
 from optalr.experiments.training.steps import Batches, TrainState, make_epoch, make_step
 from optalr.experiments.training.trainer import Trainer
 
-# Members of one program; more are trained in turns.
+# Members of one program; more are trained in turns, so that memory does not grow with the grid.
 _AT_ONCE = 64
 
 
 def can_sweep(trainer: Trainer) -> bool:
-    """Tell whether ``train_grid`` serves this trainer's config."""
+    """Return whether ``train_grid`` serves this trainer's config.
+
+    A phase that reads the validation loss is excluded: every member would need its own evaluation
+    between epochs.
+    """
     _, origin = find_method(trainer.config.method.name)
     return origin == "optax" and trainer.scans and not trainer.reads_validation
 
@@ -31,6 +35,11 @@ def train_grid(
 ) -> list[list[dict[str, float]]]:
     """Train every rate with every seed, without a record.
 
+    Args:
+      trainer: a config for which ``can_sweep`` holds; its own learning rate is not used.
+      rates: the learning rates.
+      seeds: the seeds.
+
     Returns:
       For each rate, for each seed: the mean training loss of the last epoch, and the validation
       loss and score; NaN where training diverged.
@@ -38,11 +47,12 @@ def train_grid(
     members = [(rate, seed) for rate in rates for seed in seeds]
     found: list[dict[str, float]] = []
     for start in range(0, len(members), _AT_ONCE):
-        found += _train(trainer, members[start : start + _AT_ONCE])
+        found += _train_members(trainer, members[start : start + _AT_ONCE])
     return [found[i * len(seeds) : (i + 1) * len(seeds)] for i in range(len(rates))]
 
 
-def _train(trainer: Trainer, members: list[tuple[float, int]]) -> list[dict[str, float]]:
+def _train_members(trainer: Trainer, members: list[tuple[float, int]]) -> list[dict[str, float]]:
+    """Train ``(rate, seed)`` members side by side."""
     rates = jnp.array([rate for rate, _ in members], jnp.float32)
     seeds = [seed for _, seed in members]
     keys = jnp.stack([trainer.key(seed) for seed in seeds])
@@ -60,24 +70,29 @@ def _train(trainer: Trainer, members: list[tuple[float, int]]) -> list[dict[str,
         params, model_state = trainer.model.init(key)
         return TrainState(params, model_state, method(rate).init(params), jnp.int32(0))
 
-    def epoch(state, rate, key, indices, x, y):
+    def epoch(state, member, batches):
+        rate, key = member
+        indices, x, y = batches
+        # The method is built in the program, in which its rate is an array.
         step = make_step(trainer.loss_fn, method(rate), trainer.objective, augment=trainer.augment)
+        # No validation loss: `can_sweep` excludes the methods that read it.
         values = jnp.full(indices.shape[:1], jnp.nan, jnp.float32)
         state, measured = make_epoch(step)(state, key, Batches(x, y, indices, values))
         return state, jnp.mean(measured["loss"])
 
-    run = jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None, None)), donate_argnums=0)
+    run = jax.jit(jax.vmap(epoch, in_axes=(0, 0, (0, None, None))), donate_argnums=0)
     states = jax.jit(jax.vmap(init))(rates, keys)
     losses = jnp.zeros(len(members))
     for number in range(trainer.config.train.epochs):
         indices = np.stack([trainer.order(seed, number) for seed in seeds])
-        states, losses = run(states, rates, keys, indices, *trainer.data())
+        states, losses = run(states, (rates, keys), (indices, *trainer.data()))
     return [
-        _measure(trainer, jax.tree.map(lambda leaf, i=i: leaf[i], states), float(losses[i]))
+        _outcome(trainer, jax.tree.map(lambda leaf, i=i: leaf[i], states), float(losses[i]))
         for i in range(len(members))
     ]
 
 
-def _measure(trainer: Trainer, state: Any, loss: float) -> dict[str, float]:
+def _outcome(trainer: Trainer, state: Any, loss: float) -> dict[str, float]:
+    """Return what ``tune.train_once`` returns; a loss that is not finite spoils every number."""
     found = {"train_loss": loss, **trainer.evaluate(state, "validation")}
     return found if math.isfinite(loss) else dict.fromkeys(found, math.nan)

@@ -11,7 +11,7 @@ import numpy as np
 
 from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.configs.files import override, to_toml
-from optalr.experiments.data import Dataset, load
+from optalr.experiments.data import load
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.records.run_folder import RunFolder, write_atomically
 from optalr.experiments.studies.sweep import can_sweep, train_grid
@@ -25,7 +25,7 @@ def grid(config: Config) -> list[dict[str, Any]]:
     """Return the points of a config's grid, each a dict of dotted key to value.
 
     Raises:
-      ExperimentError: there is no grid, or an entry of it is not a list of values.
+      ExperimentError: there is no grid, an entry is not a list of values, or a key is unknown.
     """
     if not config.tune:
         raise ExperimentError(
@@ -50,14 +50,18 @@ def grid(config: Config) -> list[dict[str, Any]]:
 def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]:
     """Train every point of the grid with every seed and yield a row a point.
 
-    The choice is by the validation loss at the last step; the test set is not looked at. Points
-    already in the folder's ``results.jsonl`` are yielded without training, so that a search can be
-    interrupted.
+    A row has the means over seeds, among them the validation loss at the last step, by which
+    ``best`` chooses. The test set is not looked at. Points that stand in the folder's
+    ``results.jsonl`` are yielded without training, so a search can be interrupted.
 
     Args:
       config: the experiment, with its grid.
       path: a new folder, or one in which the same search was begun.
-      num_seeds: seeds a point, from ``train.seed`` on.
+      num_seeds: seeds a point, >= 1, from ``train.seed`` on.
+
+    Raises:
+      ExperimentError: the grid is bad, there are no seeds or no validation examples, or the folder
+        holds something else.
     """
     points = grid(config)
     if num_seeds < 1:
@@ -73,9 +77,11 @@ def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]
     seeds = range(config.train.seed, config.train.seed + num_seeds)
     for i, point in enumerate(points):
         if json.dumps(point) not in known:
+            # Points that share all but the rate share a compiled program, so they go together.
             alike = [other for other in points[i:] if _but_rate(other) == _but_rate(point)]
             missing = [other for other in alike if json.dumps(other) not in known]
-            rows = _train_points(config, missing, seeds, dataset)
+            trainer = Trainer(override(config, missing[0]), dataset)
+            rows = _train_points(trainer, missing, seeds)
             folder.append(RESULTS, rows)
             known |= {json.dumps(row["point"]): row for row in rows}
         yield known[json.dumps(point)]
@@ -86,18 +92,20 @@ def _but_rate(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_points(
-    config: Config, points: list[dict[str, Any]], seeds: Sequence[int], dataset: Dataset
+    trainer: Trainer, points: list[dict[str, Any]], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Train points that differ in their learning rate alone, at once where the method allows."""
-    trainer = Trainer(override(config, points[0]), dataset)
+    """Train points that differ in their rate alone: all at once, or else the trainer's, the first.
+
+    The rest is then found missing again, and comes in its turn.
+    """
     if _RATE in points[0] and can_sweep(trainer):
         found = train_grid(trainer, [float(point[_RATE]) for point in points], seeds)
-        return [_row(point, each) for point, each in zip(points, found, strict=True)]
+        return [_means(point, each) for point, each in zip(points, found, strict=True)]
     point = points[0]
-    return [_row(point, [train_once(trainer, seed) for seed in seeds])]
+    return [_means(point, [train_once(trainer, seed) for seed in seeds])]
 
 
-def _row(point: dict[str, Any], found: list[dict[str, float]]) -> dict[str, Any]:
+def _means(point: dict[str, Any], found: list[dict[str, float]]) -> dict[str, Any]:
     means = {key: float(np.mean([measures[key] for measures in found])) for key in found[0]}
     return {"point": point, "seeds": len(found), **means}
 
@@ -105,9 +113,13 @@ def _row(point: dict[str, Any], found: list[dict[str, float]]) -> dict[str, Any]
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the row with the lowest validation loss; a point that diverged cannot win.
 
+    Args:
+      rows: what ``tune`` yielded.
+
     Raises:
       ExperimentError: every point diverged.
     """
+    # `min` would return a NaN that happens to stand first.
     finite = [row for row in rows if math.isfinite(row["validation_loss"])]
     if not finite:
         raise ExperimentError("every point of the grid diverged: add smaller learning rates to it.")
@@ -115,7 +127,12 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def train_once(trainer: Trainer, seed: int) -> dict[str, float]:
-    """Train without a record and return final losses, NaN where training diverged."""
+    """Train without a record and return final losses, NaN where training diverged.
+
+    Returns:
+      The mean training loss of the last epoch, and the validation loss and score.
+    """
+    # As `training.loop` trains, without its files and the evaluations that nothing reads.
     state = trainer.init(seed)
     every = trainer.config.train.evaluate_every
     losses = np.zeros(0)
@@ -134,6 +151,7 @@ def train_once(trainer: Trainer, seed: int) -> dict[str, float]:
 
 
 def _open(path: Path, config: Config, num_seeds: int) -> RunFolder:
+    """Open the folder of a search, new or begun; what it searches stands in ``tuning.toml``."""
     text = to_toml({"tuning": {"seeds": num_seeds}, **to_table(config)})
     file = path / "tuning.toml"
     if path.exists():

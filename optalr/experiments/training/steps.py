@@ -78,7 +78,7 @@ def make_loss(model: Model, objective: Objective, dataset: Dataset) -> Any:
     """Return ``loss(params, x, y, model_state, key) -> (loss, (outputs, model_state))``."""
 
     def predict(params, x, y, model_state, key):
-        outputs, new_state = model.apply(params, model_state, dataset.prepare(x), key)
+        outputs, new_state = model.apply(params, model_state, dataset.prepare(x), key=key)
         return outputs, (outputs, new_state)
 
     def output_loss(outputs, x, y, model_state, key):

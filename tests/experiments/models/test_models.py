@@ -1,3 +1,5 @@
+"""The models: their published sizes, their shapes, and what is captured of them."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from optalr.experiments.training.objective import OBJECTIVES
 from optalr.experiments.training.steps import make_loss
 
 
-def _dataset(shape, classes=10, task="classification"):
+def _dataset(shape, *, classes=10, task="classification"):
     x = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
     y = np.arange(4, dtype=np.int32) % classes
     if task == "language":
@@ -22,8 +24,9 @@ def _dataset(shape, classes=10, task="classification"):
     return Dataset("some", part, part, part, task, classes)
 
 
-def _model(name, shape, classes=10, task="classification", **options):
-    return build_model(ModelConfig(name=name, **options), _dataset(shape, classes, task))
+def _model(name, shape, *, classes=10, task="classification", **options):
+    dataset = _dataset(shape, classes=classes, task=task)
+    return build_model(ModelConfig(name=name, **options), dataset)
 
 
 def _count(model):
@@ -71,7 +74,7 @@ def test_resnet_164_v2_has_the_published_size():
 
 
 def test_transformer_parameter_count():
-    model = _model("transformer", (16,), 50, "language", layers=2, width=32, heads=4)
+    model = _model("transformer", (16,), classes=50, task="language", layers=2, width=32, heads=4)
     block = 2 * 64 + 4 * (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32)
     assert _count(model) == 50 * 32 + 16 * 32 + 2 * block + 64 + (32 * 50 + 50)
 
@@ -98,7 +101,7 @@ def test_shapes_of_outputs_and_training_mode(name, shape, options):
     x = jax.ShapeDtypeStruct((4, *shape), model.example.dtype)
     outputs, kept = jax.eval_shape(model.apply, params, model_state, x)
     assert outputs.shape == (4, *shape, 10) if task == "language" else (4, 10)
-    trained, new = jax.eval_shape(model.apply, params, model_state, x, jax.random.key(1))
+    trained, new = jax.eval_shape(model.apply, params, model_state, x, key=jax.random.key(1))
     assert trained.shape == outputs.shape
     assert jax.tree.structure(new) == jax.tree.structure(kept)
     assert model.has_convolutions() == (task == "classification")
@@ -126,9 +129,9 @@ def test_dropout_and_batch_statistics_follow_the_mode():
     x = jax.random.normal(jax.random.key(1), (4, 12, 12, 1))
     tested, same = apply(params, model_state, x)
     jax.tree.map(np.testing.assert_array_equal, same, model_state)
-    one, moved = apply(params, model_state, x, jax.random.key(2))
-    two, _ = apply(params, model_state, x, jax.random.key(2))
-    other, _ = apply(params, model_state, x, jax.random.key(3))
+    one, moved = apply(params, model_state, x, key=jax.random.key(2))
+    two, _ = apply(params, model_state, x, key=jax.random.key(2))
+    other, _ = apply(params, model_state, x, key=jax.random.key(3))
     np.testing.assert_array_equal(one, two)
     assert not np.allclose(one, other)
     assert not np.allclose(one, tested)
@@ -136,7 +139,7 @@ def test_dropout_and_batch_statistics_follow_the_mode():
 
 
 def test_a_transformer_does_not_look_ahead():
-    model = _model("transformer", (16,), 10, "language", width=8, heads=2)
+    model = _model("transformer", (16,), task="language", width=8, heads=2)
     params, model_state = _values(model)
     x = jnp.arange(16, dtype=jnp.int32)[None] % 10
     changed = x.at[0, 9].set(3 - x[0, 9] % 2)

@@ -1,6 +1,8 @@
 """The command that looks at the paper's arguments."""
 
+import contextlib
 import csv
+import io
 
 import numpy as np
 import pytest
@@ -39,45 +41,55 @@ def test_the_factors_are_noted_over_training(found):
     assert cols.shape == (8,)
 
 
-def test_factors_in_blocks_are_noted_without_their_padding():
-    method = SMALL["method"] | {"options": {"block_size": 24}}
-    config = from_table(SMALL | {"method": method, "train": {"epochs": 1, "batch_size": 64}})
-    rows, cols = theory.examine(Trainer(config), num_batches=10, damping=1e-3).spectra[0][1][
-        "['Dense_0']['kernel']"
-    ]
-    assert rows.shape == (64,)
-    assert cols.shape == (8,)
-
-
 def test_isotropic_noise_has_the_rank_of_its_samples():
-    spectrum = theory._isotropic(50, 10_000, seed=0)
+    spectrum = theory.isotropic_spectrum(50, 10_000, seed=0)
     # n samples of P numbers: (Σλ)²/Σλ² is n P/(P + n) for a Wishart matrix.
     np.testing.assert_allclose(spectrum.effective_rank, 49 * 10_000 / 10_049, rtol=0.01)
 
 
 def test_the_root_inverts_the_damped_factor():
     factor = np.diag([4.0, 1.0])
-    root = theory._root(factor, 0.1)
+    root = theory.damped_root(factor, 0.1)
     np.testing.assert_allclose(root @ root @ (factor + 0.25 * np.eye(2)), np.eye(2), atol=1e-12)
 
 
-def test_the_command_writes_pictures_and_tables(tmp_path, capsys):
-    config = tmp_path / "small.toml"
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Run the command once, with factors in blocks; return its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("theory")
+    config = folder / "small.toml"
     config.write_text(
         '[data]\nlimit = 320\n[model]\nname = "linear"\n[method]\nname = "tso_alra"\n'
-        "[train]\nepochs = 2\nbatch_size = 64\n"
+        "options = { block_size = 24 }\n[train]\nepochs = 2\nbatch_size = 64\n"
     )
-    out = tmp_path / "out"
-    cli.main(["theory", str(config), "--batches", "10", "--out", str(out)])
-    assert "Kronecker" in capsys.readouterr().out
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        cli.main(["theory", str(config), "--batches", "10", "--out", str(folder / "out")])
+    return folder / "out", printed.getvalue()
+
+
+def test_the_command_writes_pictures_and_tables(command):
+    out, printed = command
+    assert "Kronecker" in printed
     for name in ("noise.png", "factors.png"):
-        assert (out / name).stat().st_size > 5_000
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     with open(out / "noise.csv", newline="") as file:
         assert {row["direction"] for row in csv.DictReader(file)} >= {theory.GRADIENT}
 
 
+def test_factors_in_blocks_are_noted_without_their_padding(command):
+    out, _ = command
+    with open(out / "factors.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["epoch"] == "1"]
+    assert {row["kernel"] for row in rows} == {"['Dense_0']['kernel']"}
+    # Three blocks of 24 hold the 64 pixels; one holds the 10 classes.
+    sides = [row["side"] for row in rows]
+    assert (sides.count("rows"), sides.count("cols")) == (64, 10)
+
+
 def test_mistakes_are_named():
-    trainer = Trainer(from_table({**SMALL, "method": {"name": "sgd"}}))
+    train = {"epochs": 1, "batch_size": 64}
+    trainer = Trainer(from_table({**SMALL, "method": {"name": "sgd"}, "train": train}))
     with pytest.raises(ExperimentError, match="keeps no Kronecker factors"):
         theory.examine(trainer, num_batches=2, damping=1e-3)
     with pytest.raises(ExperimentError, match="--batches must be at least 2"):

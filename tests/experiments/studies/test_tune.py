@@ -1,3 +1,5 @@
+"""Searching a grid, one point after another and many rates at once."""
+
 import math
 
 import numpy as np
@@ -24,7 +26,8 @@ CONFIG = from_table(
 def test_a_sweep_is_the_same_training_as_one_by_one():
     trainer = Trainer(CONFIG)
     assert can_sweep(trainer)
-    ((one, two),) = train_grid(trainer, [0.01], [0, 1])
+    # The rates of the grid, so that searching it below meets a program that is already compiled.
+    _, (one, two) = train_grid(trainer, [0.1, 0.01], [0, 1])
     for seed, swept in ((0, one), (1, two)):
         alone = train_once(trainer, seed)
         assert alone.keys() == swept.keys()
