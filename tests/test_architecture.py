@@ -19,11 +19,11 @@ ORDER = ["experiments", "adapters", "suggestion", "recipes", "reading", "phases"
 # import each other.
 ORDER_INSIDE = {
     "experiments": ["reports", "studies", "training", "records", "models", "data", "configs"],
-    "signals": ["tapping", "curvature", "tracing"],
+    "signals": ["tapping", "loss", "curvature", "tracing"],
     "linalg": ["roots", "minres"],
 }
 # What several methods share: no method itself.
-SHARED = {"loss_watch", "subtrees"}
+SHARED = {"shared"}
 # These use the library as its users do, by the front door of the house.
 USERS = {"experiments", "adapters", "__main__"}
 CORE_ALLOWED = {"jax", "numpy", "optax", "optalr", "jaxlib"}
