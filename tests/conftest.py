@@ -1,14 +1,13 @@
-"""Settings for every test: strict rank promotion and eight simulated CPU devices."""
+"""Settings for every test: strict rank promotion, simulated devices, programs compiled quickly."""
 
 import os
+
+from tests import xla_flags
 
 # Read when jax starts its backend, so it must stand before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+os.environ["XLA_FLAGS"] = xla_flags.with_defaults(os.environ.get("XLA_FLAGS", ""))
 
 import jax
 import pytest

@@ -1,11 +1,13 @@
 """Every public name explains itself, in the sections that the reference pages understand."""
 
 import inspect
+import re
 from collections.abc import Mapping
 
 import pytest
 
 import optalr
+from optalr import linalg, schedules
 
 PUBLIC = {
     name: getattr(optalr, name)
@@ -13,20 +15,63 @@ PUBLIC = {
     if not isinstance(getattr(optalr, name), Mapping)  # tables: documented where they are used
 }
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+# Public modules beside the front door; ``linalg.inverse_root`` stands for a name in one.
+INNER = {
+    f"{module.__name__.removeprefix('optalr.')}.{name}": getattr(module, name)
+    for module in (linalg, schedules)
+    for name in module.__all__
+}
+EVERYTHING = {n: v for n, v in {**PUBLIC, **INNER}.items() if not inspect.ismodule(v)}
+SIGNATURES = {n: v for n, v in EVERYTHING.items() if not inspect.isclass(v)}
 
 
-@pytest.mark.parametrize("name", [n for n, v in PUBLIC.items() if not inspect.ismodule(v)])
+def fields(kind):
+    """Return the fields of a NamedTuple or a dataclass, none for another class."""
+    return getattr(kind, "_fields", None) or tuple(getattr(kind, "__dataclass_fields__", ()))
+
+
+RECORDS = [n for n, v in EVERYTHING.items() if inspect.isclass(v) and fields(v)]
+
+
+def entries(text, *titles):
+    """Return the names with an entry in the sections of a docstring that bear these titles.
+
+    An entry stands at the section's own indentation, as in ``  name: what it is``.
+    """
+    section, names, margin = False, [], None
+    for line in text.splitlines():
+        if re.match(r"\w", line):
+            section, margin = line.strip() in {f"{title}:" for title in titles}, None
+        elif section and line.strip():
+            indent = len(line) - len(line.lstrip())
+            margin = indent if margin is None else margin
+            found = re.match(r"\*{0,2}(\w+)(?: \([^)]*\))?:", line.strip())
+            if indent == margin:
+                assert found, f"no entry: {line.strip()}"
+                names.append(found[1])
+    return names
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
 def test_every_public_name_has_a_docstring(name):
-    assert inspect.getdoc(PUBLIC[name])
+    assert inspect.getdoc(EVERYTHING[name])
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_arguments_section_has_the_parameters_of_the_signature(name):
+    text = inspect.getdoc(SIGNATURES[name]) or ""
+    assert entries(text, "Args") == list(inspect.signature(SIGNATURES[name]).parameters)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_field_of_a_record_has_an_entry(name):
+    documented = entries(inspect.getdoc(EVERYTHING[name]) or "", "Args", "Attributes")
+    assert sorted(documented) == sorted(fields(EVERYTHING[name]))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_public_function_documents_arguments_and_shows_an_example(name):
-    function, text = FUNCTIONS[name], inspect.getdoc(FUNCTIONS[name]) or ""
-    if inspect.signature(function).parameters:
-        assert "Args:" in text
-        for parameter in inspect.signature(function).parameters:
-            assert parameter in text, f"{name} does not document {parameter}"
+def test_every_public_function_shows_an_example(name):
+    text = inspect.getdoc(FUNCTIONS[name]) or ""
     assert "Returns:" in text
     assert "Examples:" in text
     assert ">>> " in text
@@ -39,3 +84,8 @@ def test_every_method_names_its_cost_and_source(name):
     text = inspect.getdoc(FUNCTIONS[name]) or ""
     assert "Cost:" in text
     assert "Reference:" in text
+
+
+def test_entries_are_read_at_the_margin_of_their_section():
+    text = "Do.\n\nArgs:\n  a: first, where\n    b: is no entry.\n  *c: more.\n\nReturns:\n  d: no."
+    assert entries(text, "Args") == ["a", "c"]

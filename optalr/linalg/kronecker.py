@@ -53,12 +53,30 @@ def apply_kronecker(matrix: jax.Array, left: Factor | None, right: Factor | None
 
 
 def to_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None) -> jax.Array:
-    """Return ``Q_Aᵀ G Q_B``, the coordinates of G in the factors' eigenbases (vectors)."""
+    """Return ``Q_Aᵀ G Q_B``, the coordinates of G in the factors' eigenbases.
+
+    Args:
+      matrix: G, shape (..., m, n).
+      left: Q_A, the eigenvectors of the left factor, shape (..., m, m); None for the identity.
+      right: Q_B, those of the right factor, shape (..., n, n); None for the identity.
+
+    Returns:
+      The coordinates, shape (..., m, n).
+    """
     return apply_kronecker(matrix, None if left is None else as_structured(left).T, right)
 
 
 def from_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None) -> jax.Array:
-    """Return ``Q_A G Q_Bᵀ``, undoing ``to_eigenbasis``."""
+    """Return ``Q_A G Q_Bᵀ``, which undoes ``to_eigenbasis``.
+
+    Args:
+      matrix: G in eigenbases, shape (..., m, n).
+      left: Q_A, shape (..., m, m); None for the identity.
+      right: Q_B, shape (..., n, n); None for the identity.
+
+    Returns:
+      The matrix in the coordinates of the parameters, shape (..., m, n).
+    """
     return apply_kronecker(matrix, left, None if right is None else as_structured(right).T)
 
 
@@ -152,7 +170,14 @@ def apply_eigenbasis_power(
 
 
 def mean_eigenvalue(matrix: Factor) -> jax.Array:
-    """Return ``tr(A)/n`` of each matrix in a stack, the unit of a relative damping."""
+    """Return ``tr(A)/n`` of each matrix in a stack, the unit of a relative damping.
+
+    Args:
+      matrix: A, shape (..., n, n).
+
+    Returns:
+      The means, shape (...).
+    """
     return as_structured(matrix).mean()
 
 

@@ -1,8 +1,10 @@
 """Every method that keeps the contract, one line each.
 
-To add a method, add a line: a name, a function that builds it, and the extras it cannot do without.
-Numeric parameters of that function (with defaults) are also injected by
-``optax.inject_hyperparams`` and given NaN, which must be refused by name.
+To add a method, add a line: its name, a function that builds it, and the extras it cannot do
+without. A public transformation without a line of its own name fails a test. Lines of other names
+are choices of a method that change its state or its program; ``CHOICES`` lists them. Numeric
+parameters of that function (with defaults) are also injected by ``optax.inject_hyperparams`` and
+given NaN, which must be refused by name.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ class Method(NamedTuple):
     """One line of the registry.
 
     Attributes:
-      name: unique.
+      name: unique; that of the public function, or one of ``CHOICES``.
       make: builds the transformation; parameters with numeric defaults may be injected.
       needs: extras without which ``update`` raises a TypeError that names them.
       reports: names that ``optalr.metrics`` must find in the state.
@@ -45,6 +47,18 @@ def _stages(phase, first=None):
 
 PHASE = ("phase", "steps_since_switch")
 RATE = ("learning_rate", "failures", "average_rate", "nonconvex_probes", "runaway_steps")
+
+# What a method is also tried with, beside its defaults.
+CHOICES = {
+    "two_stage_blend",
+    "three_stages",
+    "scale_by_full_matrix_window",
+    "shampoo",
+    "kronecker_measured",
+    "kronecker_grafted",
+    "edf_hessian",
+    "successive_gradients",
+}
 
 METHODS = (
     Method(
@@ -79,6 +93,11 @@ METHODS = (
         lambda: _stages(optalr.switch_at(2)),
         reports=("learning_rate", *PHASE),
         guards=False,
+    ),
+    Method(
+        "guard",
+        lambda: optalr.guard(optax.scale_by_adam(eps=1e-4)),
+        reports=("failures",),
     ),
     Method("two_stage_blend", lambda phase=0.5: _stages(phase), reports=PHASE, guards=False),
     Method(
@@ -170,6 +189,17 @@ METHODS = (
         rtol=1e-3,
     ),
     Method(
+        "scale_by_krylov_flow",
+        lambda tol=1e-3: optalr.scale_by_krylov_flow(num_steps=2, tol=tol),
+        needs=("gauss_newton",),
+        reports=("damping", "krylov_residual", "failures"),
+    ),
+    Method(
+        "accelerate_by_nesterov_flow",
+        lambda friction=3.0: optalr.accelerate_by_nesterov_flow(friction),
+        reports=("failures",),
+    ),
+    Method(
         "edf",
         lambda learning_rate=0.5: optalr.edf(learning_rate),
         needs=("gauss_newton",),
@@ -224,6 +254,15 @@ METHODS = (
         ),
         needs=("head",),
         reports=("learning_rate", "lipschitz_constant", "activation_norm", "failures"),
+    ),
+    Method(
+        "lipschitz_sgd",
+        lambda weight_decay=1e-3, momentum=0.9: optalr.lipschitz_sgd(
+            "softmax", num_classes=3, weight_decay=weight_decay, momentum=momentum
+        ),
+        needs=("head",),
+        reports=("learning_rate", "lipschitz_constant", "failures"),
+        guards=False,
     ),
     Method(
         "lipschitz_adam",

@@ -17,9 +17,6 @@ from tests.contract.registry import METHODS
 
 NUM_STEPS = 4
 
-# The programs are small and many: compiling them is all the time that this suite takes.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 needing = pytest.mark.parametrize(
     ("method", "extra"),
@@ -52,7 +49,7 @@ def step_of(tx):
 def compiled(method):
     """One compiled step a method, shared by the tests that need no other."""
     tx = method.make()
-    return tx, jit(counted(step_of(tx), TRACES.setdefault(method.name, [])))
+    return tx, jax.jit(counted(step_of(tx), TRACES.setdefault(method.name, [])))
 
 
 TRACES = {}
@@ -126,7 +123,7 @@ def test_state_is_final_at_init_and_one_compilation_serves_a_run(method):
 def test_jit_changes_nothing(method):
     tx, step = compiled(method)
     params, state, batch = start(tx)
-    _, grads, extras = jit(problem.evaluate)(params, batch)
+    _, grads, extras = jax.jit(problem.evaluate)(params, batch)
     with jax.disable_jit():
         updates, new_state = tx.update(grads, state, params, **extras)
         expected = optax.apply_updates(params, updates), new_state
@@ -193,7 +190,7 @@ def test_composes(method):
     tx = wrapped_in_everything(compiled(method)[0])
     params, state, batch = start(tx)
     chex.clear_trace_counter()
-    step = jit(chex.assert_max_traces(step_of(tx), n=1))
+    step = jax.jit(chex.assert_max_traces(step_of(tx), n=1))
     new_params, new_state = run(step, params, state, batch)
     assert_same_types(new_state, state)
     assert_finite(new_params)
@@ -212,7 +209,7 @@ def test_injected_scanned_donated_and_in_an_ensemble_it_does_the_same(method):
     _, shape, _ = start(injected)
     assert_same_types(jax.tree.map(lambda x: x[0], states), shape)
 
-    @functools.partial(jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def scanned(params, states):
         step_all = jax.vmap(step_of(injected), in_axes=(0, 0, None))
         return jax.lax.scan(
@@ -251,7 +248,7 @@ def test_double_precision_parameters(method):
     with jax.enable_x64(True):
         tx = method.make()
         params, state, batch = start(tx, jnp.float64)
-        step = jit(step_of(tx))
+        step = jax.jit(step_of(tx))
         new_params, new_state = run(step, params, state, batch, 3)
         assert {x.dtype for x in jax.tree.leaves(new_params)} == {jnp.dtype(jnp.float64)}
         assert_finite(new_params)
