@@ -28,3 +28,16 @@ def at_least_float32(tree: Any) -> Any:
         return leaf.astype(wide_dtype(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(widen, tree)
+
+
+def moving_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
+    """Return ``decay · old + (1 − decay) · new``, in the dtype of the old."""
+    decay = jnp.asarray(decay, old.dtype)
+    return decay * old + (1 - decay) * new.astype(old.dtype)
+
+
+def damped_power(values: jax.Array, damping: Any, power: Any) -> jax.Array:
+    """Return ``(values + damping)^power``, and 1 where the base is not positive."""
+    base = values + damping
+    safe = jnp.where(base > 0, base, 1)
+    return jnp.where(base > 0, jnp.power(safe, jnp.asarray(power, values.dtype)), 1)

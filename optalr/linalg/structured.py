@@ -1,16 +1,15 @@
 """Symmetric matrices of which a part is stored: all of it, its diagonal blocks or its diagonal.
 
-A Kronecker factor has as many rows as its side of a layer. Up to some thousand rows it is kept and
-decomposed whole; beyond that its diagonal blocks, or its diagonal, stand for it. The three forms
-here share one interface, so that nobody else needs to know which one a side has:
+A Kronecker factor of up to some thousand rows is kept and decomposed whole; beyond that its blocks,
+or its diagonal, stand for it. Nobody else needs to know which one a side has:
 
     A = Full(5).zeros()                                what is kept of a 5 × 5 matrix
     A = A.fold(A.of_gram(gram), decay)                 A ← decay·A + (1 − decay)·gram
     A.root(2, damping) @ G @ B.root(2, damping)        (A + λ)^{-1/2} G (B + λ)^{-1/2}
 
-A form without an array (``stored=None``) is a description: it knows shapes and makes arrays.
-``A.holding(array)`` is a view of an array that rests elsewhere, for instance in an optimizer's
-state. Arrays may have leading stack axes, those of independent layers.
+A form without an array is a description: it knows shapes and makes arrays. ``A.holding(array)`` is
+a view of an array that rests elsewhere, such as in an optimizer's state. Arrays may have leading
+stack axes, those of independent layers.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optalr.arrays import damped_power, moving_average
 from optalr.linalg import spd
 from optalr.linalg.roots.inverse_root import inverse_root
 
@@ -39,11 +39,6 @@ class Structured:
 
     # Trailing axes of the stored array.
     rank: ClassVar[int] = 2
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the stored array, without stack axes."""
-        raise NotImplementedError
 
     @property
     def padded_size(self) -> int:
@@ -106,6 +101,11 @@ class Structured:
         return spd.transpose(self.T @ spd.transpose(matrix))
 
     # What each form says for itself.
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored array, without stack axes."""
+        raise NotImplementedError
 
     def identity(self, stack: tuple[int, ...] = (), dtype: Any = jnp.float32) -> Self:
         """Return the matrix that changes nothing."""
@@ -170,11 +170,7 @@ class Matrices(Structured):
         return self.holding(jnp.square(self.stored))
 
     def root(self, p: Any = 2, damping: Any = 0.0, **how: Any) -> Self:
-        """Return ``(A + damping·I)^{-1/p}``; ``how`` goes to ``inverse_root``.
-
-        To take the roots of many factors, gather ``matrices()`` of equal size in one call
-        (``optalr.linalg.inverse_roots``).
-        """
+        """Return ``(A + damping·I)^{-1/p}``; ``how`` goes to ``inverse_root``."""
         damping = jnp.broadcast_to(jnp.asarray(damping, self.stored.dtype), self.stack)
         result = inverse_root(self.matrices(), p, damping=self.spread(damping), **how)
         return self.holding(result.root.reshape(self.stored.shape))
@@ -246,7 +242,7 @@ class Blocks(Matrices):
         return spd.matmul(self.stored, parts).reshape(matrix.shape)
 
     def eigenvalues(self) -> np.ndarray:
-        """Return the eigenvalues of all blocks, rising, without those of the padding."""
+        """Return the eigenvalues of all blocks, rising, but not those of the padding."""
         stored, parts = np.asarray(self.stored, np.float64), []
         for i in range(self.num_blocks):
             filled = min(self.block, self.size - i * self.block)
@@ -293,19 +289,6 @@ class Diagonal(Structured):
 
     def eigenvalues(self) -> np.ndarray:  # noqa: D102
         return np.sort(np.asarray(self.stored, np.float64), -1)
-
-
-def moving_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
-    """Return ``decay · old + (1 − decay) · new``, in the dtype of the old."""
-    decay = jnp.asarray(decay, old.dtype)
-    return decay * old + (1 - decay) * new.astype(old.dtype)
-
-
-def damped_power(values: jax.Array, damping: Any, power: Any) -> jax.Array:
-    """Return ``(values + damping)^power``, and 1 where the base is not positive."""
-    base = values + damping
-    safe = jnp.where(base > 0, base, 1)
-    return jnp.where(base > 0, jnp.power(safe, jnp.asarray(power, values.dtype)), 1)
 
 
 for _form, _described in ((Full, ["size"]), (Blocks, ["size", "num_blocks"]), (Diagonal, ["size"])):

@@ -70,7 +70,7 @@ def factor_spectra(
             if plans is None:
                 found[name] = _eigenvalues(row, col), _eigenvalues(col, row)
             else:
-                found[name] = _planned_eigenvalues(name, plans.get(name), row, col)
+                found[name] = _planned_eigenvalues(name, plans.get(name), factors=(row, col))
     return found
 
 
@@ -96,13 +96,15 @@ def _is_diagonal(factor: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _planned_eigenvalues(
-    name: str, plan: Kernel | None, row: np.ndarray, col: np.ndarray
+    name: str, plan: Kernel | None, *, factors: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the eigenvalues of both factors of a leaf whose storage is known."""
-    shapes = [(*plan.stack, *side.shape) for side in plan.sides] if plan is not None else []
-    if plan is None or shapes != [row.shape, col.shape]:
+    wanted = [(*plan.stack, *side.shape) for side in plan.sides] if plan is not None else []
+    got = [factor.shape for factor in factors]
+    if plan is None or wanted != got:
         raise ValueError(
             f"params, layout and options tell of other factors for {name} than opt_state has: "
-            f"{shapes} against {[row.shape, col.shape]}. Pass what scale_by_kronecker got."
+            f"{wanted} against {got}. Pass what scale_by_kronecker got."
         )
-    return plan.rows.holding(row).eigenvalues(), plan.cols.holding(col).eigenvalues()
+    rows, cols = (side.holding(factor) for side, factor in zip(plan.sides, factors, strict=True))
+    return rows.eigenvalues(), cols.eigenvalues()

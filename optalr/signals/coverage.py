@@ -58,7 +58,7 @@ def coverage(
     layers = find_layers(traced.closed, traced.leaf_shapes)
     storage = FactorStorage() if options is None else options
     leaves = range(traced.num_leaves)
-    report = Coverage(tuple(_treatment(leaf, layers, traced, storage) for leaf in leaves))
+    report = Coverage(tuple(_treatment(leaf, layers, traced, storage=storage) for leaf in leaves))
     missed = [leaf for leaf in report.leaves if leaf.treatment == "diagonal"]
     if strict and missed:
         listed = "; ".join(f"{leaf.path} ({leaf.reason})" for leaf in missed)
@@ -70,7 +70,9 @@ def coverage(
     return report
 
 
-def _treatment(leaf: int, layers: Layers, traced: Traced, storage: FactorStorage) -> LeafTreatment:
+def _treatment(
+    leaf: int, layers: Layers, traced: Traced, *, storage: FactorStorage
+) -> LeafTreatment:
     path, shape, reasons = traced.paths[leaf], traced.leaf_shapes[leaf], layers.notes[leaf]
     # Factors of half-precision leaves are float32.
     itemsize = max(4, jnp.dtype(traced.leaves[leaf].dtype).itemsize)

@@ -77,7 +77,9 @@ def test_powers_that_every_root_method_can_do(leaf, power, statistics):
     for method in ("cholesky_polar", "coupled_newton"):
         options = dataclasses.replace(BARE, root_method=method)
         tx = scale_by_kronecker(power, statistics=statistics, options=options)
-        jax.eval_shape(lambda *args, tx=tx: run(tx, *args), g, moments(rows, cols))
+        updates, state = jax.eval_shape(lambda *args, tx=tx: run(tx, *args), g, moments(rows, cols))
+        assert (updates.shape, updates.dtype) == (g.shape, g.dtype)
+        assert jax.tree.structure(state) == jax.tree.structure(tx.init(g))
 
 
 def test_a_traced_power_needs_a_root_method_that_takes_one():

@@ -70,7 +70,7 @@ def kronecker_preconditioner(
             if name in layers:
                 layer = layers[name]
                 found = default_view(r.shape) if layout is None else layout[name].view
-                view = _checked(found, name, r, layer)
+                view = _checked(found, name, r.shape, layer=layer)
                 shift = layer.shift(layer.mean_curvature(), damping, relative_damping)
                 bases = layer.left, layer.right
                 solved = apply_eigenbasis_power(view.to_matrix(r), *bases, -1.0, shift)
@@ -122,12 +122,14 @@ def _curvature_elsewhere(layers: Sequence[_Layer], damping: Any, relative: float
     return jnp.where(captured, damping + (1 + relative) * typical, 1.0)
 
 
-def _checked(view: LeafView | None, name: str, r: jax.Array, layer: _Layer) -> LeafView:
+def _checked(
+    view: LeafView | None, name: str, shape: tuple[int, ...], *, layer: _Layer
+) -> LeafView:
     """Return the view of a kernel, or raise if the captured factors are of another shape."""
     rows, cols = layer.moments.rows.shape, layer.moments.cols.shape
-    if view is None or view.matrix_shape(r.shape)[1:] != (rows[-1], cols[-1]):
+    if view is None or view.matrix_shape(shape)[1:] != (rows[-1], cols[-1]):
         raise ValueError(
-            f"the captured factors of {name}, {rows} and {cols}, do not fit its shape {r.shape}. "
+            f"the captured factors of {name}, {rows} and {cols}, do not fit its shape {shape}. "
             "Pass layout=optalr.coverage(loss_fn, params, *args)."
         )
     return view

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg.structured import damped_power
-from optalr.transforms.kronecker.leaves import Bias, Elementwise, JointBias, Kernel, Leaf
+from optalr.arrays import damped_power
+from optalr.transforms.kronecker.leaves import Bias, Elementwise, JointBias, Kernel
 from optalr.transforms.kronecker.memory import KernelMemory, LeafMemory, roots_of
 from optalr.transforms.kronecker.rule import Rule
-from optalr.transforms.kronecker.spectra import Spectrum
+from optalr.transforms.kronecker.spectra import Spectrum, Step
 
 
 def kernel_direction(
@@ -53,18 +53,13 @@ def elementwise_direction(rule: Rule, gradient: jax.Array, moment: jax.Array) ->
 
 
 def directions(
-    spectrum: Spectrum,
-    leaves: Sequence[Leaf],
-    memories: Sequence[LeafMemory],
-    *,
-    grads: Sequence[jax.Array],
-    weight: jax.Array,
-    ready: jax.Array,
+    step: Step, memories: Sequence[LeafMemory], state: Any, *, grads: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """Return ``F^p g`` leaf by leaf; the gradient itself until there are roots (``ready``)."""
+    """Return ``F^p g`` leaf by leaf; the gradient itself until there are roots."""
+    spectrum, ready, weight = step.spectrum, state.num_refreshes > 0, state.weight
     updates: list[Any] = list(grads)
     scale = 1 / jnp.where(weight > 0, weight, 1)
-    for i, (leaf, memory, g) in enumerate(zip(leaves, memories, grads, strict=True)):
+    for i, (leaf, memory, g) in enumerate(zip(step.leaves, memories, grads, strict=True)):
         if isinstance(leaf, JointBias):
             continue  # its kernel's
         if isinstance(leaf, Bias):

@@ -139,7 +139,7 @@ def plan_leaves(
     leaves = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves_with_path(tree)]
     if layout is None:
         return [_plan_by_shape(path, shape, storage) for path, shape in leaves]
-    plans = [_plan_by_layout(path, shape, layout, storage) for path, shape in leaves]
+    plans = [_plan_by_layout(path, shape, layout, storage=storage) for path, shape in leaves]
     index = {path: i for i, (path, _) in enumerate(leaves)}
     for i, plan in enumerate(plans):
         # A bias whose kernel another transformation has (masked, partition) stands alone.
@@ -170,7 +170,7 @@ def _plan_by_shape(path: str, shape: tuple[int, ...], storage: FactorStorage) ->
 
 
 def _plan_by_layout(
-    path: str, shape: tuple[int, ...], layout: Coverage, storage: FactorStorage
+    path: str, shape: tuple[int, ...], layout: Coverage, *, storage: FactorStorage
 ) -> Leaf:
     try:
         known = layout[path]

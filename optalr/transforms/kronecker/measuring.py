@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.arrays import all_finite
-from optalr.linalg.structured import Structured, moving_average
+from optalr.arrays import all_finite, moving_average
+from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
 from optalr.states import count_up, update_when
 from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf, with_signals
@@ -61,7 +61,7 @@ def measure(
     def fold(carry: Any, inputs: Any) -> Any:
         batch, (signals, measure) = inputs
         leaves = with_signals(step.plans, signals if measure is None else measure())
-        return fold_batch(step.spectrum, leaves, carry[0], batch)
+        return fold_batch(step.spectrum, leaves, carry[0], batch=batch)
 
     batch = Batch(grads, num_examples, started=state.num_refreshes > 0)
     inputs = batch, (step.signals, step.measure)
@@ -79,7 +79,7 @@ def measure(
 
 
 def fold_batch(
-    spectrum: Spectrum, leaves: Sequence[Leaf], memories: Sequence[LeafMemory], batch: Batch
+    spectrum: Spectrum, leaves: Sequence[Leaf], memories: Sequence[LeafMemory], *, batch: Batch
 ) -> tuple[list[LeafMemory], jax.Array]:
     """Return what is remembered after one batch, and whether all of the batch was finite.
 

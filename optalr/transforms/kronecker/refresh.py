@@ -79,7 +79,7 @@ def take_roots(step: Step, last: Roots, *, weight: jax.Array, first: jax.Array) 
     sides = [
         side
         for leaf, memory in kernels.values()
-        for side in _sides(step.spectrum, leaf, memory, weight)
+        for side in _sides(step, leaf, memory, weight=weight)
     ]
     found = _decompose(step.spectrum, sides, first)
     new, residual, failed = list(last.memories), jnp.float32(0), jnp.int32(0)
@@ -95,10 +95,10 @@ def take_roots(step: Step, last: Roots, *, weight: jax.Array, first: jax.Array) 
 
 
 def _sides(
-    spectrum: Spectrum, leaf: Kernel, memory: KernelMemory, weight: jax.Array
+    step: Step, leaf: Kernel, memory: KernelMemory, *, weight: jax.Array
 ) -> tuple[_Side, _Side]:
     rows, cols = factors_of(leaf, memory, weight)
-    row_damping, col_damping = spectrum.rule.dampings(rows, cols)
+    row_damping, col_damping = step.spectrum.rule.dampings(rows, cols)
     return _Side(rows, row_damping, memory.rows), _Side(cols, col_damping, memory.cols)
 
 
@@ -158,5 +158,5 @@ def _kept(
         for new, old in zip(pair, memory.sides, strict=True)
     )
     after = memory._replace(rows=rows, cols=cols)
-    carried = spectrum.carry(leaf, memory, after, first)
+    carried = spectrum.carry(leaf, memory, after, first=first)
     return after._replace(second_moment=choose(carried, memory.second_moment))

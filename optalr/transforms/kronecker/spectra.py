@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import is_concrete
+from optalr.arrays import damped_power
 from optalr.linalg.kronecker import carry_second_moments, to_eigenbasis
 from optalr.linalg.roots.bases import EigenBasis, eigenbasis, refresh_eigenbasis
 from optalr.linalg.roots.inverse_root import inverse_root
-from optalr.linalg.structured import Diagonal, Matrices, Structured, damped_power
+from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.transforms.kronecker.leaves import Kernel, Leaf
 from optalr.transforms.kronecker.memory import NOTHING, KernelMemory, SideMemory, roots_of
 from optalr.transforms.kronecker.rule import Clock, Rule
@@ -78,7 +79,7 @@ class Spectrum:
         return NOTHING
 
     def carry(
-        self, leaf: Kernel, before: KernelMemory, after: KernelMemory, first: jax.Array
+        self, leaf: Kernel, before: KernelMemory, after: KernelMemory, *, first: jax.Array
     ) -> Any:
         """Return the second moments in new eigenbases."""
         del leaf, before, first
@@ -95,7 +96,7 @@ class Spectrum:
         del dampings
         # A factor that is zero is no failure: any basis is one of its bases.
         zero = (matrices == 0).all((-2, -1))
-        basis, limit = _bases(matrices, last, first, zero)
+        basis, limit = _bases(matrices, last, first=first, zero=zero)
         success = (basis.residual <= limit) | zero
         residual = jnp.where(zero, 0, basis.residual)
         eigenvalues = jnp.maximum(basis.values, 0)
@@ -213,7 +214,7 @@ class Measured(Spectrum):
         return jnp.square(turned / jnp.sqrt(row_unit) / jnp.sqrt(col_unit))
 
     def carry(  # noqa: D102
-        self, leaf: Kernel, before: KernelMemory, after: KernelMemory, first: jax.Array
+        self, leaf: Kernel, before: KernelMemory, after: KernelMemory, *, first: jax.Array
     ) -> Any:
         bases = roots_of(leaf, before), roots_of(leaf, after)
         moment = carry_second_moments(before.second_moment, *bases)
@@ -230,7 +231,7 @@ SPECTRA: Mapping[str, type[Spectrum]] = MappingProxyType(
 
 
 def _bases(
-    matrices: jax.Array, last: jax.Array | None, first: jax.Array, zero: jax.Array
+    matrices: jax.Array, last: jax.Array | None, *, first: jax.Array, zero: jax.Array
 ) -> tuple[EigenBasis, jax.Array | float]:
     """Return eigenbases and the residual that counts as success; from ``last`` if that is near."""
     if last is None:

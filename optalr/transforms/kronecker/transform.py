@@ -9,8 +9,8 @@ two small roots instead of one of order mn. p = −1/2 is the direction of Ida &
 p = −1 the natural gradient, p = 0 the gradient.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +22,13 @@ from optalr.arrays import at_least_float32, wide_dtype
 from optalr.signals.moments import Coverage
 from optalr.states import settle
 from optalr.transforms.kronecker.direction import directions
-from optalr.transforms.kronecker.leaves import leaves_with_path, plan_leaves, with_signals
+from optalr.transforms.kronecker.leaves import Leaf, plan_leaves, with_signals
 from optalr.transforms.kronecker.length import bound, finish, graft
 from optalr.transforms.kronecker.measuring import init_leaf, measure
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import DAMPING_FORMS, Clock, Rule
-from optalr.transforms.kronecker.spectra import SPECTRA, Step
+from optalr.transforms.kronecker.spectra import SPECTRA, Spectrum, Step
 
 
 class KroneckerState(NamedTuple):
@@ -177,33 +177,55 @@ def scale_by_kronecker(
             "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which tells "
             "which bias belongs to which kernel."
         )
-    from_signals = statistics == "signals"
     clock = Clock(update_every, signals_every, decay, options.warmup, options.min_batches)
-    plan = partial(plan_leaves, layout=layout, storage=options, own_biases=not from_signals)
-    # Shampoo's GᵀG ⊗ GGᵀ estimates the square of the Fisher matrix.
-    share = 1.0 if from_signals else 0.5
+    method = _Kronecker(power, decay, damping, statistics == "signals", layout, options, clock)
+    return optax.GradientTransformationExtraArgs(method.init, method.update)
 
-    def spectrum():
-        now = jnp.asarray(damping, jnp.float32)
-        rule = Rule(power, share, decay, now, DAMPING_FORMS[options.damping_form])
-        return SPECTRA[options.spectrum](rule, options.root_method)
 
-    def init_fn(params):
-        dtypes = [wide_dtype(leaf) for _, leaf in leaves_with_path(params)]
+@dataclasses.dataclass(frozen=True)
+class _Kronecker:
+    """The two functions of the transformation, for one choice of arguments."""
+
+    power: Any
+    decay: Any
+    damping: Any
+    from_signals: bool
+    layout: Coverage | None
+    options: KroneckerOptions
+    clock: Clock
+
+    def plan(self, tree: Any) -> list[Leaf]:
+        """Return what each leaf of a tree is."""
+        own_biases = not self.from_signals
+        return plan_leaves(tree, self.layout, self.options, own_biases=own_biases)
+
+    def spectrum(self) -> Spectrum:
+        """Return the spectrum, with its rule: arrays, which belong to the trace at hand."""
+        rule = Rule(
+            power=self.power,
+            share=1.0 if self.from_signals else 0.5,
+            decay=self.decay,
+            damping=jnp.asarray(self.damping, jnp.float32),
+            damping_form=DAMPING_FORMS[self.options.damping_form],
+        )
+        return SPECTRA[self.options.spectrum](rule, self.options.root_method)
+
+    def init(self, params: Any) -> KroneckerState:
+        dtypes = [wide_dtype(leaf) for leaf in jax.tree.leaves(params)]
         leaves = [
-            init_leaf(spectrum(), leaf, dtype)
-            for leaf, dtype in zip(plan(params), dtypes, strict=True)
+            init_leaf(self.spectrum(), leaf, dtype)
+            for leaf, dtype in zip(self.plan(params), dtypes, strict=True)
         ]
-        other = options.graft.init(at_least_float32(params)) if options.graft else None
+        other = self.options.graft
         return KroneckerState(
             count=jnp.zeros([], jnp.int32),
             signal_age=jnp.ones([], jnp.int32),
             root_age=jnp.zeros([], jnp.int32),
-            wants_signals=jnp.asarray(from_signals),
+            wants_signals=jnp.asarray(self.from_signals),
             failures=jnp.zeros([], jnp.int32),
             update_norm=jnp.zeros([], jnp.float32),
-            damping=jnp.asarray(damping, jnp.float32),
-            graft=optax.EmptyState() if other is None else settle(other),
+            damping=jnp.asarray(self.damping, jnp.float32),
+            graft=settle(other.init(at_least_float32(params))) if other else optax.EmptyState(),
             measurements=jnp.zeros([], jnp.int32),
             samples=jnp.zeros([], jnp.float32),
             weight=jnp.zeros([], jnp.float32),
@@ -212,35 +234,36 @@ def scale_by_kronecker(
             leaves=jax.tree.structure(params).unflatten(leaves),
         )
 
-    def update_fn(updates, state, params=None, **extras):
-        signals = None
-        if from_signals:
-            signals = require_extra(extras, "signals", "scale_by_kronecker", _SIGNALS_REMEDY)
-        measured_later = extras.get("measure") if from_signals else None
-        plans = plan(updates)
-        leaves = with_signals(plans, signals)
-        step = Step(spectrum(), plans, leaves, clock, signals, measured_later)
+    def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        step = self._step(updates, extras)
         structure = jax.tree.structure(updates)
         grads = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
         memories = structure.flatten_up_to(state.leaves)
 
         memories, state = measure(step, memories, state, grads=grads)
         memories, state = refresh(step, memories, state)
-        ready, weight = state.num_refreshes > 0, state.weight
-        new = directions(step.spectrum, leaves, memories, grads=grads, weight=weight, ready=ready)
-        if options.graft is not None:
+        new = directions(step, memories, state, grads=grads)
+        if self.options.graft is not None:
             given = {"updates": updates, "params": params, "extras": extras}
-            new, state = graft(options.graft, new, state, **given)
-        if options.max_update is not None:
-            new = bound(leaves, memories, new, weight=weight, max_update=options.max_update)
+            new, state = graft(self.options.graft, new, state, **given)
+        if self.options.max_update is not None:
+            limits = {"weight": state.weight, "max_update": self.options.max_update}
+            new = bound(step.leaves, memories, new, **limits)
         new, state = finish(step, new, state)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
         return structure.unflatten(new), state._replace(leaves=structure.unflatten(memories))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def _step(self, updates: Any, extras: Any) -> Step:
+        signals = measured_later = None
+        if self.from_signals:
+            signals = require_extra(extras, "signals", "scale_by_kronecker", remedy=_REMEDY)
+            measured_later = extras.get("measure")
+        plans = self.plan(updates)
+        leaves = with_signals(plans, signals)
+        return Step(self.spectrum(), plans, leaves, self.clock, signals, measured_later)
 
 
-_SIGNALS_REMEDY = (
+_REMEDY = (
     "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call value, "
     "grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); "
     "or pass statistics='gradient', which needs no signals."
