@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optalr.arguments import check_choice, check_interval, is_concrete
 from optalr.arrays import all_finite, wide_dtype
-from optalr.linalg import inverse_roots, mean_eigenvalue
+from optalr.linalg import inverse_roots, mean_eigenvalue, spd
 from optalr.states import count_up, update_when
 
 
@@ -103,7 +103,7 @@ def precondition(
     roots, residual, kept_back = _refresh_roots(rule, memory, due)
 
     # Apply.
-    new = [multiply(root, vector) for root, vector in zip(roots, vectors, strict=True)]
+    new = [spd.matmul(root, vector) for root, vector in zip(roots, vectors, strict=True)]
     safe = good & all_finite(new)
     return [jnp.where(safe, u, 0) for u in new], memory._replace(
         count=count_up(memory.count),
@@ -117,11 +117,6 @@ def precondition(
 def working_dtype(leaves: Sequence[Any]) -> Any:
     """Return the dtype that holds all leaves in one vector: float32, or float64 where a leaf is."""
     return wide_dtype(jnp.float32, *(leaf.dtype for leaf in leaves))
-
-
-def multiply(matrix: jax.Array, other: jax.Array) -> jax.Array:
-    """Return ``matrix @ other`` in full precision also where TF32 or bfloat16 is default."""
-    return jnp.matmul(matrix, other, precision=jax.lax.Precision.HIGHEST)
 
 
 def _is_due(count: jax.Array, root_age: jax.Array, update_every: Any) -> jax.Array:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arrays import all_finite, wide_dtype
-from optalr.linalg import lapack
+from optalr.linalg import lapack, spd
 from optalr.states import count_up
-from optalr.transforms.dense.second_moment import SecondMoment, multiply, working_dtype
+from optalr.transforms.dense.second_moment import SecondMoment, working_dtype
 from optalr.transforms.shared.rates import length
 
 
@@ -67,7 +67,7 @@ def scale_by_window(
         # Apply.
         new = [
             share.astype(g.dtype) * g
-            + multiply(coefficients.astype(g.dtype), k.reshape(size, g.size)).reshape(g.shape)
+            + spd.matmul(coefficients.astype(g.dtype), k.reshape(size, g.size)).reshape(g.shape)
             for k, g in zip(window.gradients, grads, strict=True)
         ]
         safe = window.good & all_finite(new)
@@ -135,7 +135,7 @@ def _inner_products(kept: list[jax.Array], grads: list[jax.Array], gram: jax.Arr
     total = jnp.zeros(gram.shape[0], gram.dtype)
     for k, g in zip(kept, grads, strict=True):
         rows, column = k.reshape(gram.shape[0], g.size), g.reshape(-1)
-        total += multiply(rows.astype(gram.dtype), column.astype(gram.dtype))
+        total += spd.matmul(rows.astype(gram.dtype), column.astype(gram.dtype))
     return total
 
 
@@ -173,5 +173,5 @@ def _coefficients(
     share = jnp.where((added > 0) | (power == 0), jnp.power(added, power), 0)
     gains = jnp.where(seen, jnp.power(safe + added, power) - share, 0)
     # Divided by the eigenvalues first: gains/s underflows for large gradients.
-    turned = multiply(vectors.T, scales * window.products) / safe
-    return share, scales * multiply(vectors, gains * turned)
+    turned = spd.matmul(vectors.T, scales * window.products) / safe
+    return share, scales * spd.matmul(vectors, gains * turned)
