@@ -8,7 +8,6 @@ import numpy as np
 
 from optalr.signals.moments import Coverage
 from optalr.transforms.kronecker.leaves import Kernel, plan_leaves
-from optalr.transforms.kronecker.memory import KernelMemory
 from optalr.transforms.kronecker.options import KroneckerOptions, resolve_options
 from optalr.transforms.kronecker.transform import KroneckerState
 
@@ -61,21 +60,16 @@ def factor_spectra(
         weight = float(state.weight)
         if weight == 0:
             continue
-        leaves = jax.tree_util.tree_flatten_with_path(state.leaves, is_leaf=_is_kernel)[0]
-        for path, memory in leaves:
-            if not _is_kernel(memory):
-                continue
+        rows = jax.tree_util.tree_flatten_with_path(state.memory.rows.factor)[0]
+        cols = jax.tree.leaves(state.memory.cols.factor)
+        for (path, row), col in zip(rows, cols, strict=True):
             name = jax.tree_util.keystr(path)
-            row, col = (np.asarray(side.factor, np.float64) / weight for side in memory.sides)
+            row, col = (np.asarray(x, np.float64) / weight for x in (row, col))
             if plans is None:
                 found[name] = _eigenvalues(row, col), _eigenvalues(col, row)
             else:
                 found[name] = _planned_eigenvalues(name, plans.get(name), factors=(row, col))
     return found
-
-
-def _is_kernel(node: Any) -> bool:
-    return isinstance(node, KernelMemory)
 
 
 def _eigenvalues(factor: np.ndarray, other: np.ndarray) -> np.ndarray:

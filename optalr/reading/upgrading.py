@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optalr.transforms.kronecker.transform import KroneckerState
 
-# Where the parts of ``KroneckerState.leaves`` stood until 0.1: nine trees of the state.
+# The names of ``KroneckerState.memory``'s parts until 0.1, when each was a field of the state.
 _OLD_SIDES = {"rows": "row", "cols": "col"}
 _OLD_PARTS = {"factor": "factors", "root": "roots", "eigenvalues": "eigenvalues", "basis": "bases"}
 
@@ -62,15 +62,12 @@ def upgrade_state(saved: Any, like: Any) -> Any:
 
 def _old_place(way: Sequence[Any]) -> tuple[Any, ...]:
     """Return the way within a state of 0.1 to what stands at ``way`` now."""
-    if _name(way[0]) != "leaves":
+    names = [_name(key) for key in way[:3]]
+    if names[0] != "memory":
         return tuple(way)
-    rest, names = tuple(way[1:]), [_name(key) for key in way]
-    if names[-1] == "second_moment":
-        return (_attribute("second_moments"), *rest[:-1])
-    if names[-1] in _OLD_PARTS and names[-2] in _OLD_SIDES:
-        field = f"{_OLD_SIDES[names[-2]]}_{_OLD_PARTS[names[-1]]}"
-        return (_attribute(field), *rest[:-2])
-    return (_attribute("second_moments"), *rest)
+    if names[1] in _OLD_SIDES:
+        return (_attribute(f"{_OLD_SIDES[names[1]]}_{_OLD_PARTS[names[2]]}"), *way[3:])
+    return (_attribute("second_moments"), *way[2:])
 
 
 def _attribute(name: str) -> Any:

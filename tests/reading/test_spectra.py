@@ -17,11 +17,11 @@ def spectra_of(rows, cols, **arguments):
     tx = optalr.scale_by_kronecker()
     state = tx.init({"w": jnp.ones((2, 2))})
     row_side, col_side = (
-        side._replace(factor=0.5 * jnp.asarray(factor, jnp.float32))
-        for side, factor in zip(state.leaves["w"].sides, (rows, cols), strict=True)
+        side._replace(factor={"w": 0.5 * jnp.asarray(factor, jnp.float32)})
+        for side, factor in zip(state.memory.sides, (rows, cols), strict=True)
     )
-    memory = state.leaves["w"]._replace(rows=row_side, cols=col_side)
-    state = state._replace(weight=jnp.float32(0.5), leaves={"w": memory})
+    memory = state.memory._replace(rows=row_side, cols=col_side)
+    state = state._replace(weight=jnp.float32(0.5), memory=memory)
     return factor_spectra(state, **arguments)["['w']"]
 
 

@@ -173,7 +173,7 @@ def test_no_signals_in_a_batch_leave_the_factors_alone(layer):
     _, state = run(tx, grads, signals)
     _, after = run(tx, grads, jax.tree.map(jnp.zeros_like, signals), state)
     np.testing.assert_array_equal(
-        after.leaves["kernel"].rows.factor, state.leaves["kernel"].rows.factor
+        after.memory.rows.factor["kernel"], state.memory.rows.factor["kernel"]
     )
     assert int(after.measurements) == 1
     assert float(after.weight) == float(state.weight)
@@ -219,7 +219,7 @@ def test_bfloat16_parameters_keep_float32_factors(layer):
     half = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads)
     updates, state = run(scale_by_kronecker(options=BARE), half, signals)
     assert updates["kernel"].dtype == jnp.bfloat16
-    assert state.leaves["kernel"].rows.factor.dtype == jnp.float32
+    assert state.memory.rows.factor["kernel"].dtype == jnp.float32
     assert state.damping.dtype == jnp.float32
 
 
@@ -228,7 +228,7 @@ def test_a_long_side_keeps_the_diagonal_of_its_factor(rng):
     rows, cols = gram(rng, 9), gram(rng, 3)
     tx = scale_by_kronecker(damping=1e-2, options=dataclasses.replace(BARE, max_factor_size=8))
     updates, state = run(tx, {"w": g}, {"w": moments(rows, cols)})
-    assert state.leaves["w"].rows.factor.shape == (9,)
+    assert state.memory.rows.factor["w"].shape == (9,)
     a, b = relative(np.diag(np.diag(rows)), 1e-2), relative(cols, 1e-2)
     np.testing.assert_allclose(
         updates["w"], power_of(a, -0.5) @ np.asarray(g) @ power_of(b, -0.5), rtol=1e-4, atol=1e-5
@@ -324,7 +324,7 @@ def test_a_joint_bias_is_one_more_row(rng):
     expected = power_of(relative(whole, 1e-2), -0.5) @ joint @ power_of(relative(cols, 1e-2), -0.5)
     got = np.concatenate([updates["w"], updates["b"][None]])
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-    assert state.leaves["w"].rows.factor.shape == (5, 5)
+    assert state.memory.rows.factor["w"].shape == (5, 5)
 
 
 def test_a_layout_of_other_parameters_is_refused():
@@ -349,7 +349,7 @@ def test_state_trees_map_like_parameters(layer):
     tx = scale_by_kronecker()
     doubled = optax.tree.map_params(tx, lambda x: x + 1, tx.init(grads))
     assert isinstance(doubled, KroneckerState)
-    assert float(doubled.leaves["kernel"].rows.factor[0, 0]) == 1
+    assert float(doubled.memory.rows.factor["kernel"][0, 0]) == 1
     assert int(doubled.count) == 0
 
 

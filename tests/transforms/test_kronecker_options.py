@@ -149,13 +149,13 @@ def test_measured_moments_survive_a_change_of_basis():
 
 def _diagonal_of(state):
     """The second moments of the gradient's own entries that a state stands for."""
-    rows, cols = (jnp.square(side.root) for side in state.leaves.sides)
+    rows, cols = (jnp.square(side.root) for side in state.memory.sides)
     return rows @ _moments_of(state) @ cols.T
 
 
 def _moments_of(state):
-    rows, cols = (side.eigenvalues.max() for side in state.leaves.sides)
-    return state.leaves.second_moment * rows * cols
+    rows, cols = (side.eigenvalues.max() for side in state.memory.sides)
+    return state.memory.second_moment * rows * cols
 
 
 @pytest.mark.parametrize("spectrum", ["exact", "measured"])
@@ -253,7 +253,7 @@ def test_blocks_are_the_diagonal_blocks_of_the_factor(spectrum, size):
     blocked = dataclasses.replace(options, block_size=4)
     updates, state = run(scale_by_kronecker(damping=1e-2, options=blocked), g, moments(rows, cols))
     expected, _ = run(scale_by_kronecker(damping=1e-2, options=options), g, moments(masked, cols))
-    assert state.leaves.rows.factor.shape == (2, 4, 4)
+    assert state.memory.rows.factor.shape == (2, 4, 4)
     np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
 
 

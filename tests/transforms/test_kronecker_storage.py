@@ -37,8 +37,9 @@ TOKENS = jnp.zeros((2, 5), jnp.int32)
 def kept_bytes(state):
     """Bytes a leaf, over all trees of the state that have the structure of the parameters."""
     total = dict.fromkeys((f"['{name}']" for name in PARAMS), 0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.leaves):
-        total[jax.tree_util.keystr(path[:1])] += leaf.size * leaf.dtype.itemsize
+    for part in (*state.memory.rows, *state.memory.cols, state.memory.second_moment):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+            total[jax.tree_util.keystr(path)] += leaf.size * leaf.dtype.itemsize
     return total
 
 
@@ -126,8 +127,8 @@ def test_a_refreshed_basis_follows_the_factors(spectrum):
     assert float(state.root_residual) > 1e-4
     error = jnp.linalg.norm(warm - exact) / jnp.linalg.norm(exact)
     assert float(error) < 0.1
-    held = state.leaves["w"].rows
-    basis = np.asarray(held.basis if spectrum == "factored" else held.root)
+    held = state.memory.rows.basis if spectrum == "factored" else state.memory.rows.root
+    basis = np.asarray(held["w"])
     np.testing.assert_allclose(basis.T @ basis, np.eye(12), atol=1e-5)
 
 

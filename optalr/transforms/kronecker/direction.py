@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from optalr.arrays import damped_power
 from optalr.transforms.kronecker.leaves import Bias, Elementwise, JointBias, Kernel
-from optalr.transforms.kronecker.memory import KernelMemory, LeafMemory, roots_of
+from optalr.transforms.kronecker.memory import LeafMemory, roots_of
 from optalr.transforms.kronecker.rule import Rule
 from optalr.transforms.kronecker.spectra import Spectrum, Step
 
 
 def kernel_direction(
-    spectrum: Spectrum, leaf: Kernel, memory: KernelMemory, *, gradient: jax.Array, ready: jax.Array
+    spectrum: Spectrum, leaf: Kernel, memory: LeafMemory, *, gradient: jax.Array, ready: jax.Array
 ) -> jax.Array:
     """Return the direction of one kernel from its gradient, both as padded matrices."""
     G = gradient
@@ -29,7 +29,7 @@ def kernel_direction(
 
 
 def bias_direction(
-    spectrum: Spectrum, leaf: Bias, memory: KernelMemory, *, gradient: jax.Array, ready: jax.Array
+    spectrum: Spectrum, leaf: Bias, memory: LeafMemory, *, gradient: jax.Array, ready: jax.Array
 ) -> jax.Array:
     """Return ``B^p b`` for a bias b, with what its kernel's memory keeps of the output's side."""
     kernel = leaf.layer
@@ -63,13 +63,13 @@ def directions(
         if isinstance(leaf, JointBias):
             continue  # its kernel's
         if isinstance(leaf, Bias):
-            kernel: Any = memories[leaf.kernel]
+            kernel = memories[leaf.kernel]
             updates[i] = bias_direction(spectrum, leaf, kernel, gradient=g, ready=ready)
         elif isinstance(leaf, Elementwise):
-            moment: Any = memory
-            direction = elementwise_direction(spectrum.rule, g, moment * scale.astype(g.dtype))
+            moment = memory.second_moment * scale.astype(g.dtype)
+            direction = elementwise_direction(spectrum.rule, g, moment)
             updates[i] = jnp.where(ready, direction, g)
-        elif isinstance(leaf, Kernel) and isinstance(memory, KernelMemory):
+        elif isinstance(leaf, Kernel):
             matrix = leaf.pad(leaf.to_matrix(grads, i))
             direction = kernel_direction(spectrum, leaf, memory, gradient=matrix, ready=ready)
             updates[i], bias = leaf.from_matrix(direction)

@@ -13,7 +13,7 @@ from optalr.linalg import spd
 from optalr.signals.moments import default_view
 from optalr.states import count_up, settle_like
 from optalr.transforms.kronecker.leaves import Bias, Elementwise, Kernel, Leaf
-from optalr.transforms.kronecker.memory import KernelMemory, LeafMemory, factors_of
+from optalr.transforms.kronecker.memory import LeafMemory, factors_of
 from optalr.transforms.kronecker.spectra import Step
 
 
@@ -35,7 +35,7 @@ def bound(
             rows = update.reshape(*stack, 1, -1)
             bounded.append(_shrink(rows, limit).reshape(update.shape))
             continue
-        if leaf.moments is not None and isinstance(memory, KernelMemory):
+        if leaf.moments is not None:
             mean = factors_of(leaf, memory, weight)[1 - leaf.output_side].mean()
             limit = limit * jax.lax.rsqrt(jnp.where(mean > 0, mean, 1))
         matrix = leaf.view.to_matrix(update)

@@ -13,8 +13,6 @@ from optalr.signals.moments import LayerMoments, is_moments
 from optalr.states import count_up, update_when
 from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf, with_signals
 from optalr.transforms.kronecker.memory import (
-    NOTHING,
-    KernelMemory,
     LeafMemory,
     SideMemory,
 )
@@ -41,11 +39,11 @@ class Measurement(NamedTuple):
 def init_leaf(spectrum: Spectrum, leaf: Leaf, dtype: Any) -> LeafMemory:
     """Return what a leaf remembers before the first batch."""
     if isinstance(leaf, Elementwise):
-        return jnp.zeros(leaf.shape, dtype)
+        return LeafMemory(second_moment=jnp.zeros(leaf.shape, dtype))
     if not isinstance(leaf, Kernel):
-        return NOTHING
+        return LeafMemory()
     rows, cols = (spectrum.start(side, leaf.stack, dtype) for side in leaf.sides)
-    return KernelMemory(rows, cols, spectrum.start_second_moment(leaf, dtype))
+    return LeafMemory(rows, cols, spectrum.start_second_moment(leaf, dtype))
 
 
 def measure(
@@ -87,7 +85,7 @@ def fold_batch(
     """
     measured: dict[int, Any] = {}
     for i, (leaf, memory) in enumerate(zip(leaves, memories, strict=True)):
-        if isinstance(leaf, Kernel) and isinstance(memory, KernelMemory):
+        if isinstance(leaf, Kernel):
             measured[i] = _measure_kernel(spectrum, leaf, memory, index=i, batch=batch)
         elif isinstance(leaf, Elementwise):
             measured[i] = batch.num_examples * jnp.square(batch.grads[i])
@@ -95,17 +93,18 @@ def fold_batch(
     folded = list(memories)
     for i, new in measured.items():
         leaf, memory = leaves[i], memories[i]
-        if isinstance(leaf, Kernel) and isinstance(memory, KernelMemory):
+        if isinstance(leaf, Kernel):
             seen = good if leaf.moments is None else good & (leaf.moments.count > 0)
             folded[i] = _fold_kernel(spectrum.rule, leaf, memory, new=new, keep=seen)
         else:
-            old: Any = memory
-            folded[i] = jnp.where(good, moving_average(old, new, spectrum.rule.decay), old)
+            old = memory.second_moment
+            average = moving_average(old, new, spectrum.rule.decay)
+            folded[i] = LeafMemory(second_moment=jnp.where(good, average, old))
     return folded, good
 
 
 def _measure_kernel(
-    spectrum: Spectrum, leaf: Kernel, memory: KernelMemory, *, index: int, batch: Batch
+    spectrum: Spectrum, leaf: Kernel, memory: LeafMemory, *, index: int, batch: Batch
 ) -> Measurement:
     matrix = leaf.to_matrix(batch.grads, index)
     if leaf.moments is not None:
@@ -157,8 +156,8 @@ def _normalized_grams(
 
 
 def _fold_kernel(
-    rule: Rule, leaf: Kernel, memory: KernelMemory, *, new: Measurement, keep: jax.Array
-) -> KernelMemory:
+    rule: Rule, leaf: Kernel, memory: LeafMemory, *, new: Measurement, keep: jax.Array
+) -> LeafMemory:
     """Return a kernel's memory after one more batch, or as it was where that is not kept."""
 
     def choose(new: Any, old: Any) -> Any:
@@ -170,7 +169,7 @@ def _fold_kernel(
 
     average = partial(moving_average, decay=rule.decay)
     moment = jax.tree.map(average, memory.second_moment, new.second_moment)
-    return KernelMemory(
+    return LeafMemory(
         rows=fold_side(memory.rows, leaf.rows, new.rows),
         cols=fold_side(memory.cols, leaf.cols, new.cols),
         second_moment=choose(moment, memory.second_moment),

@@ -1,11 +1,13 @@
 """What is remembered of each leaf.
 
-Factors and roots rest a leaf, not in stacks of equal size. A plain step, nine in ten or more of
-all, multiplies by them where they lie; a refresh, which wants stacks, copies them into some once
-(``refresh.py``, the only module that knows of stacks). A checkpoint names each factor by its leaf,
-and a state tells by itself what it holds.
+In a state each part of a memory is a tree of the parameters' structure, ``memory.rows.factor`` for
+instance, with one array a leaf. Factors and roots rest a leaf, not in stacks of equal size. A plain
+step, nine in ten or more of all, multiplies by them where they lie; a refresh, which wants stacks,
+copies them into some once (``refresh.py``, the only module that knows of stacks). A checkpoint
+names each factor by its leaf, and a state tells by itself what it holds.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,25 +22,26 @@ NOTHING = optax.MaskedNode()
 
 
 class SideMemory(NamedTuple):
-    """What is kept of one side of a kernel: all shapes begin with its stack axes.
+    """What is kept of one side of a kernel. Every shape begins with the kernel's stack axes.
 
     A side of n rows that is kept in blocks, or as a diagonal, has that shape in place of (n, n).
     """
 
-    factor: jax.Array  # (n, n), the moving average of Gram matrices, which starts from zero
-    root: Any  # (n, n), the factor's root, or its eigenbasis
-    eigenvalues: Any  # (n,), where eigenbases are kept
-    basis: Any  # (n, n), where roots are taken from a basis that is refreshed
+    factor: Any = NOTHING  # (n, n), the moving average of Gram matrices, which starts from zero
+    root: Any = NOTHING  # (n, n), the factor's root, or its eigenbasis
+    eigenvalues: Any = NOTHING  # (n,), where eigenbases are kept
+    basis: Any = NOTHING  # (n, n), where roots are taken from a basis that is refreshed
 
 
-class KernelMemory(NamedTuple):
-    """What is kept of a kernel of matrix shape (m, n)."""
+class LeafMemory(NamedTuple):
+    """What is kept of a leaf: of a kernel two sides, of an elementwise leaf a second moment."""
 
-    rows: SideMemory
-    cols: SideMemory
-    # (m, n), spectrum="measured": the squared gradient in the eigenbases, relative to the product
-    # of the largest row and column eigenvalue
-    second_moment: Any
+    rows: SideMemory = SideMemory()
+    cols: SideMemory = SideMemory()
+    # An elementwise leaf: its shape. A kernel of matrix shape (m, n) with spectrum="measured":
+    # (m, n), the squared gradient in the eigenbases, relative to the product of the largest row and
+    # column eigenvalue.
+    second_moment: Any = NOTHING
 
     @property
     def sides(self) -> tuple[SideMemory, SideMemory]:
@@ -46,12 +49,24 @@ class KernelMemory(NamedTuple):
         return self.rows, self.cols
 
 
-# A kernel's memory, the second moments of an elementwise leaf (its shape), or NOTHING.
-LeafMemory = KernelMemory | jax.Array | optax.MaskedNode
+_PARTS = jax.tree.structure(LeafMemory(), is_leaf=lambda node: node is NOTHING)
+
+
+def to_trees(memories: Sequence[LeafMemory], structure: Any) -> LeafMemory:
+    """Return one memory whose parts are trees of a structure, from those of its leaves."""
+    parts = [_PARTS.flatten_up_to(memory) for memory in memories]
+    columns = zip(*parts, strict=True) if parts else [[]] * _PARTS.num_leaves
+    return _PARTS.unflatten([structure.unflatten(column) for column in columns])
+
+
+def from_trees(trees: LeafMemory, structure: Any) -> list[LeafMemory]:
+    """Undo ``to_trees``."""
+    columns = [structure.flatten_up_to(tree) for tree in _PARTS.flatten_up_to(trees)]
+    return [_PARTS.unflatten(parts) for parts in zip(*columns, strict=True)]
 
 
 def factors_of(
-    leaf: Kernel, memory: KernelMemory, weight: jax.Array
+    leaf: Kernel, memory: LeafMemory, weight: jax.Array
 ) -> tuple[Structured, Structured]:
     """Return both factors, freed of the moving average's start at zero."""
     scale = 1 / jnp.where(weight > 0, weight, 1)
@@ -59,6 +74,6 @@ def factors_of(
     return rows.scaled(scale), cols.scaled(scale)
 
 
-def roots_of(leaf: Kernel, memory: KernelMemory) -> tuple[Structured, Structured]:
+def roots_of(leaf: Kernel, memory: LeafMemory) -> tuple[Structured, Structured]:
     """Return both roots, or both eigenbases."""
     return leaf.rows.holding(memory.rows.root), leaf.cols.holding(memory.cols.root)

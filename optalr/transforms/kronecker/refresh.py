@@ -12,7 +12,6 @@ from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.states import count_up, update_when
 from optalr.transforms.kronecker.leaves import Kernel
 from optalr.transforms.kronecker.memory import (
-    KernelMemory,
     LeafMemory,
     SideMemory,
     factors_of,
@@ -74,7 +73,7 @@ def take_roots(step: Step, last: Roots, *, weight: jax.Array, first: jax.Array) 
     kernels = {
         i: (leaf, memory)
         for i, (leaf, memory) in enumerate(zip(step.leaves, last.memories, strict=True))
-        if isinstance(leaf, Kernel) and isinstance(memory, KernelMemory)
+        if isinstance(leaf, Kernel)
     }
     sides = [
         side
@@ -95,7 +94,7 @@ def take_roots(step: Step, last: Roots, *, weight: jax.Array, first: jax.Array) 
 
 
 def _sides(
-    step: Step, leaf: Kernel, memory: KernelMemory, *, weight: jax.Array
+    step: Step, leaf: Kernel, memory: LeafMemory, *, weight: jax.Array
 ) -> tuple[_Side, _Side]:
     rows, cols = factors_of(leaf, memory, weight)
     row_damping, col_damping = step.spectrum.rule.dampings(rows, cols)
@@ -137,12 +136,12 @@ def _shaped(found: Decomposition, memory: SideMemory) -> Decomposition:
 def _kept(
     spectrum: Spectrum,
     leaf: Kernel,
-    memory: KernelMemory,
+    memory: LeafMemory,
     *,
     pair: Sequence[Decomposition],
     success: jax.Array,
     first: jax.Array,
-) -> KernelMemory:
+) -> LeafMemory:
     """Return the memory with a new pair of roots, or as it was where either failed."""
 
     def choose(new: Any, old: Any) -> Any:

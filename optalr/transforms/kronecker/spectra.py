@@ -21,7 +21,7 @@ from optalr.linalg.roots.bases import EigenBasis, eigenbasis, refresh_eigenbasis
 from optalr.linalg.roots.inverse_root import inverse_root
 from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.transforms.kronecker.leaves import Kernel, Leaf
-from optalr.transforms.kronecker.memory import NOTHING, KernelMemory, SideMemory, roots_of
+from optalr.transforms.kronecker.memory import NOTHING, LeafMemory, SideMemory, roots_of
 from optalr.transforms.kronecker.rule import Clock, Rule
 
 # Of an eigendecomposition ‖AQ − QΛ‖_F/‖A‖_F must stay below this, in units of √n ε.
@@ -73,13 +73,13 @@ class Spectrum:
         del leaf, dtype
         return NOTHING
 
-    def squares(self, leaf: Kernel, memory: KernelMemory, matrix: jax.Array) -> Any:
+    def squares(self, leaf: Kernel, memory: LeafMemory, matrix: jax.Array) -> Any:
         """Return what a gradient, as a padded matrix, adds to the second moments."""
         del leaf, memory, matrix
         return NOTHING
 
     def carry(
-        self, leaf: Kernel, before: KernelMemory, after: KernelMemory, *, first: jax.Array
+        self, leaf: Kernel, before: LeafMemory, after: LeafMemory, *, first: jax.Array
     ) -> Any:
         """Return the second moments in new eigenbases."""
         del leaf, before, first
@@ -107,7 +107,7 @@ class Spectrum:
         del damping
         return root, factor.stored
 
-    def gains(self, memory: KernelMemory) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def gains(self, memory: LeafMemory) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return three arrays whose product, which may leave float32's range, is ``(v + λ)^p``."""
         row_unit, col_unit = self.units(memory)
         values = self.values(memory)
@@ -127,18 +127,18 @@ class Spectrum:
         added = self.rule.added(side.eigenvalues, num_axes=1)
         return damped_power(side.eigenvalues, added, self.rule.exponent)
 
-    def values(self, memory: KernelMemory) -> jax.Array:
+    def values(self, memory: LeafMemory) -> jax.Array:
         """Return the numbers v that the power is taken of, in units of ``units``."""
         return self.outer(memory)
 
-    def outer(self, memory: KernelMemory) -> jax.Array:
+    def outer(self, memory: LeafMemory) -> jax.Array:
         """Return the eigenvalues of the Kronecker product in its units, ``(*stack, m, n)``."""
         rows = self._shared(memory.rows.eigenvalues)[..., :, None]
         cols = self._shared(memory.cols.eigenvalues)[..., None, :]
         row_unit, col_unit = self.units(memory)
         return (rows / row_unit) * (cols / col_unit)
 
-    def units(self, memory: KernelMemory) -> tuple[jax.Array, jax.Array]:
+    def units(self, memory: LeafMemory) -> tuple[jax.Array, jax.Array]:
         """Return the largest eigenvalues of both sides, ``(*stack, 1, 1)``.
 
         Eigenvalues of the Kronecker product, and second moments, are kept relative to their
@@ -205,16 +205,16 @@ class Measured(Spectrum):
     def start_second_moment(self, leaf: Kernel, dtype: Any) -> Any:  # noqa: D102
         return jnp.ones((*leaf.stack, *(side.padded_size for side in leaf.sides)), dtype)
 
-    def values(self, memory: KernelMemory) -> jax.Array:  # noqa: D102
+    def values(self, memory: LeafMemory) -> jax.Array:  # noqa: D102
         return memory.second_moment
 
-    def squares(self, leaf: Kernel, memory: KernelMemory, matrix: jax.Array) -> Any:  # noqa: D102
+    def squares(self, leaf: Kernel, memory: LeafMemory, matrix: jax.Array) -> Any:  # noqa: D102
         row_unit, col_unit = self.units(memory)
         turned = to_eigenbasis(matrix, *roots_of(leaf, memory))
         return jnp.square(turned / jnp.sqrt(row_unit) / jnp.sqrt(col_unit))
 
     def carry(  # noqa: D102
-        self, leaf: Kernel, before: KernelMemory, after: KernelMemory, *, first: jax.Array
+        self, leaf: Kernel, before: LeafMemory, after: LeafMemory, *, first: jax.Array
     ) -> Any:
         bases = roots_of(leaf, before), roots_of(leaf, after)
         moment = carry_second_moments(before.second_moment, *bases)

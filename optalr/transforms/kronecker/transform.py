@@ -25,6 +25,7 @@ from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves, with_signals
 from optalr.transforms.kronecker.length import bound, finish, graft
 from optalr.transforms.kronecker.measuring import init_leaf, measure
+from optalr.transforms.kronecker.memory import LeafMemory, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import DAMPING_FORMS, Clock, Rule
@@ -55,9 +56,9 @@ class KroneckerState(NamedTuple):
     # every refresh
     num_refreshes: jax.Array  # () int32
     root_residual: jax.Array  # () float32, the worst among the roots in use (0: none yet)
-    # The structure of the parameters. A kernel has a KernelMemory: its factors change with every
-    # measurement, its roots with every refresh. An elementwise leaf has its second moments.
-    leaves: Any
+    # Each of its parts is a tree of the parameters' structure. Factors and second moments change
+    # with every measurement, roots with every refresh.
+    memory: LeafMemory
 
 
 def scale_by_kronecker(
@@ -212,7 +213,7 @@ class _Kronecker:
 
     def init(self, params: Any) -> KroneckerState:
         dtypes = [wide_dtype(leaf) for leaf in jax.tree.leaves(params)]
-        leaves = [
+        memories = [
             init_leaf(self.spectrum(), leaf, dtype)
             for leaf, dtype in zip(self.plan(params), dtypes, strict=True)
         ]
@@ -231,14 +232,14 @@ class _Kronecker:
             weight=jnp.zeros([], jnp.float32),
             num_refreshes=jnp.zeros([], jnp.int32),
             root_residual=jnp.zeros([], jnp.float32),
-            leaves=jax.tree.structure(params).unflatten(leaves),
+            memory=to_trees(memories, jax.tree.structure(params)),
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         step = self._step(updates, extras)
         structure = jax.tree.structure(updates)
         grads = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
-        memories = structure.flatten_up_to(state.leaves)
+        memories = from_trees(state.memory, structure)
 
         memories, state = measure(step, memories, state, grads=grads)
         memories, state = refresh(step, memories, state)
@@ -251,7 +252,7 @@ class _Kronecker:
             new = bound(step.leaves, memories, new, **limits)
         new, state = finish(step, new, state)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
-        return structure.unflatten(new), state._replace(leaves=structure.unflatten(memories))
+        return structure.unflatten(new), state._replace(memory=to_trees(memories, structure))
 
     def _step(self, updates: Any, extras: Any) -> Step:
         signals = measured_later = None
