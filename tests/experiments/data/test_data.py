@@ -75,7 +75,7 @@ def test_data_that_ship_with_packages(name, shape, sizes, classes):
 
 def test_boston_carries_its_caveat_and_column_b_can_be_dropped():
     assert "column B" in load(DataConfig(name="boston")).note
-    dropped = load(DataConfig(name="boston", options={"drop_b": True}))
+    dropped = load(DataConfig(name="boston", drop_b=True))
     assert dropped.train.x.shape[1] == 12
     assert not dropped.note
 
@@ -111,7 +111,7 @@ def test_mnist1d_names_its_package_where_it_is_missing(monkeypatch):
 def test_mnist1d_is_made_alike_each_time():
     pytest.importorskip("mnist1d")
     options = {"num_samples": 100}
-    first, second = (load(DataConfig(name="mnist1d", options=options)) for _ in range(2))
+    first, second = (load(DataConfig(name="mnist1d", **options)) for _ in range(2))
     assert first.train.x.shape[1:] == (40, 1)
     assert len(first.test) == 20
     np.testing.assert_array_equal(first.train.x, second.train.x)

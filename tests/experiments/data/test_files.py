@@ -45,7 +45,7 @@ def _write_mnist(folder, style="-", zipped=False):
 
 
 def _load(name, folder, **options):
-    return load(DataConfig(name, str(folder), validation_fraction=0.0, options=options))
+    return load(DataConfig(name=name, folder=str(folder), validation_fraction=0.0, **options))
 
 
 @pytest.fixture(autouse=True)
