@@ -12,7 +12,8 @@ import optax
 from jax.tree_util import Partial
 
 from optalr.arguments import check_count, check_interval
-from optalr.reading.metrics import metrics, wants_signals
+from optalr.reading.metrics import metrics
+from optalr.reading.wanted import wants_signals
 from optalr.recipes import learned_rate_sgd
 from optalr.signals import value_grad_and_extras
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax.training import train_state
 
-from optalr.reading.metrics import wants_signals
+from optalr.reading.wanted import wants_signals
 
 
 class TrainState(train_state.TrainState):

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from optalr.reading.metrics import metrics, wants_signals
+from optalr.reading.metrics import metrics
+from optalr.reading.wanted import wants_signals
 from optalr.signals import extras as core
 
 

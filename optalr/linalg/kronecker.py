@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from optalr.arrays import at_least_float32
 from optalr.linalg import spd
 from optalr.linalg.roots.bases import EigenBasis
-from optalr.linalg.roots.eigh import floor_spectrum
+from optalr.linalg.roots.decompositions import floor_spectrum
 from optalr.linalg.structured import Matrices, Structured, as_structured
 
 # A matrix, a stack of them, or a form that stores a part of each.

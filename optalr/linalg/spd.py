@@ -1,23 +1,19 @@
-"""What every method for roots of symmetric positive (semi)definite matrices shares.
+"""Stacks of symmetric positive (semi)definite matrices, and what methods for their roots share.
 
 A method works on a *normalized* matrix: finite, exactly symmetric, damped, and scaled so that its
 largest entry lies in [1/2, 1). So neither 1e-20 nor 1e20 can overflow a square, in float32 either.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optalr.arguments import is_concrete
 from optalr.arrays import wide_dtype
 
 # TF32 or bfloat16 products destroy a root: the smallest eigenvalue is found by cancellation.
 HIGHEST = jax.lax.Precision.HIGHEST
-# Where no tolerance is asked for, a root is held to max(FLOOR, FACTOR · ε · condition).
-TOLERANCE_FLOOR = 1e-4
-TOLERANCE_FACTOR = 8.0
 
 
 class Normalized(NamedTuple):
@@ -29,6 +25,25 @@ class Normalized(NamedTuple):
     usable: jax.Array  # (...) bool: finite, and not zero
 
 
+class RootTask(NamedTuple):
+    """A normalized stack, and which root of it to take."""
+
+    matrix: jax.Array  # (..., n, n)
+    power: Any  # p: an int where it is whole, a float, or (...) where it is traced
+    order: int  # of the coupled Newton iteration
+    basis: jax.Array | None  # (..., n, n), for methods that start from one
+
+
+class MethodResult(NamedTuple):
+    """What a method returns for a normalized stack."""
+
+    root: jax.Array  # (..., n, n)
+    residual: jax.Array  # (...)
+    condition: jax.Array  # (...), λ_max/λ_min, at most 1/ε
+    num_steps: jax.Array  # (...) int32
+    basis: jax.Array | None = None  # (..., n, n), where the method keeps one
+
+
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply (stacks of) matrices in full precision."""
     return jnp.matmul(a, b, precision=HIGHEST)
@@ -37,6 +52,11 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def transpose(a: jax.Array) -> jax.Array:
     """Swap the last two axes."""
     return jnp.swapaxes(a, -1, -2)
+
+
+def symmetric_part(a: jax.Array) -> jax.Array:
+    """Return ``(A + Aᵀ)/2``, without what rounding left of asymmetry."""
+    return 0.5 * (a + transpose(a))
 
 
 def column(a: jax.Array) -> jax.Array:
@@ -74,17 +94,24 @@ def broadcast_damping(name: str, damping: Any, matrix: jax.Array) -> jax.Array:
     """Return ``damping`` with one number a matrix of the stack."""
     damping = jnp.asarray(damping, matrix.dtype)
     batch = matrix.shape[:-2]
-    if damping.ndim > len(batch):
-        raise ValueError(
-            f"{name} must be a number, or one a matrix in the leading dimensions {batch}, got "
-            f"shape {damping.shape}."
-        )
     try:
         return jnp.broadcast_to(damping, batch)
     except ValueError:
         raise ValueError(
-            f"{name} must broadcast to the leading dimensions {batch}, got shape {damping.shape}."
+            f"{name} must be a number, or one a matrix in the leading dimensions {batch}, got "
+            f"shape {damping.shape}."
         ) from None
+
+
+def broadcast_basis(basis: Any, matrix: jax.Array) -> jax.Array:
+    """Return a basis for each matrix, or raise if it has not as many rows and columns."""
+    basis = jnp.asarray(basis)
+    fits = basis.ndim >= 2 and basis.shape[-2:] == matrix.shape[-2:]
+    if not fits or basis.shape[:-2] not in ((), matrix.shape[:-2]):
+        raise ValueError(
+            f"basis must have the shape of the matrices, {matrix.shape}, got {basis.shape}."
+        )
+    return jnp.broadcast_to(basis, matrix.shape)
 
 
 def normalize(matrix: jax.Array, damping: jax.Array) -> Normalized:
@@ -100,8 +127,7 @@ def normalize(matrix: jax.Array, damping: jax.Array) -> Normalized:
     limit = jnp.finfo(matrix.dtype).maxexp - 2
     exponent = jnp.clip(exponent + 1, -limit, limit)
     down = jnp.ldexp(jnp.ones_like(damping), -exponent)
-    half = matrix * column(down)
-    damped = 0.5 * (half + transpose(half)) + column(damping * down) * eye
+    damped = symmetric_part(matrix * column(down)) + column(damping * down) * eye
     return Normalized(jnp.where(column(usable), damped, eye), exponent, finite, usable)
 
 
@@ -117,14 +143,6 @@ def integer_power(matrix: jax.Array, power: int) -> jax.Array:
         return matrix
     half = integer_power(matmul(matrix, matrix), power // 2)
     return matmul(half, matrix) if power % 2 else half
-
-
-def whole_number(p: Any) -> int | None:
-    """Return ``p`` as an int if it is a concrete whole number, else None."""
-    if not is_concrete(p):
-        return None
-    value = float(np.asarray(p))
-    return int(value) if value.is_integer() else None
 
 
 def root_residual(matrix: jax.Array, root: jax.Array, p: int) -> jax.Array:
@@ -146,7 +164,28 @@ def frobenius(matrix: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(rows, (-2, -1)) / n)
 
 
-def default_tolerance(condition: jax.Array) -> jax.Array:
-    """Return ``max(1e-4, 8 ε κ)``: what rounding leaves within reach at this condition."""
-    eps = jnp.finfo(condition.dtype).eps
-    return jnp.maximum(TOLERANCE_FLOOR, TOLERANCE_FACTOR * eps * condition)
+def solve_by_size(solve: Callable[..., Any], requests: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Call ``solve`` once a size and dtype, for all requests of that kind together.
+
+    Args:
+      solve: takes the parts of a request, joined along their first axis, and returns a pytree of
+        arrays with that axis.
+      requests: tuples of arrays with one first axis, the first of them ``(k, n, n)``; a part that
+        is None must be None in all requests of its kind.
+
+    Returns:
+      One pytree a request, in the given order.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, (stack, *_) in enumerate(requests):
+        kinds.setdefault((stack.shape[-1], stack.dtype), []).append(i)
+    results: dict[int, Any] = {}
+    for members in kinds.values():
+        parts = zip(*(requests[i] for i in members), strict=True)
+        joined = [None if part[0] is None else jnp.concatenate(part) for part in parts]
+        whole, start = solve(*joined), 0
+        for i in members:
+            stop = start + requests[i][0].shape[0]
+            results[i] = jax.tree.map(lambda part, a=start, b=stop: part[a:b], whole)
+            start = stop
+    return [results[i] for i in range(len(requests))]

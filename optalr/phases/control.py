@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_interval, is_concrete
-from optalr.phases.switching import PhaseState
+from optalr.phases.switching import PhaseState, next_phase, schedule_state
 from optalr.phases.two_stage import Released, TwoStageState
 from optalr.states import injects
 
@@ -132,29 +132,13 @@ def release_first_stage(opt_state: Any) -> Any:
     return new_state
 
 
-def next_phase(node: Any) -> jax.Array:
-    """Return the phase that the next update of an injected ``two_stage`` will apply.
-
-    Where a bare function schedules the phase, that of the last update is returned: the state holds
-    no other.
-    """
-    schedule = _schedule_state(node)
-    return schedule.next_phase if isinstance(schedule, PhaseState) else node.hyperparams["phase"]
-
-
-def _schedule_state(node: Any) -> Any:
-    """Return the state of what schedules the phase of ``node``, None where it is a constant."""
-    # A wrapper of one's own may keep hyperparams like optax's without the states of schedules.
-    return (getattr(node, "hyperparams_states", None) or {}).get("phase")
-
-
 def _override(node: Any, phase: float | None) -> Any:
     """Return the injected state ``node`` with ``phase`` in force from the next update on."""
     inner = node.inner_state
     released = isinstance(inner, TwoStageState) and isinstance(inner.first, Released)
     if released and phase is not None and is_concrete(phase) and float(phase) < 1:
         raise ValueError(f"phase must be 1 once the first stage is released, got {phase}.")
-    schedule = _schedule_state(node)
+    schedule = schedule_state(node)
     value = node.hyperparams["phase"]
     if schedule is None:
         if phase is None:

@@ -43,6 +43,22 @@ class PhaseState(NamedTuple):
         return jnp.where(jnp.isnan(self.override), self.scheduled, self.override)
 
 
+def next_phase(node: Any) -> jax.Array:
+    """Return the phase that the next update of an injected ``two_stage`` will apply.
+
+    Where a bare function schedules the phase, that of the last update is returned: the state holds
+    no other.
+    """
+    schedule = schedule_state(node)
+    return schedule.next_phase if isinstance(schedule, PhaseState) else node.hyperparams["phase"]
+
+
+def schedule_state(node: Any) -> Any:
+    """Return the state of what schedules the phase of ``node``, None where it is a constant."""
+    # A wrapper of one's own may keep hyperparams like optax's without the states of schedules.
+    return (getattr(node, "hyperparams_states", None) or {}).get("phase")
+
+
 class PhaseSchedule:
     """A stateful schedule whose phase is known one step ahead and can be overridden by hand.
 

@@ -1,4 +1,4 @@
-"""What an optimizer state of any nesting reports, how large it is, and whether it wants signals."""
+"""What an optimizer state of any nesting reports, and how large it is."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optalr.phases.control import next_phase
 from optalr.phases.two_stage import TwoStageState
 from optalr.states import children, injects, is_named_tuple
 
@@ -52,35 +51,6 @@ _COMBINED = {
     "root_residual": lambda values: _largest(values),
     "step": lambda values: _largest(values),
 }
-
-
-def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
-    """Return whether the next update will read captured signals.
-
-    Choose it to capture signals only in steps that use them:
-    ``evaluate(params, batch, signals=optalr.wants_signals(opt_state))``. Around a switch of phase
-    the phase of the next update decides, so nothing is captured in vain and nothing is missed. (A
-    phase scheduled by a bare function is known one step late; ``phase_schedule`` makes it known in
-    time.)
-
-    Args:
-      opt_state: any optimizer state, of optalr or not, at any nesting.
-
-    Returns:
-      A boolean scalar; a concrete False where no state in it ever reads signals.
-
-    Cost: a few scalar operations.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, optalr
-      >>> bool(optalr.wants_signals(optax.adam(1e-3).init(jnp.ones(2))))
-      False
-    """
-    answers = list(_answers(opt_state, None))
-    if not answers:
-        return np.bool_(False)
-    # A state under vmap answers for every member at once, and one member's yes is enough.
-    return jnp.any(jnp.stack([jnp.any(answer) for answer in answers]))
 
 
 def metrics(opt_state: Any) -> dict[str, Any]:
@@ -168,21 +138,6 @@ def _dtype(leaf: Any) -> Any:
 def _largest(values: list[Any]) -> jax.Array:
     """Return the largest entry; under vmap a value has one for each member."""
     return jnp.max(jnp.stack([jnp.max(jnp.asarray(value)) for value in values]))
-
-
-def _answers(node: Any, phase: Any) -> Iterator[jax.Array]:
-    """Yield what the states under ``node`` answer; ``phase`` is that of the nearest two_stage."""
-    if injects(node, "phase"):
-        phase, node = next_phase(node), node.inner_state
-    if isinstance(node, TwoStageState):
-        phase = node.phase if phase is None else phase
-        for stage, in_charge in ((node.first, phase < 1), (node.second, phase > 0)):
-            yield from (in_charge & jnp.any(answer) for answer in _answers(stage, None))
-    elif is_named_tuple(node) and hasattr(node, "wants_signals"):
-        yield node.wants_signals
-    else:
-        for _, child in children(node):
-            yield from _answers(child, phase)
 
 
 def _reports(

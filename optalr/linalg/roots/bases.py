@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg import lapack, spd
-from optalr.linalg.roots.eigh import diagonal_in, orthogonal_step
+from optalr.linalg import spd
+from optalr.linalg.roots.decompositions import diagonal_in, eigh, orthogonal_step
 
 
 class EigenBasis(NamedTuple):
@@ -56,7 +56,7 @@ def eigenbasis(matrix: Any) -> EigenBasis:
     """
     matrix = spd.as_square_stack("matrix", matrix)
     normalized = spd.normalize(matrix, jnp.zeros(matrix.shape[:-2], matrix.dtype))
-    values, vectors = lapack.eigh(normalized.matrix)
+    values, vectors = eigh(normalized.matrix)
     image = spd.matmul(normalized.matrix, vectors)
     return _judge(normalized, image, vectors=vectors, values=values)
 

@@ -1,6 +1,6 @@
 """Roots of many matrices of different sizes in few batched calls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -80,35 +80,8 @@ def inverse_roots(
 
     sizes = _joined_sizes(arrays, padding)
     stacks = [_padded_stack(array, size) for array, size in zip(arrays, sizes, strict=True)]
-    solved = solve_by_size(take, list(zip(stacks, dampings, strict=True)))
+    solved = spd.solve_by_size(take, list(zip(stacks, dampings, strict=True)))
     return [_unpad(result, array.shape) for result, array in zip(solved, arrays, strict=True)]
-
-
-def solve_by_size(solve: Callable[..., Any], requests: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Call ``solve`` once a size and dtype, for all requests of that kind together.
-
-    Args:
-      solve: takes the parts of a request, joined along their first axis, and returns a pytree of
-        arrays with that axis.
-      requests: tuples of arrays with one first axis, the first of them ``(k, n, n)``; a part that
-        is None must be None in all requests of its kind.
-
-    Returns:
-      One pytree a request, in the given order.
-    """
-    kinds: dict[Any, list[int]] = {}
-    for i, (stack, *_) in enumerate(requests):
-        kinds.setdefault((stack.shape[-1], stack.dtype), []).append(i)
-    results: dict[int, Any] = {}
-    for members in kinds.values():
-        parts = zip(*(requests[i] for i in members), strict=True)
-        joined = [None if part[0] is None else jnp.concatenate(part) for part in parts]
-        whole, start = solve(*joined), 0
-        for i in members:
-            stop = start + requests[i][0].shape[0]
-            results[i] = jax.tree.map(lambda part, a=start, b=stop: part[a:b], whole)
-            start = stop
-    return [results[i] for i in range(len(requests))]
 
 
 def _joined_sizes(arrays: Sequence[jax.Array], padding: float) -> list[int]:

@@ -1,20 +1,54 @@
 """Inverse p-th roots of symmetric positive (semi)definite matrices, batched and jit-compiled.
 
-This is the front door: it checks the arguments. ``fallback`` scales a stack, runs a method, falls
-back to eigh and judges the result. ``methods`` lists the methods and chooses one; they are defined
-in ``eigh``, ``newton`` and ``polar``.
+The methods are defined in ``decompositions``, ``newton`` and ``polar``.
 """
 
+import functools
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optalr.arguments import check_choice, check_interval, is_concrete
 from optalr.linalg import spd
-from optalr.linalg.roots.fallback import Arguments, Settings, solve_with_fallback
-from optalr.linalg.roots.methods import AUTO, BY_NAME, check_power
+from optalr.linalg.roots import decompositions
+from optalr.linalg.roots.newton import coupled_newton_root
+from optalr.linalg.roots.polar import cholesky_polar_root
+from optalr.linalg.spd import MethodResult, RootTask
 
+# Where no tolerance is asked for, a root is held to max(FLOOR, FACTOR · ε · condition): what
+# rounding leaves within reach.
+TOLERANCE_FLOOR = 1e-4
+TOLERANCE_FACTOR = 8.0
+# Where, on a CPU, Cholesky + polar takes no longer than eigh at condition 1e2 and at 1e6, by
+# benchmarks/roots.py: matrices of this many rows, at least this many rows in the stack. The coupled
+# iteration is about as fast there, and less accurate at a high condition.
+CPU_POLAR_ROWS = (32, 64)
+CPU_POLAR_TOTAL = 256
+
+
+class RootMethod(NamedTuple):
+    """A way to take roots of a normalized stack."""
+
+    take: Callable[[RootTask], MethodResult]
+    whole_powers: bool = False  # whether p must be whole, and known
+    can_miss: bool = True  # whether eigh is tried where it misses the tolerance
+
+
+EIGH = RootMethod(decompositions.eigh_root, can_miss=False)
+POLAR = RootMethod(cholesky_polar_root, whole_powers=True)
+NEWTON = RootMethod(coupled_newton_root, whole_powers=True)
+REFRESH = RootMethod(decompositions.refreshed_root)
+# What REFRESH does without a basis to start from.
+FIRST_BASIS = RootMethod(decompositions.eigh_root_and_basis, can_miss=False)
+BY_NAME: Mapping[str, RootMethod] = MappingProxyType(
+    {"eigh": EIGH, "coupled_newton": NEWTON, "cholesky_polar": POLAR, "eigenbasis": REFRESH}
+)
+AUTO = "auto"
 METHODS = (AUTO, *BY_NAME)
 
 
@@ -114,7 +148,7 @@ def inverse_root(
 
     Reference: Guo & Higham 2006, "A Schur-Newton method for the matrix pth root and its inverse",
     equation 3.9 for the coupled iteration, and Higham 2008, "Functions of Matrices", chapters 7 and
-    8. Our departures: the coefficients are Taylor's only at the end (see ``polynomials``), the
+    8. Our departures: the coefficients are Taylor's only at the end (see ``steering``), the
     stopping rule judges the iterate's distance from the identity, a last step corrects the iterate
     by its true residual (``newton``), and eigh is the fallback.
     """
@@ -127,37 +161,140 @@ def inverse_root(
         check_interval("damping", damping, 0)
     if basis is not None and method != "eigenbasis":
         raise ValueError(f"basis is read by method='eigenbasis' only, got method={method!r}.")
-    whole = check_power(p, method)
-    known = float(p) if whole is None and is_concrete(p) else whole
+    power = _known_power(p, method)
 
     def a_matrix(number: Any) -> jax.Array:
         return jnp.broadcast_to(jnp.asarray(number, matrix.dtype), matrix.shape[:-2])
 
-    arguments = Arguments(
+    arrays = _Arrays(
         matrix=matrix,
         damping=spd.broadcast_damping("damping", damping, matrix),
-        power=a_matrix(p) if known is None else None,
-        basis=None if basis is None else _as_bases(basis, matrix),
+        power=a_matrix(p) if power is None else None,
+        basis=None if basis is None else spd.broadcast_basis(basis, matrix),
         tolerance=None if tolerance is None else a_matrix(tolerance),
     )
-    settings = Settings(power=known, method=method, order=order)
-    result, success, fell_back = solve_with_fallback(arguments, settings=settings)
+    return _solve(arrays, power=power, method=method, order=order)
+
+
+def _known_power(p: Any, method: str) -> int | float | None:
+    """Return p, an int where it is whole, None where it is traced; raise if the method cannot."""
+    value = float(np.asarray(p)) if is_concrete(p) else None
+    power = int(value) if value is not None and value.is_integer() else value
+    chosen = BY_NAME.get(method, EIGH)  # auto takes any power, as eigh does
+    if not chosen.whole_powers:
+        return power
+    if power is None:
+        raise TypeError(f"p must be a known number for method={method!r}. Pass method='eigh'.")
+    if not isinstance(power, int):
+        raise ValueError(f"p must be whole for method={method!r}, got {p!r}. Pass method='eigh'.")
+    if chosen is POLAR and power & (power - 1):
+        raise ValueError(
+            f"p must be a power of two for method={method!r}, got {p!r}. Pass "
+            "method='coupled_newton'."
+        )
+    return power
+
+
+class _Arrays(NamedTuple):
+    """The arrays of a call, all with the stack's leading dimensions."""
+
+    matrix: jax.Array  # (..., n, n)
+    damping: jax.Array  # (...)
+    power: jax.Array | None  # (...), p where it is traced
+    basis: jax.Array | None  # (..., n, n)
+    tolerance: jax.Array | None  # (...)
+
+
+@functools.partial(jax.jit, static_argnames=("power", "method", "order"))
+def _solve(arrays: _Arrays, **known: Any) -> InverseRoot:
+    """Take roots; under ``vmap``, of one larger stack, to keep the fallback's ``cond`` a branch."""
+    solve_stack = jax.custom_batching.custom_vmap(functools.partial(_solve_stack, **known))
+
+    @solve_stack.def_vmap
+    def _(axis_size, in_batched, arrays):
+        stacked = jax.tree.map(
+            lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
+            arrays,
+            in_batched[0],
+        )
+        solved = solve_stack(stacked)
+        return solved, jax.tree.map(lambda _: True, solved)
+
+    return solve_stack(arrays)
+
+
+def _solve_stack(
+    arrays: _Arrays, *, power: int | float | None, method: str, order: int
+) -> InverseRoot:
+    """Scale a stack, run a method, with eigh where that misses, and judge the result."""
+    normalized = spd.normalize(arrays.matrix, arrays.damping)
+    p: Any = arrays.power if power is None else power
+    task = RootTask(normalized.matrix, p, order, arrays.basis)
+    run = functools.partial(
+        _run_or_fall_back, task=task, usable=normalized.usable, tolerance=arrays.tolerance
+    )
+    on_cpu, elsewhere = _choose(method, task)
+    if on_cpu is elsewhere:
+        result, fell_back = run(on_cpu)
+    else:
+        result, fell_back = jax.lax.platform_dependent(
+            cpu=functools.partial(run, on_cpu), default=functools.partial(run, elsewhere)
+        )
+    # Undo the scaling, and leave nothing that is not finite.
+    root = result.root * spd.column(spd.power_of_two(-normalized.exponent / p))
+    exists = normalized.usable & jnp.isfinite(root).all((-2, -1)) & jnp.isfinite(result.residual)
     return InverseRoot(
-        root=result.root,
-        residual=result.residual,
-        success=success,
+        root=jnp.where(spd.column(exists), root, 0),
+        residual=jnp.where(exists, result.residual, jnp.inf),
+        success=exists & _within(result, arrays.tolerance),
         num_steps=result.num_steps,
         fell_back=fell_back,
         basis=result.basis,
     )
 
 
-def _as_bases(basis: Any, matrix: jax.Array) -> jax.Array:
-    """Return a basis for each matrix, or raise if it has not as many rows and columns."""
-    basis = jnp.asarray(basis)
-    fits = basis.ndim >= 2 and basis.shape[-2:] == matrix.shape[-2:]
-    if not fits or basis.shape[:-2] not in ((), matrix.shape[:-2]):
-        raise ValueError(
-            f"basis must have the shape of the matrices, {matrix.shape}, got {basis.shape}."
-        )
-    return jnp.broadcast_to(basis, matrix.shape)
+def _choose(method: str, task: RootTask) -> tuple[RootMethod, RootMethod]:
+    """Return what to run for the task on a CPU, and what elsewhere."""
+    if method != AUTO:
+        chosen = BY_NAME[method]
+        if chosen is REFRESH and task.basis is None:
+            chosen = FIRST_BASIS
+        return chosen, chosen
+    p, shape = task.power, task.matrix.shape
+    if not isinstance(p, int):
+        return EIGH, EIGH  # nothing else takes a root that is traced or not whole
+    # The fastest on a CPU, whatever the condition.
+    low, high = CPU_POLAR_ROWS
+    many = math.prod(shape[:-1]) >= CPU_POLAR_TOTAL
+    suits_cpu = p == 1 or (p == 2 and low <= shape[-1] <= high and many)
+    # Decompositions are slow on accelerators: there, the fewest products.
+    return (POLAR if suits_cpu else EIGH), (POLAR if p <= 2 else NEWTON)
+
+
+def _run_or_fall_back(
+    method: RootMethod, *, task: RootTask, usable: jax.Array, tolerance: jax.Array | None
+) -> tuple[MethodResult, jax.Array]:
+    """Run one method, and eigh once for those of the stack where it missed its tolerance."""
+    result = method.take(task)
+    none_fell = jnp.zeros(usable.shape, bool)
+    if not method.can_miss:
+        return result, none_fell
+    failed = usable & ~_within(result, tolerance)
+
+    def fall_back(result: MethodResult) -> tuple[MethodResult, jax.Array]:
+        other = (EIGH if result.basis is None else FIRST_BASIS).take(task)
+        # Written so that a NaN residual loses.
+        take = failed & ~(result.residual <= other.residual)
+        return jax.tree.map(
+            lambda new, old: jnp.where(spd.align(take, new), new, old), other, result
+        ), take
+
+    return jax.lax.cond(jnp.any(failed), fall_back, lambda result: (result, none_fell), result)
+
+
+def _within(result: MethodResult, tolerance: jax.Array | None) -> jax.Array:
+    """Return which residuals are within the tolerance; a NaN is not."""
+    if tolerance is None:
+        eps = jnp.finfo(result.condition.dtype).eps
+        tolerance = jnp.maximum(TOLERANCE_FLOOR, TOLERANCE_FACTOR * eps * result.condition)
+    return result.residual <= tolerance

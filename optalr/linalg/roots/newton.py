@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from optalr.linalg import spd
-from optalr.linalg.roots import polynomials
-from optalr.linalg.roots.estimates import (
+from optalr.linalg.roots.steering import (
+    coefficients,
     condition_estimate,
     has_stalled,
     largest_eigenvalue_bound,
     max_steps,
     power_iteration,
     start_vector,
+    taylor,
 )
-from optalr.linalg.roots.interface import MethodResult, RootTask
+from optalr.linalg.spd import MethodResult, RootTask
 
 
 class _Newton(NamedTuple):
@@ -63,10 +64,8 @@ def coupled_newton_root(task: RootTask) -> MethodResult:
         lambda loop: _newton_step(loop, p=p, order=order, close=close),
         start,
     )
-    taylor = polynomials.taylor(p, order)
-    factor = _factor(final.coupled, *(jnp.full(error.shape, c, matrix.dtype) for c in taylor))
-    root = spd.matmul(final.root, factor)
-    root = 0.5 * (root + spd.transpose(root))
+    ends = (jnp.full(error.shape, c, matrix.dtype) for c in taylor(p, order))
+    root = spd.symmetric_part(spd.matmul(final.root, _factor(final.coupled, *ends)))
     unscale = jnp.power(bound, jnp.asarray(-1 / p, bound.dtype))
     root = root * spd.column(unscale)
     if p <= 2:
@@ -92,15 +91,15 @@ def _correct_leading(matrix: jax.Array, root: jax.Array, *, p: int, bound: jax.A
     scale = jnp.power(bound, jnp.asarray(-1 / p, bound.dtype))
     image = spd.matmul(matrix, root)
     product, lengths = (image, matrix) if p == 1 else (spd.matmul(root, image), image)
-    deviation = spd.identity_like(root) - 0.5 * (product + spd.transpose(product))
+    deviation = spd.identity_like(root) - spd.symmetric_part(product)
     turned = spd.matmul(deviation, lengths * spd.column(scale))
-    step = 1.5 * deviation - 0.5 * (turned + spd.transpose(turned))
+    step = 1.5 * deviation - spd.symmetric_part(turned)
     return root + spd.column(2 / p * scale) * step
 
 
 def _newton_step(loop: _Newton, *, p: int, order: int, close: float) -> _Newton:
     """Advance the active matrices of the stack; leave the others as they are."""
-    b, c = polynomials.coefficients(loop.radius, p, order)
+    b, c = coefficients(loop.radius, p, order)
     factor = _factor(loop.coupled, b, c if order == 3 else None)
     root = spd.matmul(loop.root, factor)
     if p % 2:
@@ -108,7 +107,7 @@ def _newton_step(loop: _Newton, *, p: int, order: int, close: float) -> _Newton:
     else:
         half = spd.integer_power(factor, p // 2)
         coupled = spd.matmul(half, spd.matmul(loop.coupled, half))
-    coupled = 0.5 * (coupled + spd.transpose(coupled))
+    coupled = spd.symmetric_part(coupled)
     error, radius, probe = _distance_from_one(coupled, loop.probe, 2)
     # Where rounding has taken over, the better of the two iterates is kept.
     stalled = has_stalled(loop.error, error, loop.coupled)

@@ -17,17 +17,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg import lapack, spd
-from optalr.linalg.roots import polynomials
-from optalr.linalg.roots.estimates import (
+from optalr.linalg import spd
+from optalr.linalg.roots.decompositions import cholesky, solve_lower_right
+from optalr.linalg.roots.steering import (
+    coefficients,
     condition_estimate,
     has_stalled,
     largest_eigenvalue_bound,
     max_steps,
     power_iteration,
     start_vector,
+    taylor,
 )
-from optalr.linalg.roots.interface import MethodResult, RootTask
+from optalr.linalg.spd import MethodResult, RootTask
 
 
 def cholesky_polar_root(task: RootTask) -> MethodResult:
@@ -37,76 +39,65 @@ def cholesky_polar_root(task: RootTask) -> MethodResult:
     current, remaining = matrix, p
     while remaining > 2:
         lower, orthogonal, steps = _cholesky_and_polar(current)
-        current = spd.matmul(lower, spd.transpose(orthogonal))
-        current = 0.5 * (current + spd.transpose(current))
+        current = spd.symmetric_part(spd.matmul(lower, spd.transpose(orthogonal)))
         num_steps, remaining = num_steps + steps, remaining // 2
-    if remaining == 1:
-        lower = lapack.cholesky(current)
-        inverse = lapack.solve_lower_right(lower, spd.identity_like(lower))
+    if p == 1:
+        lower = cholesky(matrix)
+        inverse = solve_lower_right(lower, spd.identity_like(lower))
         root = spd.matmul(spd.transpose(inverse), inverse)
     else:
         lower, orthogonal, steps = _cholesky_and_polar(current)
-        root = lapack.solve_lower_right(lower, orthogonal)
-        root = 0.5 * (root + spd.transpose(root))
+        root = spd.symmetric_part(solve_lower_right(lower, orthogonal))
         num_steps = num_steps + steps
     residual = spd.root_residual(matrix, root, p)
     return MethodResult(root, residual, condition_estimate(matrix, root, p), num_steps)
 
 
-def _cholesky_and_polar(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return L, its orthogonal factor and the steps taken; NaN where L does not exist."""
-    lower = lapack.cholesky(matrix)
-    return lower, *_polar_factor(lower, largest_eigenvalue_bound(matrix))
+class _Distance(NamedTuple):
+    """How far ``YᵀY`` is from the identity."""
 
-
-class _Polar(NamedTuple):
-    """What a step reads and writes; the last four describe ``deviation = I − YᵀY``."""
-
-    factor: jax.Array  # (..., n, n), Y
-    active: jax.Array  # (...) bool
-    num_steps: jax.Array  # (...) int32
-    deviation: jax.Array  # (..., n, n)
+    deviation: jax.Array  # (..., n, n), R = I − YᵀY
     error: jax.Array  # (...), its Frobenius norm over √n
     radius: jax.Array  # (...), an estimate of its spectral norm
     probe: jax.Array  # (..., n, 1), near its leading eigenvector
 
 
-def _polar_factor(lower: jax.Array, bound: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the orthogonal factor of L and the steps taken; ``bound`` is one on ``‖LᵀL‖_2``."""
+class _Polar(NamedTuple):
+    """What a step reads and writes."""
+
+    factor: jax.Array  # (..., n, n), Y
+    distance: _Distance
+    active: jax.Array  # (...) bool
+    num_steps: jax.Array  # (...) int32
+
+
+def _cholesky_and_polar(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return L, its orthogonal factor and the steps taken; NaN where L does not exist."""
+    lower = cholesky(matrix)
+    factor = lower / jnp.sqrt(spd.column(largest_eigenvalue_bound(matrix)))
+    distance = _distance_from_orthogonal(factor, start_vector(factor), 6)
+    error = distance.error
     close = float(jnp.finfo(lower.dtype).eps) ** (1 / 3)
-    scaled = lower / jnp.sqrt(spd.column(bound))
-    deviation, error, radius, probe = _distance_from_orthogonal(scaled, start_vector(scaled), 6)
-    start = _Polar(
-        factor=scaled,
-        active=(error > close) & jnp.isfinite(error),
-        num_steps=jnp.zeros(error.shape, jnp.int32),
-        deviation=deviation,
-        error=error,
-        radius=radius,
-        probe=probe,
-    )
+    active = (error > close) & jnp.isfinite(error)
     limit = max_steps(lower.dtype, 3)
     final = jax.lax.while_loop(
         lambda loop: jnp.any(loop.active & (loop.num_steps < limit)),
         lambda loop: _polar_step(loop, close),
-        start,
+        _Polar(factor, distance, active, jnp.zeros(error.shape, jnp.int32)),
     )
     # One more step cubes the error, which is enough to reach rounding from ``close``.
-    b, c = (jnp.full_like(final.error, value) for value in polynomials.taylor(2, 3))
-    return _multiply(final, b, c), final.num_steps + 1
+    b, c = (jnp.full_like(error, value) for value in taylor(2, 3))
+    return lower, _multiply(final, b, c), final.num_steps + 1
 
 
 def _polar_step(loop: _Polar, close: float) -> _Polar:
     """Advance the active matrices of the stack; leave the others as they are."""
-    factor = _multiply(loop, *polynomials.coefficients(loop.radius, 2, 3))
-    deviation, error, radius, probe = _distance_from_orthogonal(factor, loop.probe, 2)
-    active = (
-        loop.active
-        & ~has_stalled(loop.error, error, factor)
-        & (error > close)
-        & jnp.isfinite(error)
-    )
-    new = _Polar(factor, active, loop.num_steps + 1, deviation, error, radius, probe)
+    factor = _multiply(loop, *coefficients(loop.distance.radius, 2, 3))
+    distance = _distance_from_orthogonal(factor, loop.distance.probe, 2)
+    error = distance.error
+    stalled = has_stalled(loop.distance.error, error, factor)
+    active = loop.active & ~stalled & (error > close) & jnp.isfinite(error)
+    new = _Polar(factor, distance, active, loop.num_steps + 1)
     return jax.tree.map(
         lambda new, old: jnp.where(spd.align(loop.active, new), new, old), new, loop
     )
@@ -114,15 +105,14 @@ def _polar_step(loop: _Polar, close: float) -> _Polar:
 
 def _multiply(loop: _Polar, b: jax.Array, c: jax.Array) -> jax.Array:
     """Return ``Y (I + bR + cR²)``."""
-    square = spd.matmul(loop.deviation, loop.deviation)
-    polynomial = spd.column(b) * loop.deviation + spd.column(c) * square
+    deviation = loop.distance.deviation
+    square = spd.matmul(deviation, deviation)
+    polynomial = spd.column(b) * deviation + spd.column(c) * square
     return loop.factor + spd.matmul(loop.factor, polynomial)
 
 
-def _distance_from_orthogonal(
-    factor: jax.Array, probe: jax.Array, num_steps: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return ``R = I − YᵀY``, ``‖R‖_F/√n``, an estimate of ``‖R‖_2`` and the vector behind it."""
+def _distance_from_orthogonal(factor: jax.Array, probe: jax.Array, num_products: int) -> _Distance:
+    """Measure a factor; a power iteration estimates the radius, from ``probe`` on."""
     deviation = spd.identity_like(factor) - spd.matmul(spd.transpose(factor), factor)
-    radius, probe = power_iteration(deviation, probe, num_steps)
-    return deviation, spd.frobenius(deviation), radius, probe
+    radius, probe = power_iteration(deviation, probe, num_products)
+    return _Distance(deviation, spd.frobenius(deviation), radius, probe)

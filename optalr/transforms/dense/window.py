@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arrays import all_finite, wide_dtype
-from optalr.linalg import lapack, spd
+from optalr.linalg import spd
+from optalr.linalg.roots.decompositions import eigh
 from optalr.states import count_up
 from optalr.transforms.dense.second_moment import SecondMoment, working_dtype
 from optalr.transforms.shared.rates import length
@@ -160,7 +161,7 @@ def _coefficients(
     """Return how much of g itself, and of each kept gradient, makes up ``(F + λI)^p g``."""
     gram = window.gram
     weighted = gram * scales[:, None] * scales[None, :]
-    values, vectors = lapack.eigh(weighted)
+    values, vectors = eigh(weighted)
     values = jnp.maximum(values, 0)
     rank = jnp.maximum(1, jnp.sum(scales > 0)).astype(gram.dtype)
     added = rule.added(jnp.sum(values) / rank)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg.roots.grouping import solve_by_size
+from optalr.linalg.spd import solve_by_size
 from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.states import count_up, update_when
 from optalr.transforms.kronecker.leaves import Kernel
