@@ -66,7 +66,7 @@ def coefficients(radius: jax.Array, p: int, order: int) -> tuple[jax.Array, jax.
     """Return ``(b, c)`` for a spectrum within ``radius`` of one; Taylor's below 0.3."""
     table = jnp.asarray(_coefficient_table(p, order), radius.dtype)
     grid = jnp.asarray(np.log(_SMALLEST), radius.dtype)
-    where = jnp.log(jnp.clip(1 - radius, _SMALLEST[0], 1.0))
+    where = jnp.log(jnp.clip(1 - radius, float(_SMALLEST[0]), 1.0))
     b, c = (jnp.interp(where, grid, table[:, i]) for i in range(2))
     near = radius < 1 - _SMALLEST[-1]
     taylor_b, taylor_c = taylor(p, order)
