@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from optalr.linalg import inverse_root
+from optalr.linalg.roots.inverse_root import METHODS
 from tests.references import dense_inverse_root, dense_root_residual, random_spd
 
 
@@ -95,3 +96,12 @@ def test_half_precision_is_answered_in_float32():
 def test_errors_name_the_argument(arguments, match):
     with pytest.raises((ValueError, TypeError), match=match):
         inverse_root(**arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_narrow_matrices_stay_narrow_where_float64_is_on(x64, dtype, method):
+    matrix = 4 * jnp.eye(40, dtype=dtype)
+    found = inverse_root(matrix, 2, method=method)
+    assert {found.root.dtype, found.residual.dtype} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(found.root, 0.5 * np.eye(40), atol=1e-5)

@@ -138,7 +138,7 @@ def check_capture(loss, params, args, expected=None, kernels=None, *, has_aux=Fa
     """
     rtol, gradient_rtol = options.pop("rtol", 1e-5), options.pop("gradient_rtol", 0.0)
     # Bits are equal where XLA optimizes, as it does for users: unlike the rest of the suite.
-    jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     evaluate = jit(optalr.value_grad_and_extras(loss, has_aux=has_aux, **options))
     value, grads, extras = evaluate(params, *args)
     plain = jit(jax.value_and_grad(loss, has_aux=has_aux))
