@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optalr
-from optalr.signals.tracing.site import comb, scatter
+from optalr.signals.tracing.sampling import comb, scatter
 from tests.signals.reference import standard_normal
 
 

@@ -103,7 +103,9 @@ class Tapped:
                 like[site.leaf] = site.operand_types()
             else:
                 # Uses of one leaf share a slot: reverse mode adds their cotangents up.
-                like.setdefault(choose(site), _leaf_sums(self.traced, site))
+                like.setdefault(
+                    choose(site), sums_like(site, wide_dtype(self.traced.leaves[site.leaf]))
+                )
         # Zeros, but no memory: the twins never read them, and XLA drops what is not read.
         return zeros_of(like)
 
@@ -119,18 +121,11 @@ class Tapped:
         """Return the leaves whose only site hands on its operands."""
         # Operands of two uses, or of a loop's steps, cannot be added up as sums can.
         uses = collections.Counter(site.leaf for site in self.layers.sites)
-        shapes = self.traced.leaf_shapes
         return {
             site.leaf
             for site in self.layers.plan.sites_run_once()
-            if uses[site.leaf] == 1 and operands_are_smaller(site, shapes[site.leaf])
+            if uses[site.leaf] == 1 and operands_are_smaller(site)
         }
-
-
-def _leaf_sums(traced: Traced, site: Site) -> Sums:
-    """Return shapes and dtypes of the sums of a site's leaf."""
-    leaf = traced.leaves[site.leaf]
-    return sums_like(site, jnp.shape(leaf), wide_dtype(leaf))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +165,9 @@ class Assembly:
 
         def describe(site: Site) -> _Layer:
             bias = traced.paths[layers.biases[site.leaf]] if site.leaf in layers.biases else None
-            gauge = Gauge(site, tapped.sampling, _leaf_sums(traced, site))
+            gauge = Gauge(
+                site, tapped.sampling, sums_like(site, wide_dtype(traced.leaves[site.leaf]))
+            )
             return _Layer(gauge, _examples(site, num_examples), bias)
 
         first: dict[int, _Layer] = {}

@@ -32,10 +32,10 @@ from optalr.signals.tracing.walk import Nested, Plan
 Dummies = Sums | Operands
 
 
-def sums_like(site: Site, leaf_shape: tuple[int, ...], dtype: Any) -> Sums:
-    """Return the shapes and dtypes of what is summed for a leaf that ``site`` taps."""
+def sums_like(site: Site, dtype: Any) -> Sums:
+    """Return the shapes of what is summed for the leaf that ``site`` taps, with this dtype."""
     view = site.leaf_view
-    stack, m, n = view.matrix_shape(leaf_shape)
+    stack, m, n = view.matrix_shape(site.origin.leaf_shape)
     if view.input_side == "cols":
         m, n = n, m
     shapes = ((*stack, m, m), (*stack, n, n), (*stack, m), stack)
@@ -47,14 +47,14 @@ def zeros_of(like: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
 
-def operands_are_smaller(site: Site, leaf_shape: tuple[int, ...]) -> bool:
+def operands_are_smaller(site: Site) -> bool:
     """Return whether a product's two sides have fewer entries than their Gram matrices."""
     data, cotangent = site.operand_types()
     # Cotangents of integers have a dtype of their own, and operands that differ between devices
     # cannot leave the shard_map by a dummy that is the same on all of them.
     if not jnp.issubdtype(data.dtype, jnp.floating) or varying_axes(data):
         return False
-    stack, m, n = site.leaf_view.matrix_shape(leaf_shape)
+    stack, m, n = site.leaf_view.matrix_shape(site.origin.leaf_shape)
     return data.size + cotangent.size < math.prod(stack) * (m * m + n * n)
 
 
@@ -119,19 +119,16 @@ class Gauge:
         cut = self.site.view.cut
         if cut is None:
             return sums
-        if cut.axis in self.site.input_axes:
-            room = _room(cut.start, cut.size, self.like.inputs.shape[-1])
+        view = self.site.leaf_view
+        on_inputs = cut.axis in (view.rows if view.input_side == "rows" else view.cols)
+        whole = (self.like.inputs if on_inputs else self.like.outputs).shape[-1]
+        room = (cut.start, whole - cut.start - cut.size)  # what comes before the part, and after
+        if on_inputs:
             return sums._replace(
                 inputs=jnp.pad(sums.inputs, ((0, 0), room, room)),
                 mean=jnp.pad(sums.mean, ((0, 0), room)),
             )
-        room = _room(cut.start, cut.size, self.like.outputs.shape[-1])
         return sums._replace(outputs=jnp.pad(sums.outputs, ((0, 0), room, room)))
-
-
-def _room(start: int, size: int, whole: int) -> tuple[int, int]:
-    """Return how many entries come before a part and after it."""
-    return start, whole - start - size
 
 
 def _gram(rows: jax.Array) -> jax.Array:

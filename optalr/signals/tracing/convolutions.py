@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.signals.tracing.patches import Geometry, gather_patches, slice_patches
+from optalr.signals.tracing.sampling import comb, scatter
 from optalr.signals.tracing.site import (
     Operands,
     Product,
@@ -21,9 +22,7 @@ from optalr.signals.tracing.site import (
     Signals,
     Site,
     Sums,
-    comb,
     features,
-    scatter,
     spread,
 )
 from optalr.signals.tracing.views import Atom, NotALayer, View, axes_of, identity_view, matrix_view

@@ -105,13 +105,15 @@ def _pass_product(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
         for kernel in kernels:
             walk.findings.note(seen[kernel], "multiplied by another parameter")
         return []
-    sites = []
-    (kernel,) = kernels
+    make, (kernel,) = _SITE_MAKERS[spot.equation.primitive.name], kernels
+    sites: list[Site] = []
     for part, window in _windows(seen[kernel]):
         shape = walk.findings.leaf_shapes[part.source]
-        product = Product(spot.jaxpr, spot.equation, kernel, part, shape, window)
         try:
-            sites.append(_site(product))
+            site = make(Product(spot.jaxpr, spot.equation, kernel, part, shape, window))
+            if part.cut is not None:
+                pieces.check_cut(part.cut, site)
+            sites.append(site)
         except NotALayer as reason:
             walk.findings.note(part, str(reason))
     if not sites:
@@ -127,21 +129,6 @@ def _windows(kernel: Seen) -> list[tuple[View, Stretch | None]]:
         (view, Stretch(kernel.axis, start, view.shape[kernel.axis]))
         for view, start in zip(kernel.parts, kernel.starts(), strict=True)
     ]
-
-
-def _site(product: Product) -> Site:
-    site = _SITE_MAKERS[product.equation.primitive.name](product)
-    cut = product.view.cut
-    if cut is None:
-        return site
-    # A part cut out of the leaf must be one block of one side's Gram matrix.
-    shape, sides = product.leaf_shape, (site.leaf_view.rows, site.leaf_view.cols)
-    if any(
-        cut.axis in side and all(shape[other] == 1 for other in side if other != cut.axis)
-        for side in sides
-    ):
-        return site
-    raise NotALayer("cut along one of several axes on a side of its product")
 
 
 def _joined_output(sites: list[Site], shape: tuple[int, ...]) -> Seen:

@@ -6,7 +6,8 @@ In: what the equation's inputs look at. Out: what its outputs look at.
 import dataclasses
 from typing import TypeGuard
 
-from optalr.signals.tracing.views import Atom, Joined, Seen, Stretch, View
+from optalr.signals.tracing.site import Site
+from optalr.signals.tracing.views import Atom, Joined, NotALayer, Seen, Stretch, View
 from optalr.signals.tracing.walk import Spot, Walk, give_up
 
 
@@ -46,6 +47,19 @@ def pass_split(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
         for start, size in zip(starts, sizes, strict=True)
     ]
     return give_up(walk, spot, seen) if None in parts else parts
+
+
+def check_cut(cut: Stretch, site: Site) -> None:
+    """Check that a part cut out of a leaf is one block of one side's Gram matrix.
+
+    Raises:
+      NotALayer: it is not.
+    """
+    shape = site.origin.leaf_shape
+    for side in (site.leaf_view.rows, site.leaf_view.cols):
+        if cut.axis in side and all(shape[axis] == 1 for axis in side if axis != cut.axis):
+            return
+    raise NotALayer("cut along one of several axes on a side of its product")
 
 
 def _is_plain_parameter(seen: Seen) -> TypeGuard[View]:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optalr.signals.moments import LeafView
 from optalr.signals.tracing.jaxprs import extract
+from optalr.signals.tracing.sampling import comb, scatter
 from optalr.signals.tracing.views import Atom, Stretch, View
 
 
@@ -155,12 +155,6 @@ class Site:
         """The index of the parameter leaf."""
         return self.view.source
 
-    @property
-    def input_axes(self) -> tuple[int, ...]:
-        """The leaf's axes that meet the layer's input."""
-        view = self.leaf_view
-        return view.rows if view.input_side == "rows" else view.cols
-
     def operands(self, values: Sequence[Any]) -> tuple[Any, Any]:
         """Return data and kernel among the equation's inputs."""
         return values[1 - self.kernel], values[self.kernel]
@@ -251,35 +245,6 @@ def sample(inputs: jax.Array, outputs: jax.Array, take: tuple[Sampling, jax.Arra
     scale = examples * positions / (keep_examples * keep_positions)
     rows = keep_examples * keep_positions
     return Signals(inputs.reshape(stack, rows, -1), outputs.reshape(stack, rows, -1), scale)
-
-
-def comb(length: int, keep: int, seed: jax.Array) -> jax.Array:
-    """Return ``keep`` of ``length`` indices, evenly spaced from a random start.
-
-    Every index is as likely as every other, so means over the comb are unbiased.
-    """
-    return _from_random_start(length, keep, seed, stride=length // keep)
-
-
-def scatter(length: int, keep: int, seed: jax.Array) -> jax.Array:
-    """Return ``keep`` of ``length`` indices, in golden-ratio steps from a random start.
-
-    Unbiased as ``comb`` is, but not aligned with rows and columns of an image whose positions are
-    numbered row by row: an even spacing would look at few columns only.
-    """
-    # 1/φ: multiples of the golden ratio fill an interval most evenly, however many are taken.
-    stride = round(length * 0.6180339887)
-    # Without a common divisor the steps visit every index before any comes twice.
-    while math.gcd(stride, length) != 1:
-        stride += 1
-    return _from_random_start(length, keep, seed, stride=stride)
-
-
-def _from_random_start(length: int, keep: int, seed: jax.Array, *, stride: int) -> jax.Array:
-    # int64 in NumPy, where it costs nothing: the products may exceed 32 bits, the remainders don't.
-    offsets = np.arange(keep, dtype=np.int64) * stride % length
-    start = (seed % jnp.uint32(length)).astype(jnp.int32)
-    return (start + offsets.astype(np.int32)) % length
 
 
 def spread(seed: jax.Array) -> jax.Array:
