@@ -136,11 +136,11 @@ def value_grad_and_extras(
             slots = drawn.measure(tapped, key, axis_name)
         value, *aux_leaves = outputs
         grads = jax.tree.unflatten(traced.treedef, grad_leaves)
-        extras = {"value": value, "grad": grads, "value_fn": problem.value_fn(axis_name)}
-        extras["point"] = params
+        value_fn = problem.value_fn(axis_name)
         # Everything is put in, whoever reads it: under jit what is not read is never computed.
+        extras = {"value": value, "grad": grads, "value_fn": value_fn, "point": params}
         extras |= _measured_entries(Assembly.of(tapped, num_examples), tapped.flag, slots)
-        extras |= problem.products(params, extras["value_fn"])
+        extras |= problem.products(params, value_fn)
         if not has_aux:
             return value, grads, extras
         return (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)), grads, extras
