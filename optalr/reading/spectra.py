@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optalr.signals.moments import Coverage
+from optalr.signals.coverage import Coverage
 from optalr.transforms.kronecker.leaves import Kernel, plan_leaves
 from optalr.transforms.kronecker.options import KroneckerOptions, resolve_options
 from optalr.transforms.kronecker.transform import KroneckerState

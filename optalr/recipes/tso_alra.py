@@ -8,7 +8,7 @@ import optax
 
 from optalr import phases
 from optalr.arguments import check_interval
-from optalr.signals.moments import Coverage
+from optalr.signals.coverage import Coverage
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
 

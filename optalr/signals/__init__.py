@@ -1,17 +1,17 @@
 """What a loss reveals on the way to its gradient: layer signals and curvature products."""
 
-from optalr.signals.coverage import coverage
-from optalr.signals.curvature.preconditioner import kronecker_preconditioner
-from optalr.signals.curvature.products import (
+from optalr.signals.composite import (
+    composite_loss,
     sigmoid_product,
     softmax_product,
     squared_error_product,
 )
+from optalr.signals.coverage import Coverage, coverage
 from optalr.signals.extras import value_grad_and_extras
 from optalr.signals.full_batch import curvature_products, full_batch
-from optalr.signals.loss.composite import composite_loss
-from optalr.signals.moments import Coverage, LayerMoments, LeafView
-from optalr.signals.tracing.sites.hand import tap_layer
+from optalr.signals.moments import LayerMoments, LeafView
+from optalr.signals.preconditioner import kronecker_preconditioner
+from optalr.signals.tracing.hand import tap_layer
 
 __all__ = [
     "Coverage",

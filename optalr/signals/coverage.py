@@ -2,17 +2,78 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from optalr.signals.loss.problem import Problem
-from optalr.signals.loss.traced import Traced, trace
-from optalr.signals.moments import Coverage, LeafTreatment
-from optalr.signals.storage import FactorStorage
+from optalr.linalg.structured import Blocks, Diagonal
+from optalr.signals.loss import Problem, Traced, trace
+from optalr.signals.moments import FactorStorage, Form, LeafView
 from optalr.signals.tracing.layers import find_layers
-from optalr.signals.tracing.plan import Layers
+from optalr.signals.tracing.walk import Layers
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafTreatment:
+    """What a Kronecker-factored method does with one leaf, and why.
+
+    Attributes:
+      path: key path, ``jax.tree_util.keystr``.
+      shape: the leaf's shape.
+      treatment: ``"kronecker"`` (captured layer), ``"bias"`` (the columns' factor of its layer) or
+        ``"diagonal"`` (fallback).
+      view: how the leaf is seen as a matrix, for ``"kronecker"``.
+      state_bytes: bytes that ``scale_by_kronecker`` keeps for the leaf, given the report as its
+        ``layout`` and the same options.
+      reason: why no layer was found, or why a factor is not kept whole; empty otherwise.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    treatment: str
+    view: LeafView | None
+    state_bytes: int
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """What ``optalr.coverage`` returns: a printable report, and the ``layout=`` of a method.
+
+    Attributes:
+      leaves: one ``LeafTreatment`` a leaf, in the order of ``jax.tree_util.tree_leaves``.
+    """
+
+    leaves: tuple[LeafTreatment, ...]
+
+    @property
+    def treatment(self) -> dict[str, str]:
+        """Map each leaf's key path to its treatment."""
+        return {leaf.path: leaf.treatment for leaf in self.leaves}
+
+    def __getitem__(self, path: str) -> LeafTreatment:
+        for leaf in self.leaves:
+            if leaf.path == path:
+                return leaf
+        raise KeyError(path)
+
+    def __str__(self) -> str:
+        header = ("leaf", "shape", "treatment", "state bytes", "reason")
+        rows = [
+            (leaf.path, str(leaf.shape), leaf.treatment, f"{leaf.state_bytes:,}", leaf.reason)
+            for leaf in self.leaves
+        ]
+        total = sum(leaf.state_bytes for leaf in self.leaves)
+        rows.append(("total", "", "", f"{total:,}", ""))
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in [header, tuple("-" * w for w in widths), *rows]
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def coverage(
@@ -84,8 +145,8 @@ def _treatment(
         if bias is not None and storage.joint_bias:
             m, n = (m + 1, n) if view.input_side == "rows" else (m, n + 1)
         sides = storage.side(m), storage.side(n)
-        state_bytes = itemsize * storage.count_numbers(stack, sides)
-        reason = "; ".join(storage.notes(sides) + missed)
+        state_bytes = itemsize * _count_numbers(storage, stack, sides)
+        reason = "; ".join(_storage_notes(storage, sides) + missed)
         return LeafTreatment(path, shape, "kronecker", view, state_bytes, reason)
     if leaf in layers.biases.values():
         kernel = next(k for k, bias in layers.biases.items() if bias == leaf)
@@ -93,3 +154,32 @@ def _treatment(
         return LeafTreatment(path, shape, "bias", None, 0, "; ".join(joint + missed))
     reason = "; ".join(reasons) or "not used by the loss"
     return LeafTreatment(path, shape, "diagonal", None, itemsize * math.prod(shape), reason)
+
+
+def _count_numbers(storage: FactorStorage, stack: Sequence[int], sides: Sequence[Form]) -> int:
+    """Return how many numbers are kept for a kernel: factors, roots and what goes with them."""
+    keeps_roots = storage.spectrum == "factored"
+    keeps_bases = keeps_roots and storage.root_method == "eigenbasis"
+    total = 0
+    for side in sides:
+        total += 2 * side.count
+        if keeps_bases and not isinstance(side, Diagonal):
+            total += side.count
+        if not keeps_roots:
+            total += side.padded_size
+    if storage.spectrum == "measured":
+        total += math.prod(side.padded_size for side in sides)
+    return math.prod(stack) * total
+
+
+def _storage_notes(storage: FactorStorage, sides: Sequence[Form]) -> list[str]:
+    """Return which sides are not stored whole, and why."""
+    notes = []
+    for name, side in zip(("rows", "cols"), sides, strict=True):
+        if isinstance(side, Diagonal):
+            limit = f"{side.size} > max_factor_size={storage.max_factor_size}"
+            notes.append(f"{name} keep a diagonal ({limit})")
+        elif isinstance(side, Blocks):
+            limit = f"{side.size} > block_size={storage.block_size}"
+            notes.append(f"{name} in {side.num_blocks} blocks of {side.block} ({limit})")
+    return notes

@@ -4,14 +4,13 @@ In: a loss. Out: a function of parameters and data that returns the value, the g
 ``extras``, a dict that is passed on to ``update``. Under ``jit`` what no transformation reads is
 never computed.
 
-A call goes through the folders beside this file: the loss is traced (``loss``), its layers are
+A call goes through what stands beside this file: the loss is traced (``loss``), its layers are
 found (``tracing``) and tapped while it is differentiated (``tapping``), and what was measured
 becomes moments. Curvature products (``curvature``) need no layers.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
@@ -20,16 +19,12 @@ import numpy as np
 from jax.tree_util import Partial
 
 from optalr import arguments
-from optalr.signals.loss.composite import CompositeLoss
-from optalr.signals.loss.problem import Problem, predictions
-from optalr.signals.loss.traced import Traced, trace, trace_predictions
-from optalr.signals.tapping.assembly import Assembly
-from optalr.signals.tapping.capture import Tapped
-from optalr.signals.tapping.fisher import LIKELIHOODS, draw_and_measure
-from optalr.signals.tapping.measuring import Dummies
+from optalr.signals.loss import Problem, trace
+from optalr.signals.tapping.capture import Assembly, Tapped
+from optalr.signals.tapping.fisher import true_fisher
+from optalr.signals.tapping.taps import Dummies
 from optalr.signals.tracing.layers import find_layers
-from optalr.signals.tracing.plan import Layers
-from optalr.signals.tracing.sampling import Sampling
+from optalr.signals.tracing.site import Sampling
 
 
 def value_grad_and_extras(
@@ -124,101 +119,33 @@ def value_grad_and_extras(
         arguments.check_count("num_examples", num_examples)
     if max_positions is not None:
         arguments.check_count("max_positions", max_positions)
-    _check_fisher(loss_fn, fisher, likelihood)
-    capture = _capture_empirical
-    if isinstance(loss_fn, CompositeLoss) and likelihood is not None:
-        capture = _TrueFisher(loss_fn, likelihood, axis_name)
+    drawn = true_fisher(loss_fn, fisher, likelihood)
     sampling = Sampling(every, max_positions)
 
     def evaluate(params: Any, *args: Any, signals: Any = True, key: jax.Array | None = None):
         problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
         traced = trace(problem, params, axis_name)
-        tapped = Tapped(traced, _layers_of(traced), _static_flag(signals), sampling)
-        evaluation = _Evaluation(problem, params, tapped, key)
-        (value, *aux_leaves), grad_leaves, gathered = capture(evaluation)
-        assembly = Assembly.of(gathered.tapped, num_examples)
+        layers = find_layers(traced.closed, traced.leaf_shapes)
+        tapped = Tapped(traced, layers, _static_flag(signals), sampling)
+        if drawn is None:
+            outputs, grad_leaves, slots = tapped.differentiate()
+        else:
+            # The gradient is that of the targets in the batch; nothing is measured on its way.
+            outputs, grad_leaves, _ = Tapped(traced, layers, False, sampling).differentiate()
+            tapped = drawn.tap_model(tapped, problem)
+            slots = drawn.measure(tapped, key, axis_name)
+        value, *aux_leaves = outputs
         grads = jax.tree.unflatten(traced.treedef, grad_leaves)
-        extras = {"value": value, "grad": grads, "value_fn": problem.value_fn(axis_name)}
-        extras["point"] = params
+        value_fn = problem.value_fn(axis_name)
         # Everything is put in, whoever reads it: under jit what is not read is never computed.
-        extras |= _measured_entries(assembly, tapped.flag, gathered.slots)
-        extras |= problem.products(params, extras["value_fn"])
+        extras = {"value": value, "grad": grads, "value_fn": value_fn, "point": params}
+        extras |= _measured_entries(Assembly.of(tapped, num_examples), tapped.flag, slots)
+        extras |= problem.products(params, value_fn)
         if not has_aux:
             return value, grads, extras
         return (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)), grads, extras
 
     return evaluate
-
-
-class _Evaluation(NamedTuple):
-    """One call of ``evaluate``.
-
-    Fields:
-      problem: the loss and its arguments.
-      params: the parameters.
-      tapped: the traced loss, its layers, and what to measure.
-      key: draws the targets of the true Fisher; None where none was given.
-    """
-
-    problem: Problem
-    params: Any
-    tapped: Tapped
-    key: jax.Array | None
-
-
-class _Gathered(NamedTuple):
-    """What each slot gathered, and of which function."""
-
-    tapped: Tapped
-    slots: dict[int, Dummies]
-
-
-# The flat outputs of the loss, the gradient's leaves, and what was gathered on the way.
-_Captured = tuple[list[Any], list[Any], _Gathered]
-
-
-def _capture_empirical(evaluation: _Evaluation) -> _Captured:
-    """Measure the signals of the targets in the batch, on the way to the gradient."""
-    outputs, grads, slots = evaluation.tapped.differentiate()
-    return outputs, grads, _Gathered(evaluation.tapped, slots)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrueFisher:
-    """Measures the signals of targets drawn from the model's predictions.
-
-    Attributes:
-      loss: the model and the loss of its outputs.
-      likelihood: what the outputs parametrize.
-      axis_name: the mesh axis over which the batch is sharded, or None.
-    """
-
-    loss: CompositeLoss
-    likelihood: str
-    axis_name: str | None
-
-    def __call__(self, evaluation: _Evaluation) -> _Captured:
-        # The gradient is that of the targets in the batch, and nothing is measured on its way.
-        outputs, grads, _ = dataclasses.replace(evaluation.tapped, flag=False).differentiate()
-        predict = predictions(self.loss, evaluation.problem.bound)
-        traced = trace_predictions(predict, evaluation.params, evaluation.problem.arrays)
-        model = dataclasses.replace(evaluation.tapped, traced=traced, layers=_layers_of(traced))
-        slots = draw_and_measure(model, self.likelihood, self._local_key(evaluation.key))
-        return outputs, grads, _Gathered(model, slots)
-
-    def _local_key(self, key: jax.Array | None) -> jax.Array:
-        if key is None:
-            raise TypeError(
-                "fisher='true' draws targets: pass evaluate(params, ..., key=jax.random.key(step))."
-            )
-        if self.axis_name is None:
-            return key
-        # Each device holds other examples, and must draw other targets for them.
-        return jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
-
-
-def _layers_of(traced: Traced) -> Layers:
-    return find_layers(traced.closed, traced.leaf_shapes)
 
 
 def _measured_entries(assembly: Assembly, flag: bool | jax.Array, slots: dict[int, Dummies]) -> Any:
@@ -235,22 +162,6 @@ def _measured_entries(assembly: Assembly, flag: bool | jax.Array, slots: dict[in
 
 def _as_they_are(moments: Any) -> Any:
     return moments
-
-
-def _check_fisher(loss_fn: Any, fisher: str, likelihood: str | None) -> None:
-    arguments.check_choice("fisher", fisher, ("empirical", "true"))
-    if fisher == "empirical":
-        if likelihood is not None:
-            raise ValueError(
-                f"likelihood={likelihood!r} is used by the true Fisher only. Pass fisher='true'."
-            )
-        return
-    if not isinstance(loss_fn, CompositeLoss):
-        raise TypeError(
-            "fisher='true' needs the model's outputs: give loss_fn as "
-            "optalr.composite_loss(predict_fn, output_loss)."
-        )
-    arguments.check_choice("likelihood", likelihood, tuple(LIKELIHOODS))
 
 
 def _static_flag(signals: Any) -> Any:

@@ -20,9 +20,9 @@ from jax.tree_util import Partial
 
 from optalr.arguments import check_choice, check_count
 from optalr.arrays import wide_dtype
-from optalr.signals.curvature.products import in_dtypes_of
-from optalr.signals.loss.composite import CompositeLoss
-from optalr.signals.loss.problem import Bound, Problem, bind
+from optalr.signals.composite import CompositeLoss
+from optalr.signals.curvature import in_dtypes_of
+from optalr.signals.loss import Bound, Problem, bind
 
 
 def curvature_products(

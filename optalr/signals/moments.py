@@ -1,4 +1,4 @@
-"""The vocabulary of captured signals: moments of one layer, and how a leaf is seen as a matrix.
+"""The vocabulary of captured signals: moments of a layer, how its leaf is seen and stored.
 
 Notation. A layer computes ``s_i = Wᵀ α_i`` for example ``i`` (of N) and position ``t`` (of T);
 ``β_i = ∂ℓ_i/∂s_i`` is the back-propagated signal of the *per-example* loss ``ℓ_i``.
@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from optalr.linalg.structured import Blocks, Diagonal, Full
 
 
 @jax.tree_util.register_dataclass
@@ -103,66 +105,38 @@ def default_view(shape: tuple[int, ...]) -> LeafView | None:
     return LeafView((), tuple(range(len(shape) - 1)), (len(shape) - 1,))
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafTreatment:
-    """What a Kronecker-factored method does with one leaf, and why.
-
-    Attributes:
-      path: key path, ``jax.tree_util.keystr``.
-      shape: the leaf's shape.
-      treatment: ``"kronecker"`` (captured layer), ``"bias"`` (the columns' factor of its layer) or
-        ``"diagonal"`` (fallback).
-      view: how the leaf is seen as a matrix, for ``"kronecker"``.
-      state_bytes: bytes that ``scale_by_kronecker`` keeps for the leaf, given the report as its
-        ``layout`` and the same options.
-      reason: why no layer was found, or why a factor is not kept whole; empty otherwise.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    treatment: str
-    view: LeafView | None
-    state_bytes: int
-    reason: str = ""
+# What a side stores.
+Form = Full | Blocks | Diagonal
 
 
 @dataclasses.dataclass(frozen=True)
-class Coverage:
-    """What ``optalr.coverage`` returns: a printable report, and the ``layout=`` of a method.
+class FactorStorage:
+    """The options of a Kronecker-factored method that decide what it keeps of a leaf.
+
+    The coverage report and the transformation both read it: what is printed is what is kept.
 
     Attributes:
-      leaves: one ``LeafTreatment`` a leaf, in the order of ``jax.tree_util.tree_leaves``.
+      spectrum: ``"factored"`` keeps roots; ``"exact"`` eigenbases and eigenvalues; ``"measured"``
+        a second moment of the leaf's size beside these.
+      block_size: sides longer than this get block-diagonal factors of at most this size.
+      max_factor_size: sides longer than this, and not blocked, keep only their factor's diagonal.
+      joint_bias: treat a bias as one more row of its kernel.
+      root_method: with ``"eigenbasis"`` a factored spectrum keeps the bases beside the roots.
     """
 
-    leaves: tuple[LeafTreatment, ...]
+    spectrum: str = "factored"
+    block_size: int | None = None
+    max_factor_size: int = 4096
+    joint_bias: bool = False
+    root_method: str = "auto"
 
-    @property
-    def treatment(self) -> dict[str, str]:
-        """Map each leaf's key path to its treatment."""
-        return {leaf.path: leaf.treatment for leaf in self.leaves}
-
-    def __getitem__(self, path: str) -> LeafTreatment:
-        for leaf in self.leaves:
-            if leaf.path == path:
-                return leaf
-        raise KeyError(path)
-
-    def __str__(self) -> str:
-        header = ("leaf", "shape", "treatment", "state bytes", "reason")
-        rows = [
-            (leaf.path, str(leaf.shape), leaf.treatment, f"{leaf.state_bytes:,}", leaf.reason)
-            for leaf in self.leaves
-        ]
-        total = sum(leaf.state_bytes for leaf in self.leaves)
-        rows.append(("total", "", "", f"{total:,}", ""))
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-            for row in [header, tuple("-" * w for w in widths), *rows]
-        ]
-        return "\n".join(lines)
-
-    __repr__ = __str__
+    def side(self, size: int) -> Form:
+        """Return how the factor of a side of this size is stored."""
+        if self.block_size is not None and size > self.block_size:
+            return Blocks(size, num_blocks=math.ceil(size / self.block_size))
+        if size > self.max_factor_size:
+            return Diagonal(size)
+        return Full(size)
 
 
 def is_moments(node: Any) -> bool:

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 import optalr
-from optalr.signals.curvature.products import (
-    gauss_newton_product,
-    output_hessian_product,
-    sigmoid_product,
-    softmax_product,
-    squared_error_product,
-)
+from optalr.signals.composite import sigmoid_product, softmax_product, squared_error_product
+from optalr.signals.curvature import gauss_newton_product, output_hessian_product
 from tests.signals.curvature_problem import (
     predict,
     problem,

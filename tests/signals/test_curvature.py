@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 import optalr
-from optalr.signals.curvature.products import gauss_newton_product, hessian_product
+from optalr.signals.curvature import gauss_newton_product, hessian_product
 from tests.signals.curvature_problem import LOSSES, predict, problem, softmax_loss
 from tests.signals.reference import quick_jit
 

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import optalr
-from optalr.signals.tracing.sites import convolutions
+from optalr.signals.tracing import convolutions
 from tests.signals.reference import (
     check_capture,
     no_layer,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optalr.signals.curvature.pooling import with_light_pooling
-from optalr.signals.curvature.products import gauss_newton_product, hessian_product
+from optalr.signals.curvature import gauss_newton_product, hessian_product
+from optalr.signals.pooling import with_light_pooling
 from tests.signals.reference import quick_jit
 
 WINDOWS = {

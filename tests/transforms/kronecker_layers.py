@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optalr.signals.moments import Coverage, LayerMoments, LeafTreatment
+from optalr.signals.coverage import Coverage, LeafTreatment
+from optalr.signals.moments import LayerMoments
 from optalr.transforms.kronecker.transform import KroneckerOptions
 
 # No waiting and no bound: the arithmetic alone.

@@ -8,57 +8,61 @@ they gather in the way of the equation: summed over steps, stacked, or summed ov
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core as jex_core
 
-from optalr.signals.tracing.compat import manual_axes, scan_arity, vary, varying_axes
-from optalr.signals.tracing.jaxprs import closed_jaxpr, is_literal
-from optalr.signals.tracing.plan import (
+from optalr.signals.tapping.taps import Dummies, Recorder
+from optalr.signals.tracing.inner import (
     Branches,
     Call,
     CustomJvp,
     Derivative,
-    Nested,
     Remat,
     Scan,
     ShardMap,
+    scan_arity,
 )
-
-if TYPE_CHECKING:
-    from optalr.signals.tapping.taps import Recorder
+from optalr.signals.tracing.jaxprs import (
+    is_literal,
+    vary,
+    varying_axes,
+)
+from optalr.signals.tracing.site import Site
+from optalr.signals.tracing.walk import Nested, Plan
 
 
 @functools.singledispatch
-def rebuild(nested: Nested, values: list[Any], recorder: "Recorder") -> Sequence[Any]:
+def rebuild(nested: Nested, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     """Evaluate an equation that holds jaxprs, tapped by their plans."""
     raise NotImplementedError(f"no way to rebuild a {type(nested).__name__}")
 
 
 @rebuild.register(Call)
-def _rebuild_call(nested: Call, values: list[Any], recorder: "Recorder") -> Sequence[Any]:
+def _rebuild_call(nested: Call, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     # Inlined: the whole is compiled anyway, and an inner jit would hide the slots.
-    inner = closed_jaxpr(nested.equation.params["jaxpr"])
+    inner = _closed_jaxpr(nested.equation.params["jaxpr"])
     return recorder.run(inner, nested.plans[0], values)
 
 
 @rebuild.register(Remat)
-def _rebuild_remat(nested: Remat, values: list[Any], recorder: "Recorder") -> Sequence[Any]:
+def _rebuild_remat(nested: Remat, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     params, plan = nested.equation.params, nested.plans[0]
-    inner = closed_jaxpr(params["jaxpr"])
+    inner = _closed_jaxpr(params["jaxpr"])
 
     def body(slots, *args):
-        return recorder.with_slots(slots).run(inner, plan, args)
+        return dataclasses.replace(recorder, slots=slots).run(inner, plan, args)
 
     # The user's policy decides what the backward pass keeps, and so what it computes again.
     body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return body(recorder.slots_in(plan), *values)
+    return body(_slots_in(plan, recorder), *values)
 
 
 @rebuild.register(Branches)
-def _rebuild_branches(nested: Branches, values: list[Any], recorder: "Recorder") -> Sequence[Any]:
+def _rebuild_branches(nested: Branches, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     # Slots are closed over here: ``switch`` makes operands of what its branches close over, and the
     # branch not taken gives them a zero cotangent.
     def tapped(branch, plan):
@@ -71,7 +75,7 @@ def _rebuild_branches(nested: Branches, values: list[Any], recorder: "Recorder")
 
 
 @rebuild.register(Scan)
-def _rebuild_scan(nested: Scan, values: list[Any], recorder: "Recorder") -> Sequence[Any]:
+def _rebuild_scan(nested: Scan, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     params, plan = nested.equation.params, nested.plans[0]
     num_consts, num_carry = scan_arity(nested.equation)
     consts = values[:num_consts]
@@ -79,12 +83,12 @@ def _rebuild_scan(nested: Scan, values: list[Any], recorder: "Recorder") -> Sequ
     scanned = tuple(values[num_consts + num_carry :])
     # Leaves that the scan slices bring their dummies along, sliced likewise: each step fills its
     # own layer's. Dummies of shared leaves are closed over, and sum up over the steps.
-    stacked = {site.leaf for site in plan.all_sites() if site.view.scanned}
+    stacked = {site.leaf for site in _all_sites(plan) if site.view.scanned}
     own = {leaf: recorder.slots[leaf] for leaf in nested.sliced & stacked}
 
     def body(carry, step):
         xs, slots = step
-        inside = recorder.with_slots({**recorder.slots, **slots})
+        inside = dataclasses.replace(recorder, slots={**recorder.slots, **slots})
         outputs = inside.run(params["jaxpr"], plan, [*consts, *carry, *xs])
         return tuple(outputs[:num_carry]), tuple(outputs[num_carry:])
 
@@ -100,14 +104,14 @@ def _rebuild_scan(nested: Scan, values: list[Any], recorder: "Recorder") -> Sequ
 
 
 @rebuild.register(ShardMap)
-def _rebuild_shard_map(nested: ShardMap, values: list[Any], recorder: "Recorder") -> Sequence[Any]:
+def _rebuild_shard_map(nested: ShardMap, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     params, plan = nested.equation.params, nested.plans[0]
-    inner = closed_jaxpr(params["jaxpr"])
+    inner = _closed_jaxpr(params["jaxpr"])
     # The dummies enter replicated, so their sums come back summed over the devices.
     replicated = jax.sharding.PartitionSpec()
 
     def body(slots, *args):
-        return tuple(recorder.with_slots(slots).run(inner, plan, args))
+        return tuple(dataclasses.replace(recorder, slots=slots).run(inner, plan, args))
 
     return jax.shard_map(
         body,
@@ -115,14 +119,12 @@ def _rebuild_shard_map(nested: ShardMap, values: list[Any], recorder: "Recorder"
         in_specs=(replicated, *params["in_specs"]),
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=manual_axes(params),
-    )(recorder.slots_in(plan), *values)
+        axis_names=_manual_axes(params),
+    )(_slots_in(plan, recorder), *values)
 
 
 @rebuild.register(CustomJvp)
-def _rebuild_custom_jvp(
-    nested: CustomJvp, values: list[Any], recorder: "Recorder"
-) -> Sequence[Any]:
+def _rebuild_custom_jvp(nested: CustomJvp, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     """Evaluate the function as it is, with its user's derivative transposed and tapped.
 
     The derivative is a linear function of tangents. In it a layer is a product of data and the
@@ -131,7 +133,7 @@ def _rebuild_custom_jvp(
     derivative, plan = nested.derivative, nested.plans[0]
     args = _distinct_values(nested, values)
     axes = frozenset().union(*(varying_axes(jax.typeof(arg)) for arg in args))
-    slots = jax.tree.map(lambda dummy: vary(dummy, axes), recorder.slots_in(plan))
+    slots = jax.tree.map(lambda dummy: vary(dummy, axes), _slots_in(plan, recorder))
 
     # A custom_vjp around it: jax cannot tap a derivative that it transposes by itself.
     @jax.custom_vjp
@@ -170,3 +172,33 @@ def _at_inputs(derivative: Derivative, cotangents: Sequence[Any], num_args: int)
     """Return a cotangent for each argument, None for those without a tangent."""
     at: dict[int, Any] = dict(zip(derivative.inputs, cotangents, strict=True))
     return tuple(at.get(i) for i in range(num_args))
+
+
+def _slots_in(plan: Plan, recorder: Recorder) -> dict[int, Dummies]:
+    """Return the dummies of the sites of one plan."""
+    # Others would be carried into a remat or a shard_map, and come back as zeros, for nothing.
+    own = {recorder.slot_of(site) for site in _all_sites(plan)}
+    return {slot: dummies for slot, dummies in recorder.slots.items() if slot in own}
+
+
+def _all_sites(plan: Plan) -> Iterator[Site]:
+    """Iterate over the sites of a plan and of those inside it."""
+    for sites in plan.taps.values():
+        yield from sites
+    for nested in plan.nested.values():
+        for inner in nested.plans:
+            yield from _all_sites(inner)
+
+
+def _closed_jaxpr(jaxpr: Any) -> Any:
+    """Return a closed jaxpr as it is, and close an open one that has no constants."""
+    # Primitives differ: ``jit`` and ``scan`` hold closed jaxprs, remat and ``shard_map`` open ones.
+    return jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(jaxpr, ())
+
+
+def _manual_axes(shard_map_params: dict[str, Any]) -> frozenset[str]:
+    """Return the mesh axes over which a ``shard_map`` equation is manual."""
+    for name in ("newly_manual_axes", "manual_axes"):
+        if name in shard_map_params:
+            return frozenset(shard_map_params[name])
+    raise NotImplementedError(f"a shard_map with parameters {sorted(shard_map_params)}")

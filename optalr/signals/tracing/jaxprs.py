@@ -7,6 +7,7 @@ functions, or its value with some equations evaluated in another way (``replay``
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core as jex_core
 
 # Evaluates one equation in a way of its own: the values of its inputs in, those of its outputs out.
@@ -22,17 +23,6 @@ def variables(equation: Any) -> list[Any]:
     """Return the distinct variables that an equation reads, in order."""
     # A dict, unlike a set, keeps the order. Variables compare by identity.
     return list(dict.fromkeys(var for var in equation.invars if not is_literal(var)))
-
-
-def open_jaxpr(jaxpr: Any) -> Any:
-    """Return the open jaxpr of a closed one, or the jaxpr itself."""
-    return jaxpr.jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jaxpr
-
-
-def closed_jaxpr(jaxpr: Any) -> Any:
-    """Return a closed jaxpr as it is, and close an open one that has no constants."""
-    # Primitives differ: ``jit`` and ``scan`` hold closed jaxprs, remat and ``shard_map`` open ones.
-    return jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(jaxpr, ())
 
 
 def extract(
@@ -100,3 +90,26 @@ def _last_reads(jaxpr: Any) -> dict[Any, int]:
     """Return the index of the last equation that reads each variable; for outputs, the end."""
     last = {var: i for i, equation in enumerate(jaxpr.eqns) for var in variables(equation)}
     return last | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not is_literal(var)}
+
+
+# What differs between the releases of jax that we support.
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """Return the mesh axes over which a value of this type varies inside a ``shard_map``."""
+    # Newer releases keep the axes in a type of their own, older ones as a plain set.
+    manual = getattr(aval, "manual_axis_type", None)
+    if manual is not None:
+        return frozenset(manual.varying)
+    return frozenset(getattr(aval, "vma", None) or ())
+
+
+def vary(array: Any, axes: frozenset[str]) -> Any:
+    """Mark ``array`` as varying over ``axes``; the transpose of the mark is a sum over them."""
+    missing = tuple(sorted(axes - varying_axes(jax.typeof(array))))
+    if not missing:
+        return array
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, missing, to="varying")
+    # By name, because newer releases lack it and the type checker reads the newest.
+    return getattr(jax.lax, "pvary")(array, missing)  # noqa: B009

@@ -3,10 +3,12 @@
 A layer's kernel rarely reaches its product untouched: it is cast, transposed, reshaped. A ``View``
 says, for each dimension of an intermediate array, which pieces (*atoms*) of which leaf axes it
 holds, so that a product found downstream can be traced back to axes of the leaf. The same algebra
-follows a layer's output to the place where its bias is added.
+follows a layer's output to the place where its bias is added. Some models concatenate kernels (the
+gates of a recurrent cell) and multiply once: a ``Joined`` is such an array, the views of its parts.
 
-In: a view and what an equation does to it. Out: the view of the result, or None where the result
-is no rearrangement that atoms can describe.
+In: what an array looks at (``Seen``) and what an equation does to it. Out: what the result looks
+at, or None where it is no rearrangement that atoms can describe. At the product, the sides on which
+the atoms stand give the leaf's matrix view (``matrix_view``).
 
 An example. A leaf of shape ``(6, 4)`` begins as ``((axis 0), (axis 1))``. Reshaped to
 ``(2, 3, 4)`` it is ``((axis 0, stride 3, size 2), (axis 0, stride 1, size 3), (axis 1))``, and
@@ -15,8 +17,11 @@ transposing swaps these three entries.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from optalr.signals.moments import LeafView
 
 
 class Atom(NamedTuple):
@@ -33,14 +38,8 @@ class Atom(NamedTuple):
 Dims = tuple[tuple[Atom, ...], ...]
 
 
-class Cut(NamedTuple):
-    """The part of a leaf that was cut out along one of its axes.
-
-    Fields:
-      axis: the leaf axis.
-      start: where the part begins.
-      size: how far it goes.
-    """
+class Stretch(NamedTuple):
+    """A part of an array along one of its axes: ``size`` entries from ``start`` on."""
 
     axis: int
     start: int
@@ -63,7 +62,7 @@ class View:
     shape: tuple[int, ...]
     dims: Dims
     scanned: tuple[int, ...] = ()
-    cut: Cut | None = None
+    cut: Stretch | None = None
 
     @property
     def is_parameter(self) -> bool:
@@ -91,36 +90,81 @@ def identity_view(source: Any, shape: tuple[int, ...]) -> View:
     return View(source, tuple(shape), dims)
 
 
-def permute(view: View, permutation: Sequence[int]) -> View:
-    """Put the dimensions into another order."""
-    return view.with_dims([view.dims[axis] for axis in permutation])
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Several views of one kind (all parameters, or all layers' outputs), concatenated.
+
+    Attributes:
+      parts: the views, in order; they agree in every dimension but ``axis``.
+      axis: the dimension along which they follow one another.
+    """
+
+    parts: tuple[View, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the parts are parameter leaves rather than layers' outputs."""
+        return self.parts[0].is_parameter
+
+    def starts(self) -> tuple[int, ...]:
+        """Return where each part begins along ``axis``."""
+        sizes = [part.shape[self.axis] for part in self.parts]
+        return tuple(sum(sizes[:i]) for i in range(len(sizes)))
 
 
-def squeeze(view: View, dimensions: Sequence[int]) -> View:
-    """Drop dimensions of size 1."""
-    return view.with_dims([dim for axis, dim in enumerate(view.dims) if axis not in dimensions])
+# What an intermediate array looks at; None if it is neither a parameter nor a layer's output.
+Seen = View | Joined | None
 
 
-def broadcast(view: View, shape: Sequence[int], dimensions: Sequence[int]) -> View:
-    """Place dimension ``i`` at ``dimensions[i]`` of ``shape``; the others are new."""
-    dims: list[tuple[Atom, ...]] = []
-    for axis, size in enumerate(shape):
-        source = dimensions.index(axis) if axis in dimensions else None
-        if source is not None and view.shape[source] == size:
-            dims.append(view.dims[source])
-        else:
-            # A new dimension gets an axis of its own, -1, -2, ..., which is none of the leaf's:
-            # a product that reaches across it is recognized as broadcast.
-            dims.append((Atom(-1 - axis, 1, size),) if size > 1 else ())
-    return dataclasses.replace(view, shape=tuple(shape), dims=tuple(dims))
+def parts_of(seen: Seen) -> tuple[View, ...]:
+    """Return the plain views in ``seen``."""
+    if seen is None:
+        return ()
+    return seen.parts if isinstance(seen, Joined) else (seen,)
 
 
-def reshape(view: View, shape: Sequence[int]) -> View | None:
+Params = Mapping[str, Any]
+
+
+def rearrange(equation: Any, seen: View | Joined) -> Seen:
+    """Follow an array through one of ``REARRANGEMENTS``; None where it cannot be followed."""
+    apply, params = REARRANGEMENTS[equation.primitive.name], equation.params
+    shape = equation.outvars[0].aval.shape
+    if isinstance(seen, View):
+        return apply(seen, params, shape)
+    # Where the joint ends up, if it stays one whole dimension, is read off a view of the whole.
+    whole = apply(identity_view(None, seen.shape), params, shape)
+    joint = (Atom(seen.axis, 1, seen.shape[seen.axis]),)
+    if whole is None or joint not in whole.dims:
+        return None
+    axis = whole.dims.index(joint)
+    parts: list[View] = []
+    # All or nothing: with one part lost the others' places in the whole mean nothing.
+    for part in seen.parts:
+        # The equation is written for the whole; each part has its own length along the joint.
+        own = (*shape[:axis], part.shape[seen.axis], *shape[axis + 1 :])
+        moved = apply(part, params, own)
+        if moved is None:
+            return None
+        parts.append(moved)
+    return Joined(tuple(parts), axis)
+
+
+def _reshape(view: View, params: Params, shape: tuple[int, ...]) -> View | None:
     """Regroup atoms into ``shape``, splitting an atom where a new dimension ends inside it.
 
     Returns None where a new dimension would end inside an atom that does not divide.
     """
-    shape = tuple(shape)
+    if params["dimensions"] is not None:
+        view = view.with_dims([view.dims[axis] for axis in params["dimensions"]])
     if shape == view.shape:
         return view
     # Row-major order: the atoms, major first, spell out the array whatever its dimensions are.
@@ -147,42 +191,83 @@ def reshape(view: View, shape: Sequence[int]) -> View | None:
     return dataclasses.replace(view, shape=shape, dims=tuple(dims))
 
 
-def cut_out(view: View, part: Cut) -> View | None:
-    """Return the part of a view along dimension ``part.axis``, or None if it cannot be named."""
-    # A second cut of a cut would need two starts, and part of an axis has no single start.
-    if view.cut is not None or not view.is_whole_axis(part.axis):
-        return None
-    axis = view.dims[part.axis][0].axis
-    dims = list(view.dims)
-    dims[part.axis] = (Atom(axis, 1, part.size),)
-    return dataclasses.replace(view.with_dims(dims), cut=Cut(axis, part.start, part.size))
+def _broadcast(view: View, params: Params, shape: tuple[int, ...]) -> View:
+    placed = params["broadcast_dimensions"]
+    dims: list[tuple[Atom, ...]] = []
+    for axis, size in enumerate(shape):
+        source = placed.index(axis) if axis in placed else None
+        if source is not None and view.shape[source] == size:
+            dims.append(view.dims[source])
+        else:
+            # A new dimension gets an axis of its own, -1, -2, ..., which is none of the leaf's:
+            # a product that reaches across it is recognized as broadcast.
+            dims.append((Atom(-1 - axis, 1, size),) if size > 1 else ())
+    return dataclasses.replace(view, shape=shape, dims=tuple(dims))
 
 
-def split_parts(view: View, sizes: Sequence[int], axis: int) -> list[View | None]:
-    """Return the parts of a view that was split into pieces of these ``sizes``."""
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [cut_out(view, Cut(axis, start, n)) for start, n in zip(starts, sizes, strict=True)]
+# By primitive: the view of the result, given a view, the equation's parameters and the result's
+# shape. Casts and copies are no rearrangements: they leave a view as it is.
+REARRANGEMENTS: Mapping[str, Callable[[View, Params, tuple[int, ...]], View | None]] = (
+    MappingProxyType({
+        "transpose": lambda view, params, shape: view.with_dims(
+            [view.dims[axis] for axis in params["permutation"]]
+        ),
+        "squeeze": lambda view, params, shape: view.with_dims(
+            [dim for axis, dim in enumerate(view.dims) if axis not in params["dimensions"]]
+        ),
+        "reshape": _reshape,
+        "broadcast_in_dim": _broadcast,
+    })
+)  # fmt: skip
 
 
-def slice_part(view: View, starts: Sequence[int], limits: Sequence[int]) -> View | None:
-    """Return the part of a view between ``starts`` and ``limits``; None if several axes are cut."""
-    narrowed = [a for a, size in enumerate(view.shape) if (starts[a], limits[a]) != (0, size)]
-    if not narrowed:
-        return view
-    if len(narrowed) > 1:
-        return None
-    (axis,) = narrowed
-    return cut_out(view, Cut(axis, starts[axis], limits[axis] - starts[axis]))
+class NotALayer(Exception):  # noqa: N818  (an answer, not an error)
+    """A product of data and a parameter is no layer; the message is the reason to report."""
 
 
-def scan_slice(view: View) -> View | None:
-    """Return what one step of a scan sees of a scanned view: the view without its first axis."""
-    if not view.is_whole_axis(0):
-        return None
-    axis = view.dims[0][0].axis
-    # Steps of a scan over part of a stack would be numbered from the wrong layer.
-    if view.cut is not None and view.cut.axis == axis:
-        return None
-    return dataclasses.replace(
-        view, shape=view.shape[1:], dims=view.dims[1:], scanned=(*view.scanned, axis)
-    )
+Atoms = Sequence[Atom]
+
+
+def matrix_view(
+    leaf_shape: tuple[int, ...], view: View, *, stack: Atoms, inputs: Atoms, outputs: Atoms
+) -> LeafView:
+    """Return the leaf's matrix view, given which of its atoms stand on which side of a product.
+
+    Axes of size 1 that a reshape dropped join the input's side, or an output's side left empty.
+    Axes that an enclosing scan slices become stacked.
+
+    Args:
+      leaf_shape: the leaf's shape.
+      view: how the product sees the leaf.
+      stack: atoms over which the leaf is a stack of independent layers.
+      inputs: atoms that meet the layer's input.
+      outputs: atoms of the layer's output.
+
+    Raises:
+      NotALayer: the leaf is no matrix here; the message is the reason to report.
+    """
+    stacked, ins, outs = axes_of(stack), axes_of(inputs), axes_of(outputs)
+    flat = [*stacked, *ins, *outs]
+    if any(axis < 0 for axis in flat):
+        raise NotALayer("broadcast before its product")
+    if len(flat) != len(set(flat)):
+        # Half of an axis on each side is no partition of axes: no matrix view has it.
+        raise NotALayer("an axis is split between the input and the output of its product")
+    # An axis of size 1 holds no choice: either side gives the same matrix.
+    dropped = [axis for axis in range(len(leaf_shape)) if axis not in {*flat, *view.scanned}]
+    if dropped and not outs:
+        outs = (dropped.pop(),)
+    ins = tuple(sorted((*ins, *dropped)))
+    if not ins or not outs:
+        raise NotALayer("a vector or scalar, not a matrix")
+    stacked = (*view.scanned, *stacked)
+    # The side with the leaf's earlier axes gives the rows, so that the view of a plain matrix is
+    # the matrix itself, whichever way round it is applied.
+    if ins[0] < outs[0]:
+        return LeafView(stacked, ins, outs, "rows")
+    return LeafView(stacked, outs, ins, "cols")
+
+
+def axes_of(atoms: Atoms) -> tuple[int, ...]:
+    """Return the leaf axes that ``atoms`` touch, ascending."""
+    return tuple(sorted({atom.axis for atom in atoms}))

@@ -1,23 +1,100 @@
-"""Walking a jaxpr: what each array on the way looks at.
+"""Walking a jaxpr: what each array on the way looks at, and what to tap.
 
 In: a jaxpr and what its inputs look at. Out: the plan of what to tap in it, and what its outputs
 look at; on the side, sites and notes gather in ``Findings``, which are settled in the end: every
 leaf then has one matrix view at most, and every layer one bias at most. How one equation is
 followed is decided by the *rule* of its primitive.
+
+A ``Plan`` has the shape of the traced loss: equations that hold jaxprs have plans of their own for
+these (``Nested``). ``Layers`` is the settled plan with what it covers, leaf by leaf; ``tapping``
+follows it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from optalr.signals.moments import LeafView
-from optalr.signals.tracing.jaxprs import is_literal
-from optalr.signals.tracing.joined import Joined, Seen, parts_of
-from optalr.signals.tracing.plan import Layers, Plan
-from optalr.signals.tracing.sites.hand import HandSite
-from optalr.signals.tracing.sites.site import Site
-from optalr.signals.tracing.views import View
+from optalr.signals.tracing.jaxprs import is_literal, varying_axes
+from optalr.signals.tracing.site import Site
+from optalr.signals.tracing.views import Joined, Seen, View, parts_of
+
+
+@dataclasses.dataclass
+class Plan:
+    """What to tap in one jaxpr.
+
+    Attributes:
+      taps: sites by equation index; several if the equation's kernel joins several leaves.
+      nested: by equation index, equations that hold jaxprs with something to tap.
+    """
+
+    taps: dict[int, tuple[Site, ...]] = dataclasses.field(default_factory=dict)
+    nested: dict[int, "Nested"] = dataclasses.field(default_factory=dict)
+
+    def sites_run_once(self) -> Iterator[Site]:
+        """Iterate over the sites outside loops, branches and remat."""
+        for sites in self.taps.values():
+            yield from sites
+        # A remat's inside runs twice, a branch perhaps not at all, a shard_map's on every device.
+        for nested in self.nested.values():
+            if nested.runs_once:
+                yield from nested.plans[0].sites_run_once()
+
+    def keep(self, accepted: set[Site]) -> None:
+        """Drop the sites that are not accepted."""
+        # Emptied inner plans stay: their equations are rebuilt to the same effect.
+        kept = {i: tuple(s for s in sites if s in accepted) for i, sites in self.taps.items()}
+        self.taps = {index: sites for index, sites in kept.items() if sites}
+        for nested in self.nested.values():
+            for inner in nested.plans:
+                inner.keep(accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """An equation that holds jaxprs, and a plan for each of them.
+
+    Each subclass (``inner``) is one way in which an equation runs its jaxprs, and so one way to
+    rebuild it.
+
+    Attributes:
+      equation: the equation.
+      plans: the plans, in the order of the jaxprs.
+      runs_once: whether it has one jaxpr, which runs once as it stands.
+    """
+
+    equation: Any
+    plans: Sequence[Plan]
+    runs_once: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The layers of one traced loss.
+
+    Attributes:
+      plan: what to tap where.
+      sites: the accepted sites, in the order of execution.
+      views: for each captured leaf, its matrix view (with its bias by leaf index in ``biases``).
+      biases: maps a captured leaf to the leaf that is its bias.
+      notes: for each leaf, how it is used other than by a tapped layer.
+    """
+
+    plan: Plan
+    sites: list[Site]
+    # Keyed by leaf index, as everything in tracing is: key paths are looked up for printing only.
+    views: dict[int, LeafView]
+    biases: dict[int, int]
+    notes: dict[int, list[str]]
+
+    @property
+    def head(self) -> Site | None:
+        """The layer executed last, or None."""
+        return self.sites[-1] if self.sites else None
+
 
 # Why a parameter is lost in some primitives; in all others it is "used by" them.
 _REASONS: Mapping[str, str] = MappingProxyType({
@@ -59,25 +136,20 @@ class Findings:
                 self.notes[part.source].append(text)
 
     def settle(self, plan: Plan) -> Layers:
-        """Keep the sites that agree on their leaf's view; pair biases; name the head."""
-        accepted, views = self._agreeing_sites()
-        biases = self._agreeing_biases(set(accepted))
+        """Keep the sites that agree on their leaf's view, and pair biases."""
+        by_hand = {site.leaf for site in self.sites if site.by_hand}
+        accepted, views = self._agreeing_sites(by_hand)
+        biases = self._agreeing_biases(set(accepted), by_hand)
         plan.keep(set(accepted))
-        # The walk meets equations in the order of execution, so the last site is the head.
-        head = accepted[-1] if accepted else None
-        return Layers(plan, accepted, views, biases, self.notes, head)
+        return Layers(plan, accepted, views, biases, self.notes)
 
-    def _by_hand(self) -> set[int]:
-        return {site.leaf for site in self.sites if isinstance(site, HandSite)}
-
-    def _agreeing_sites(self) -> tuple[list[Site], dict[int, LeafView]]:
+    def _agreeing_sites(self, by_hand: set[int]) -> tuple[list[Site], dict[int, LeafView]]:
         views: dict[int, LeafView] = {}
         accepted: list[Site] = []
-        by_hand = self._by_hand()
         for leaf in by_hand:  # what the user declares stands in place of what was found
             self.notes[leaf].clear()
         for site in self.sites:
-            if site.leaf in by_hand and not isinstance(site, HandSite):
+            if site.leaf in by_hand and not site.by_hand:
                 continue
             # Moments of one leaf are sums over its uses. The first use decides the view, and one
             # in another orientation has other sides, which cannot be added to these.
@@ -87,8 +159,7 @@ class Findings:
                 self.notes[site.leaf].append("also used by a layer in another orientation")
         return accepted, views
 
-    def _agreeing_biases(self, accepted: set[Site]) -> dict[int, int]:
-        by_hand = self._by_hand()
+    def _agreeing_biases(self, accepted: set[Site], by_hand: set[int]) -> dict[int, int]:
         biases: dict[int, int] = {}
         owners: dict[int, int] = {}
         for site, bias in self.bias_uses:
@@ -170,9 +241,25 @@ class Walk:
                     looks[var] = view
         return plan, [look(var) for var in jaxpr.outvars]
 
-    def inside_mesh(self, sizes: Mapping[str, int]) -> "Walk":
-        """Return the walk for what is inside a shard_map over axes of these sizes."""
-        return dataclasses.replace(self, mesh_sizes={**self.mesh_sizes, **sizes})
+    def tap(self, spot: Spot, sites: list[Site]) -> list[Site]:
+        """Enter the sites of an equation into its plan and the findings; return them as entered."""
+        sites = [self._across_devices(site) for site in sites]
+        spot.plan.taps[spot.index] = tuple(sites)
+        self.findings.sites.extend(sites)
+        return sites
+
+    def _across_devices(self, site: Site) -> Site:
+        """Return the site with the examples of all devices that hold a part of its input."""
+        # Shapes inside a shard_map are those of one device. Only axes over which the input varies
+        # hold other examples; over the rest every device sees the same.
+        varying = varying_axes(site.operand_types().data)
+        inside = math.prod(self.mesh_sizes[axis] for axis in varying if axis in self.mesh_sizes)
+        # The size of an axis around the loss is not known here: ``tapping`` asks for it when it
+        # runs.
+        outside = tuple(sorted(axis for axis in varying if axis not in self.mesh_sizes))
+        return dataclasses.replace(
+            site, num_examples=site.num_examples * inside, outer_axes=outside
+        )
 
 
 def give_up(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from optalr.linalg.structured import Structured
-from optalr.signals.moments import Coverage, LayerMoments, LeafView, default_view, is_moments
-from optalr.signals.storage import FactorStorage
+from optalr.signals.coverage import Coverage
+from optalr.signals.moments import FactorStorage, LayerMoments, LeafView, default_view, is_moments
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from optalr.arguments import (
     is_concrete,
 )
 from optalr.linalg.roots.inverse_root import METHODS
-from optalr.signals.storage import FactorStorage
+from optalr.signals.moments import FactorStorage
 from optalr.transforms.kronecker.rule import DAMPING_FORMS
 from optalr.transforms.kronecker.spectra import SPECTRA
 

@@ -19,7 +19,7 @@ import optax
 
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.arrays import at_least_float32, wide_dtype
-from optalr.signals.moments import Coverage
+from optalr.signals.coverage import Coverage
 from optalr.states import settle
 from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves, with_signals

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.signals.tracing.sampling import Sampling, Signals, sample
-from optalr.signals.tracing.sides import (
-    NotALayer,
-    SideAtoms,
-    axes_of,
+from optalr.signals.tracing.site import (
+    Operands,
+    Product,
+    Sampling,
+    Signals,
+    Site,
     features,
     leaf_order,
-    split_sides,
+    sample,
 )
-from optalr.signals.tracing.sites.site import KernelPart, Operands, Product, Site, Window
-from optalr.signals.tracing.views import Atom, View, identity_view
+from optalr.signals.tracing.views import Atom, NotALayer, View, axes_of, identity_view, matrix_view
 
 # A layer's output has free dimensions of data beside its features. Their atoms get axes from here
 # downwards, to be told from those of dimensions that a broadcast adds later (-1, -2, ...).
@@ -63,13 +63,7 @@ class _Axes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class DotSite(Site):
-    """A ``dot_general`` of data and a kernel.
-
-    Attributes:
-      window: the part of the kernel operand that is this leaf, or None for all of it.
-    """
-
-    window: Window | None = None
+    """A ``dot_general`` of data and a kernel."""
 
     def output_view(self) -> View:
         """Return the output as a view: the kernel's free dimensions are the features."""
@@ -118,9 +112,9 @@ class DotSite(Site):
 
     def _cut_window(self, operands: Operands, axes: _Axes) -> Operands:
         """Keep the features that belong to this leaf."""
-        if self.window is None:
+        if self.origin.window is None:
             return operands
-        axis, start, size = self.window
+        axis, start, size = self.origin.window
         lead = len(axes.batch) + len(axes.free)
         data, cotangent = operands
         if axis in axes.kernel_contracted:
@@ -140,32 +134,26 @@ def _stack_in_leaf_order(array: jax.Array, atoms: list[Atom]) -> jax.Array:
     return jnp.transpose(stacked, (*leaf_order(atoms), *rest)).reshape(array.shape)
 
 
-def dot_site(product: Product, part: KernelPart) -> Site:
+def dot_site(product: Product) -> Site:
     """Return the site of a ``dot_general``.
-
-    Args:
-      product: the equation.
-      part: what of its kernel is the leaf.
 
     Raises:
       NotALayer: the product is no layer.
     """
-    axes, view = _Axes.of(product), part.view
+    axes, view = _Axes.of(product), product.view
     stack = [atom for axis in axes.kernel_batch for atom in view.dims[axis]]
     # Each batch dimension must be one axis of the leaf, or the stack is no stack of its slices.
     single = all(len(view.dims[axis]) == 1 for axis in axes.kernel_batch)
-    if not single or len(set(axes_of(stack))) != len(axes.kernel_batch):
+    if not single or len(axes_of(stack)) != len(axes.kernel_batch):
         raise NotALayer("stacked along part of an axis")
-    if part.window is not None and part.window.axis in axes.kernel_batch:
+    if product.window is not None and product.window.axis in axes.kernel_batch:
         raise NotALayer("concatenated along a batch dimension of its product")
-    inputs = [atom for axis in axes.kernel_contracted for atom in view.dims[axis]]
-    outputs = [atom for axis in axes.kernel_free for atom in view.dims[axis]]
-    sides = split_sides(len(part.leaf_shape), view.scanned, SideAtoms(stack, inputs, outputs))
-    return DotSite(
-        leaf=int(view.source),
-        origin=product,
-        view=view,
-        sides=sides,
-        num_examples=product.data.shape[axes.free[0]] if axes.free else 1,
-        window=part.window,
+    leaf_view = matrix_view(
+        product.leaf_shape,
+        view,
+        stack=stack,
+        inputs=[atom for axis in axes.kernel_contracted for atom in view.dims[axis]],
+        outputs=[atom for axis in axes.kernel_free for atom in view.dims[axis]],
     )
+    examples = product.data.shape[axes.free[0]] if axes.free else 1
+    return DotSite(origin=product, leaf_view=leaf_view, num_examples=examples)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from optalr.arguments import check_interval, require_extra
 from optalr.linalg.kronecker import apply_eigenbasis_power, mean_eigenvalue
 from optalr.linalg.roots.bases import EigenBasis, eigenbasis
-from optalr.signals.moments import Coverage, LayerMoments, LeafView, default_view, is_moments
+from optalr.signals.coverage import Coverage
+from optalr.signals.moments import LayerMoments, LeafView, default_view, is_moments
 
 
 def kronecker_preconditioner(

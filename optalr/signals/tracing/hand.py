@@ -10,16 +10,23 @@ and needs no primitive of our own, whose rules would have to follow jax's releas
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from optalr.signals.tracing.sampling import Sampling, Signals, sample
-from optalr.signals.tracing.sides import NotALayer, SideAtoms, features, split_sides
-from optalr.signals.tracing.sites.site import Operands, Product, Site
-from optalr.signals.tracing.views import Atom, Dims, View, identity_view
+from optalr.signals.tracing.site import Operands, Product, Sampling, Signals, Site, features, sample
+from optalr.signals.tracing.views import (
+    Atom,
+    Dims,
+    NotALayer,
+    Seen,
+    View,
+    identity_view,
+    matrix_view,
+)
+from optalr.signals.tracing.walk import Spot, Walk
 
 # The name of the inner jit by which the tracer knows a hand tap; the kernel's input side follows.
 MARK = "optalr_tap_layer_"
@@ -131,6 +138,7 @@ class HandSite(Site):
     """
 
     split: int
+    by_hand: ClassVar[bool] = True
 
     def operands(self, values: Sequence[Any]) -> tuple[Any, Any]:
         """Return inputs and outputs."""
@@ -170,17 +178,30 @@ class HandSite(Site):
         return sample(data, cotangent, take)
 
 
-def hand_site(product: Product, view: View, leaf_shape: tuple[int, ...]) -> Site:
-    """Return the site of a ``tap_layer``.
+def take_hand_tap(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
+    """Take a layer that the user declared."""
+    # The mark's inputs are outputs, inputs and kernel, in this order.
+    view = seen[2]
+    if not isinstance(view, View) or not view.is_parameter or view.cut is not None:
+        walk.findings.note(view, "tapped by hand, but not as a whole leaf")
+        return [seen[0]]
+    shape = walk.findings.leaf_shapes[view.source]
+    try:
+        site = _hand_site(Product(spot.jaxpr, spot.equation, 2, view, shape))
+    except NotALayer as reason:
+        walk.findings.note(view, str(reason))
+        return [seen[0]]
+    (site,) = walk.tap(spot, [site])
+    return [site.output_view()]
 
-    Args:
-      product: the marked equation.
-      view: how its kernel looks at the leaf.
-      leaf_shape: the leaf's shape.
+
+def _hand_site(product: Product) -> Site:
+    """Return the site of a marked equation.
 
     Raises:
       NotALayer: the kernel, as the mark sees it, is none of the leaf's matrices.
     """
+    view = product.view
     outputs, inputs = (var.aval.shape for var in product.equation.invars[:2])
     m, n = inputs[-2], outputs[-2]
     rows = _input_is_rows(product.equation)
@@ -189,12 +210,10 @@ def hand_site(product: Product, view: View, leaf_shape: tuple[int, ...]) -> Site
         raise NotALayer("tapped by hand under a vmap over the kernel")
     first = [atom for dim in view.dims[:split] for atom in dim]
     last = [atom for dim in view.dims[split:] for atom in dim]
-    atoms = SideAtoms((), first, last) if rows else SideAtoms((), last, first)
+    ins, outs = (first, last) if rows else (last, first)
     return HandSite(
-        leaf=int(view.source),
         origin=product,
-        view=view,
-        sides=split_sides(len(leaf_shape), view.scanned, atoms),
+        leaf_view=matrix_view(product.leaf_shape, view, stack=(), inputs=ins, outputs=outs),
         num_examples=inputs[0] if len(inputs) > 2 else 1,
         split=split,
     )

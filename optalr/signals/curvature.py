@@ -15,9 +15,8 @@ takes no memory of its own for every product (``pooling``).
 In: functions of parameters, and the point. Out: ``Partial``s ``v ↦ A v``, which may cross a ``jit``
 boundary.
 
-``H_L`` is found by differentiation for any output loss. The closed forms at the end are for output
-losses that can't be differentiated twice, and where positive semidefiniteness must be certain.
-They go into ``composite_loss`` as its ``output_product``.
+``H_L`` is found by differentiation for any output loss, or comes as the ``output_product`` of a
+``composite_loss``.
 """
 
 from collections.abc import Callable
@@ -27,8 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from optalr.arrays import wide_dtype
-from optalr.signals.curvature.pooling import with_light_pooling
+from optalr.signals.pooling import with_light_pooling
 
 
 def hessian_product(loss_fn: Callable[[Any], jax.Array], params: Any) -> Partial:
@@ -118,92 +116,6 @@ def output_hessian_product(output_loss: Callable[[Any], jax.Array], outputs: Any
       u: a direction with the structure and dtypes of ``outputs``.
     """
     return jax.jvp(jax.grad(output_loss), (outputs,), (u,))[1]
-
-
-def squared_error_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> jax.Array:
-    """Return ``H_L u = scale · u``, the closed form for ``scale/2 · Σ (outputs − targets)²``.
-
-    Choose it in the ``output_product`` of a ``composite_loss`` with squared errors, to save the
-    differentiation of the loss.
-
-    Args:
-      outputs: the model's outputs, any shape.
-      u: a direction of the same shape.
-      scale: the factor of the loss, ``1/N`` for a mean over N examples; an array of weights must
-        have the rank of ``outputs``.
-
-    Returns:
-      ``H_L u``, with the shape and the dtype of ``outputs``.
-
-    Cost: one pass over the outputs.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> squared_error_product(jnp.zeros(2), jnp.array([1.0, 2.0]), scale=0.5).tolist()
-      [0.5, 1.0]
-    """
-    return (scale * u).astype(outputs.dtype)
-
-
-def softmax_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> jax.Array:
-    """Return ``H_L u = scale · (θ∘u − θ ⟨θ, u⟩)``, ``θ = softmax(outputs)`` over the last axis.
-
-    Choose it in the ``output_product`` of a ``composite_loss`` with the softmax cross-entropy
-    ``−scale · Σ y·ln θ``, where the product must be certain to be positive semidefinite. It is the
-    closed form for all targets that sum to one; for others ``scale`` takes the paper's ``s_j/n``.
-
-    Args:
-      outputs: class scores, ``(..., classes)``.
-      u: a direction of the same shape.
-      scale: the factor of the loss, ``1/N`` for a mean over N rows; an array of weights (a mask of
-        padded positions, say) must have the rank of ``outputs``.
-
-    Returns:
-      ``H_L u``, with the shape and the dtype of ``outputs``.
-
-    Cost: a few passes over the outputs.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> softmax_product(jnp.zeros(2), jnp.array([1.0, 0.0])).tolist()
-      [0.25, -0.25]
-
-    Reference: "Exponentially decaying flows for optimization in deep learning", eq. 29.
-    """
-    # Probabilities of half-precision scores would sum to one only up to their rounding, and the
-    # product would lose its null space.
-    theta = jax.nn.softmax(outputs.astype(wide_dtype(outputs)), axis=-1)
-    weighted = theta * u
-    product = weighted - theta * jnp.sum(weighted, axis=-1, keepdims=True)
-    return (scale * product).astype(outputs.dtype)
-
-
-def sigmoid_product(outputs: jax.Array, u: jax.Array, *, scale: Any = 1.0) -> jax.Array:
-    """Return ``H_L u = scale · σ(1−σ)∘u``, ``σ = sigmoid(outputs)``.
-
-    Choose it in the ``output_product`` of a ``composite_loss`` with the sigmoid (binary)
-    cross-entropy, where the product must be certain to be positive semidefinite. It is the closed
-    form for all targets.
-
-    Args:
-      outputs: scores, any shape.
-      u: a direction of the same shape.
-      scale: the factor of the loss, ``1/N`` for a mean over N scores; an array of weights must have
-        the rank of ``outputs``.
-
-    Returns:
-      ``H_L u``, with the shape and the dtype of ``outputs``.
-
-    Cost: a few passes over the outputs.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> sigmoid_product(jnp.zeros(2), jnp.array([1.0, 2.0])).tolist()
-      [0.25, 0.5]
-    """
-    scores = outputs.astype(wide_dtype(outputs))
-    # σ(−x) is 1 − σ(x) without the cancellation that large scores would suffer.
-    return (scale * jax.nn.sigmoid(scores) * jax.nn.sigmoid(-scores) * u).astype(outputs.dtype)
 
 
 def _apply_hessian(loss_fn: Any, params: Any, v: Any) -> Any:

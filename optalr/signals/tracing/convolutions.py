@@ -5,17 +5,27 @@ reason. Patches are the input many times over, so they are laid out a piece of t
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optalr.signals.tracing.sampling import Sampling, Signals, comb, scatter, spread
-from optalr.signals.tracing.sides import NotALayer, SideAtoms, axes_of, features, split_sides
-from optalr.signals.tracing.sites.patches import Geometry, gather_patches, slice_patches
-from optalr.signals.tracing.sites.site import KernelPart, Operands, Product, Site
-from optalr.signals.tracing.views import Atom, View, identity_view
+from optalr.signals.tracing.patches import Geometry, gather_patches, slice_patches
+from optalr.signals.tracing.sampling import comb, scatter
+from optalr.signals.tracing.site import (
+    Operands,
+    Product,
+    Sampling,
+    Signals,
+    Site,
+    Sums,
+    features,
+    spread,
+)
+from optalr.signals.tracing.views import Atom, NotALayer, View, axes_of, identity_view, matrix_view
 
 # Patches are laid out in pieces of about this many entries (or as many as the input has, if that is
 # more), and in no more pieces than that: each is compiled on its own.
@@ -49,8 +59,25 @@ class ConvSite(Site):
         dims[self._numbers.out_spec[1]] = self.view.dims[self._numbers.rhs_spec[0]]
         return identity_view(self, shape).with_dims(dims)
 
-    def piece_edges(self, operands: Operands, sampling: Sampling) -> list[int]:
-        """Return edges of pieces whose patches are about as large as the input."""
+    def add_up(
+        self, measure: Callable[[Operands], Sums], operands: Operands, sampling: Sampling
+    ) -> Sums:
+        """Add up the sums over pieces of the examples, one after the other in the same memory."""
+        total: Sums | None = None
+        for start, end in itertools.pairwise(self._piece_edges(operands, sampling)):
+            if total is None:
+                total = measure(self._piece(operands, start, end - start))
+                continue
+            # A piece must wait for the one before, or a scheduler lays them all out at once (the
+            # CPU's does, and drops barriers first). Entries of a Gram diagonal are not negative,
+            # so the start stays what it is, but not so that the compiler could tell.
+            begin = start + (total.inputs[0, 0, 0] < 0)
+            piece = measure(self._piece(operands, begin, end - start))
+            total = jax.tree.map(jnp.add, total, piece)
+        return measure(operands) if total is None else total
+
+    def _piece_edges(self, operands: Operands, sampling: Sampling) -> list[int]:
+        """Return edges of pieces whose patches are about as large as the input, if several."""
         spec, (data, cotangent) = self._numbers, operands
         examples = data.shape[spec.lhs_spec[0]]
         positions = math.prod(cotangent.shape[axis] for axis in spec.out_spec[2:])
@@ -62,7 +89,7 @@ class ConvSite(Site):
         number = min(-(-patches // max(PIECE, data.size)), MOST_PIECES, examples)
         return [examples * i // number for i in range(number + 1)] if number > 1 else []
 
-    def piece(self, operands: Operands, start: Any, size: int) -> Operands:
+    def _piece(self, operands: Operands, start: Any, size: int) -> Operands:
         """Return both sides of some examples; ``start`` may be traced."""
         spec, (data, cotangent) = self._numbers, operands
         return Operands(
@@ -131,18 +158,14 @@ class ConvSite(Site):
         return patches, features(cotangent, 2, [outputs])
 
 
-def conv_site(product: Product, part: KernelPart) -> Site:
+def conv_site(product: Product) -> Site:
     """Return the site of a ``conv_general_dilated``.
-
-    Args:
-      product: the equation.
-      part: what of its kernel is the leaf.
 
     Raises:
       NotALayer: the product is no layer.
     """
-    equation, view = product.equation, part.view
-    if part.window is not None:
+    equation, view = product.equation, product.view
+    if product.window is not None:
         raise NotALayer("concatenated before its convolution")
     if product.kernel != 1:
         raise NotALayer("a parameter in the place of a convolution's input")
@@ -159,12 +182,11 @@ def conv_site(product: Product, part: KernelPart) -> Site:
         if outputs[0].size != groups:
             raise NotALayer("grouped convolutions stacked by vmap")
         stack, outputs, groups, stacked = outputs[:1], outputs[1:], 1, groups
-    sides = split_sides(len(part.leaf_shape), view.scanned, SideAtoms(stack, inputs, outputs))
     return ConvSite(
-        leaf=int(view.source),
         origin=product,
-        view=view,
-        sides=sides,
+        leaf_view=matrix_view(
+            product.leaf_shape, view, stack=stack, inputs=inputs, outputs=outputs
+        ),
         num_examples=product.data.shape[numbers.lhs_spec[0]],
         groups=groups,
         stacked=stacked,

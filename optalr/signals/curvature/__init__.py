@@ -1,1 +1,0 @@
-"""Products with the Hessian and the Gauss-Newton matrix."""
