@@ -115,10 +115,9 @@ def value_grad_and_extras(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {loss_fn!r}.")
     arguments.check_count("every", every)
-    if num_examples is not None:
-        arguments.check_count("num_examples", num_examples)
-    if max_positions is not None:
-        arguments.check_count("max_positions", max_positions)
+    for name, count in (("num_examples", num_examples), ("max_positions", max_positions)):
+        if count is not None:
+            arguments.check_count(name, count)
     drawn = true_fisher(loss_fn, fisher, likelihood)
     sampling = Sampling(every, max_positions)
 
