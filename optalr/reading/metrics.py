@@ -79,7 +79,7 @@ def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
     answers = list(_answers(opt_state, None))
     if not answers:
         return np.bool_(False)
-    # A state under vmap answers for every member at once, and one member's yes is enough.
+    # Under vmap a state answers for all members at once. If one wants signals, all get them.
     return jnp.any(jnp.stack([jnp.any(answer) for answer in answers]))
 
 
@@ -148,7 +148,7 @@ def state_bytes(opt_state: Any) -> int:
     Returns:
       The sum over the leaves of size times bytes per element.
 
-    Cost: a walk over the state; no device is asked.
+    Cost: a walk over the state, on the host.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr
@@ -171,7 +171,7 @@ def _largest(values: list[Any]) -> jax.Array:
 
 
 def _answers(node: Any, phase: Any) -> Iterator[jax.Array]:
-    """Yield what the states under ``node`` answer; ``phase`` is that of the nearest two_stage."""
+    """Yield the answers of states under ``node``; ``phase`` is that of the nearest two_stage."""
     if injects(node, "phase"):
         phase, node = next_phase(node), node.inner_state
     if isinstance(node, TwoStageState):
