@@ -22,7 +22,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        # No conversions: text is not a number, and true is not 1. What a file holds was meant.
+        # No conversions: text is not a number, and true is not 1.
         strict=True,
         use_attribute_docstrings=True,
     )

@@ -73,7 +73,7 @@ def build_method(
     schedule = build_schedule(
         config.schedule, number, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
-    # A method of optalr keeps a plain number plain: it can still be injected or traced.
+    # A method of optalr gets a plain number as it is, which can still be injected or traced.
     rate = number if config.schedule.name == "constant" else schedule
     options = _in_steps(config.method.options, steps_per_epoch, section="method")
     given = {key: value for key, value in (given or {}).items() if key not in options}

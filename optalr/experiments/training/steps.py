@@ -13,7 +13,7 @@ from optalr.experiments.data.dataset import Dataset, Split
 from optalr.experiments.models import Model
 from optalr.experiments.training.objective import Objective
 
-# A probe is evaluated in every step, an evaluation once in an epoch.
+# A probe runs in every step, an evaluation once per epoch: so a probe reads fewer examples.
 EVALUATION_BATCH = 512
 PROBE_BATCH = 256
 # Not logged: the loop counts steps and measures the loss itself, and a state's size is constant.
@@ -137,6 +137,7 @@ def make_step(
 def _probe(loss_fn: Any, validation: Split, state: TrainState, *, key: jax.Array) -> Any:
     """Return the loss of a random validation batch, as a function of the parameters."""
     size = min(PROBE_BATCH, len(validation))
+    # By the step's own key, so that a resumed run probes the same batches.
     chosen = jax.random.choice(key, len(validation), (size,), replace=False)
     batch = jnp.asarray(validation.x)[chosen], jnp.asarray(validation.y)[chosen]
 
