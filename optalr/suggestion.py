@@ -17,7 +17,7 @@ from optalr.reading.wanted import wants_signals
 from optalr.recipes import learned_rate_sgd
 from optalr.signals import value_grad_and_extras
 
-# An extra of our own: ``value_fn`` is the loss on the batch of the step itself.
+# An extra of our own name, because ``value_fn`` is the loss on the batch of the step itself.
 _PROBE = "suggestion_value_fn"
 STARTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -129,7 +129,7 @@ def suggest_learning_rate(
 
     Choose it before a search over rates, or instead of one. The learned rate of order 2 tends to
     the same range from any start between 1e-4 and 1. The suggestion is the rate at which the runs
-    settle; where they do not agree there is none. It holds for these parameters, this batch size,
+    settle. Where they do not agree there is none. It holds for these parameters, this batch size,
     the first ``num_steps`` steps and plain SGD (with momentum β multiply it by 1 − β).
 
     Args:
@@ -246,8 +246,8 @@ def _tail(values: np.ndarray) -> np.ndarray:
 def _descent(losses: np.ndarray) -> slice:
     """Return the second half of the steps in which one run's loss falls.
 
-    They end where a moving average has made 95 % of the decrease. At a minimum every rate is as bad
-    as any other, and what the learned rate does there means nothing.
+    These steps end where a moving average of the loss has made 95 % of the decrease. At a minimum
+    every rate is as bad as any other, and what the learned rate does there means nothing.
     """
     width = min(5, len(losses))
     smooth = np.convolve(losses, np.full(width, 1 / width), "valid")
@@ -261,7 +261,7 @@ def _descent(losses: np.ndarray) -> slice:
 def summarize(
     starts: np.ndarray, rates: np.ndarray, losses: np.ndarray, *, tolerance: float
 ) -> RateSuggestion:
-    """Return the suggestion of runs with these rates and losses, a row each."""
+    """Return the suggestion of runs with these rates and losses, one row per run."""
     parts = [run[_descent(trace)] for run, trace in zip(rates, losses, strict=True)]
     settled = np.array([np.median(part) for part in parts])
     decrease = np.nan_to_num(losses[:, 0] - _tail(losses).mean(axis=1), nan=0.0, neginf=0.0)

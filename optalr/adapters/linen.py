@@ -52,8 +52,8 @@ class TrainState(train_state.TrainState):
         def update(updates: Any, opt_state: Any, params: Any = None) -> Any:
             return self.tx.update(updates, opt_state, params, **(extras or {}))
 
-        # Flax's own method with another update, so that its treatment of overwritten collections
-        # stays.
+        # Flax's own method runs with this update in place of its own, so that it goes on treating
+        # overwritten collections in its way.
         bound = self.tx._replace(update=update)
         stepped = train_state.TrainState.apply_gradients(
             self.replace(tx=bound), grads=grads, **kwargs

@@ -95,9 +95,9 @@ class Optimizer(nnx.Optimizer):
         Args:
           model: the module that the optimizer was made for.
           grads: gradients, as ``value_grad_and_extras`` returned them.
-          **extras: its extras, and others such as ``validation_value``.
+          **extras: the extras that came with them, and others such as ``validation_value``.
         """
         params = nnx.state(model, self.wrt)
-        # nnx selects gradients by the type of their variables; ours are bare arrays.
+        # nnx would select gradients by the type of their variables, but ours are bare arrays.
         typed = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
         return super().update(model, typed, **extras)

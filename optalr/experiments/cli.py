@@ -24,8 +24,8 @@ Set = Annotated[
     tyro.conf.UseAppendAction,
 ]
 
-# The heavy imports (jax, flax, matplotlib) stand inside the commands, so that help and mistakes in
-# the arguments show at once.
+# The commands import what is slow to import (jax, flax, matplotlib) when they run. So help and
+# mistakes in the arguments show at once.
 
 
 def run(
@@ -97,10 +97,10 @@ def tune(
 
     Args:
       config: a TOML file with a [tune] section.
-      seeds: how many seeds a point is trained with.
+      seeds: how many seeds each point is trained with.
       out: the folder to write; by default runs/tune-PROBLEM-METHOD. If it holds the same search,
         interrupted, the search goes on.
-      budget: part of the config's work to do for a point, as in `optalr run`.
+      budget: part of the config's work to do for each point, as in `optalr run`.
       set_: overrides, for example train.epochs=5.
     """
     from optalr.experiments import commands
@@ -111,7 +111,7 @@ def tune(
 
 
 def resume(folder: _Path, /) -> None:
-    """Go on with an interrupted run or comparison, which ends in the bits of an uninterrupted one.
+    """Continue an interrupted run or comparison, to the same bits as without the interruption.
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
@@ -198,8 +198,8 @@ def plot(
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
-      configs: of a comparison, draw the losses of these configs only: over steps (over epochs, if
-        full batches stand beside mini-batches) and over seconds.
+      configs: draw only the losses of these configs of a comparison, over seconds and over steps
+        (over epochs, if some train on full batches and others on mini-batches).
       out: the picture of those configs; by default FOLDER/selection.png.
     """
     from optalr.experiments import commands
@@ -234,7 +234,7 @@ def show_schema() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a mistake is one line and exit code 2, a divergence exit code 3."""
+    """Run the command line. A mistake gives one line and exit code 2, a divergence exit code 3."""
     commands = {
         "run": run,
         "compare": compare,
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "list": list_names,
         "schema": show_schema,
     }
-    # jax logs which plugins it did not find; nobody here asked.
+    # jax logs which plugins it did not find, which says nothing about the experiment.
     logging.getLogger("jax").setLevel(logging.ERROR)
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -1,4 +1,4 @@
-"""What the commands of the command line do."""
+"""The work behind each command of the command line."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def tune_config(
     budget: float = 1.0,
     overrides: tuple[str, ...] = (),
 ) -> None:
-    """Search a config's grid and print its points, the best first."""
+    """Search a config's grid, and print its points, the best first."""
     config = scale_to_budget(load_config(config_path, overrides), budget)
     name = _title(config_path)
     out = out or RUNS / f"tune-{name}"
@@ -96,7 +96,7 @@ def tune_config(
 
 
 def resume_folder(path: Path) -> None:
-    """Go on with what was interrupted."""
+    """Continue what was interrupted."""
     if (path / compare.SPECIFICATION).is_file():
         _run_and_report(compare.open_comparison(path))
         return
@@ -133,7 +133,7 @@ def examine_theory(
     budget: float = 1.0,
     overrides: tuple[str, ...] = (),
 ) -> None:
-    """Train as a config says and draw what the paper's theorem 2 is about."""
+    """Train as a config says, then draw what theorem 2 of the paper is about."""
     config = scale_to_budget(load_config(config_path, overrides), budget)
     if out is None:
         out = RUNS / f"theory-{_title(config_path)}"
@@ -173,7 +173,7 @@ def export_run(path: Path, *, tensorboard: bool) -> None:
 
 
 def print_names() -> None:
-    """Print what the names of a config can be."""
+    """Print the names that the sections of a config can take."""
     names = _names([*method_names(), "any scale_by_* of optalr or optax"])
     print_table("Names", ("key", "names"), [(key, ", ".join(v)) for key, v in names.items()])
 

@@ -1,11 +1,11 @@
-"""Errors that a user can mend: one line, naming the thing and the remedy."""
+"""Errors that a user can mend. Each is one line that names the thing and the remedy."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class ExperimentError(Exception):
-    """A mistake in a config, a file or an argument. The command line prints it as one line."""
+    """A mistake in a config, a file or an argument, which the command line prints as one line."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))

@@ -6,9 +6,9 @@ With column-stacking ``vec`` and symmetric factors, A for the rows and B for the
     (B ⊗ A + λI)^p vec(G) = vec(Q_A [(a bᵀ + λ)^p ∘ (Q_Aᵀ G Q_B)] Q_Bᵀ)
 
 where ``A = Q_A diag(a) Q_Aᵀ`` and ``B = Q_B diag(b) Q_Bᵀ``. The second form damps the product
-exactly; damping each factor, ``(A + π√λ I)`` and ``(B + √λ/π I)``, adds cross terms. Everything
-here takes stacks: leading dimensions are those of independent layers. A factor that is ``None``
-stands for the identity, so one-sided preconditioners need no special case.
+exactly. To damp each factor, ``(A + π√λ I)`` and ``(B + √λ/π I)``, adds cross terms. Everything
+here takes stacks: leading dimensions are those of independent layers. A factor of ``None`` stands
+for the identity, so one-sided preconditioners need no special case.
 """
 
 from typing import Any
@@ -22,12 +22,14 @@ from optalr.linalg.roots.bases import EigenBasis
 from optalr.linalg.roots.decompositions import floor_spectrum
 from optalr.linalg.structured import Matrices, Structured, as_structured
 
-# A matrix, a stack of them, or a form that stores a part of each.
+# A matrix, a stack of matrices, or a form that stores a part of each.
 Factor = jax.Array | Structured
 
 
 def apply_kronecker(matrix: jax.Array, left: Factor | None, right: Factor | None) -> jax.Array:
     """Return ``left · G · right``, which is ``(right ⊗ left) vec(G)`` for symmetric factors.
+
+    Choose it to apply ready-made roots. Cost: two products, ``2mn(m + n)`` flops per matrix.
 
     Args:
       matrix: ``(..., m, n)``, the gradient's matrix view.
@@ -55,6 +57,8 @@ def apply_kronecker(matrix: jax.Array, left: Factor | None, right: Factor | None
 def to_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None) -> jax.Array:
     """Return ``Q_Aᵀ G Q_B``, the coordinates of G in the factors' eigenbases.
 
+    Choose it to work on coordinates, for instance to average their squares. Cost: two products.
+
     Args:
       matrix: G, shape (..., m, n).
       left: Q_A, the eigenvectors of the left factor, shape (..., m, m); None for the identity.
@@ -68,6 +72,8 @@ def to_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None) 
 
 def from_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None) -> jax.Array:
     """Return ``Q_A G Q_Bᵀ``, which undoes ``to_eigenbasis``.
+
+    Choose it for the way back to the parameters' coordinates. Cost: two products.
 
     Args:
       matrix: G in eigenbases, shape (..., m, n).
@@ -85,17 +91,19 @@ def eigenbasis_power(
 ) -> tuple[jax.Array, jax.Array]:
     """Return ``(a bᵀ + λ)^p`` as a pair: an array of moderate numbers, and their common factor.
 
+    Choose it where you apply the gains to coordinates yourself; else ``apply_eigenbasis_power``.
+
     Args:
       left: ``(..., m)`` eigenvalues of A, or None for ones.
-      right: ``(..., n)`` eigenvalues of B, or None for ones.
+      right: ``(..., n)`` eigenvalues of B, or None for ones; not both.
       power: p, any real number; it may be traced.
-      damping: λ >= 0, absolute; a number, or one a matrix of the stack.
+      damping: λ >= 0, absolute; one number, or one per matrix of the stack.
 
     Returns:
       ``(relative, factor)`` of shapes ``(..., m, n)`` and ``(..., 1, 1)``; their product is the
       power. They come apart because ``a bᵀ`` itself leaves float32's range for tiny or huge
-      factors. Eigenvalues below ε times the largest of their factor count as that; where all of
-      ``a bᵀ + λ`` vanishes, ``relative`` is zero.
+      factors. Eigenvalues below ε times the largest of their factor are raised to that. Where all
+      of ``a bᵀ + λ`` vanishes, ``relative`` is zero.
     """
     if left is None and right is None:
         raise ValueError("left and right must not both be None: there is nothing to apply.")
@@ -136,14 +144,14 @@ def apply_eigenbasis_power(
     """Return ``(B ⊗ A + λI)^p vec(G)`` with exact damping, as a matrix.
 
     Choose it where the damping should act on the product ``B ⊗ A`` itself, or where the power is
-    traced; four products instead of the two of ``apply_kronecker`` with ready-made roots.
+    traced. Cost: four products, where ``apply_kronecker`` with ready-made roots takes two.
 
     Args:
       matrix: ``(..., m, n)``, the gradient's matrix view G.
       left: the eigenbasis of A ``(m, m)``, or None for the identity.
-      right: the eigenbasis of B ``(n, n)``, or None for the identity.
+      right: the eigenbasis of B ``(n, n)``, or None for the identity; not both.
       power: p, any real number; it may be traced.
-      damping: λ >= 0, absolute; a number, or one a matrix of the stack.
+      damping: λ >= 0, absolute; one number, or one per matrix of the stack.
 
     Returns:
       ``(..., m, n)``. Zeros where ``B ⊗ A + λI`` is zero.
@@ -172,6 +180,8 @@ def apply_eigenbasis_power(
 def mean_eigenvalue(matrix: Factor) -> jax.Array:
     """Return ``tr(A)/n`` of each matrix in a stack, the unit of a relative damping.
 
+    Choose it to make a damping follow the scale of its matrix.
+
     Args:
       matrix: A, shape (..., n, n).
 
@@ -183,15 +193,16 @@ def mean_eigenvalue(matrix: Factor) -> jax.Array:
 
 @jax.jit
 def split_damping(left: Factor, right: Factor, damping: Any) -> tuple[jax.Array, jax.Array]:
-    """Share the damping λ of ``B ⊗ A`` out between the factors, ``(π√λ, √λ/π)``.
+    """Split the damping λ of ``B ⊗ A`` between the factors, into ``(π√λ, √λ/π)``.
 
-    ``π² = (tr(A)/m) / (tr(B)/n)``, which minimizes (a bound on) the cross terms that damping each
-    factor adds to ``B ⊗ A + λI``.
+    Choose it where each factor is damped and rooted alone, but λ is meant for their product. With
+    ``π² = (tr(A)/m) / (tr(B)/n)`` the split minimizes (a bound on) the cross terms that damping
+    each factor adds to ``B ⊗ A + λI``.
 
     Args:
       left: ``(..., m, m)``, A.
       right: ``(..., n, n)``, B.
-      damping: λ >= 0 of the product; a number, or one a matrix of the stack.
+      damping: λ >= 0 of the product; one number, or one per matrix of the stack.
 
     Returns:
       The damping of A and that of B; their product is λ. π is 1 where a trace is not positive.
@@ -222,10 +233,15 @@ def carry_first_moments(
 ) -> jax.Array:
     """Return coordinates held in an ``old`` pair of bases in a ``new`` pair, exactly.
 
+    Choose it to keep a momentum in bases that are refreshed. Cost: four products.
+
     Args:
       moment: ``(..., m, n)``, for instance the mean of ``Q_Aᵀ G Q_B``.
-      old: vectors of the left and the right basis it is held in; None for the identity.
-      new: vectors of the bases wanted, None where ``old`` is.
+      old: vectors of the left and the right basis that hold it; None for the identity.
+      new: vectors of the bases wanted, None on the same sides as ``old``.
+
+    Returns:
+      ``(..., m, n)``, the coordinates in the new bases.
     """
     left, right = (_rotation(*pair) for pair in zip(old, new, strict=True))
     return from_eigenbasis(moment, left, right)
@@ -239,18 +255,22 @@ def carry_second_moments(
 ) -> jax.Array:
     """Return second moments held in an ``old`` pair of bases in a ``new`` pair.
 
-    The diagonal ``v`` of a covariance that is diagonal in the old bases becomes, in the new ones,
+    Choose it when bases are refreshed and squared coordinates are averaged in them. A covariance
+    that is diagonal in the old bases, with the diagonal ``v``, has in the new ones the diagonal
 
         v' = (R_A ∘ R_A) v (R_B ∘ R_B)ᵀ,   R = Q_newᵀ Q_old
 
-    Squared rotations are doubly stochastic, so the moments stay nonnegative and keep their sum; a
-    change of basis that only permutes or flips columns moves them exactly. (Keeping ``v`` in place,
-    as is common, assigns moments to the wrong coordinates once columns trade places.)
+    Squared rotations are doubly stochastic, so the moments stay nonnegative and keep their sum. A
+    change of basis that only permutes or flips columns moves them exactly. (It is common to leave
+    ``v`` as it is. That assigns moments to the wrong coordinates once columns trade places.)
 
     Args:
       moment: ``(..., m, n)``, the mean of ``(Q_Aᵀ G Q_B)²``.
-      old: vectors of the left and the right basis it is held in; None for the identity.
-      new: vectors of the bases wanted, None where ``old`` is.
+      old: vectors of the left and the right basis that hold it; None for the identity.
+      new: vectors of the bases wanted, None on the same sides as ``old``.
+
+    Returns:
+      ``(..., m, n)``, the moments in the new bases.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -269,7 +289,7 @@ def carry_second_moments(
 
 
 def _rotation(old: Factor | None, new: Factor | None) -> Matrices | None:
-    """Return ``Q_newᵀ Q_old``, or None where both are the identity (that of a diagonal, too)."""
+    """Return ``Q_newᵀ Q_old``, or None where both are the identity, as for a diagonal factor."""
     if (old is None) is not (new is None):
         raise ValueError("old and new must leave out (None) the same side.")
     if old is None or new is None:

@@ -1,14 +1,14 @@
 """Symmetric matrices of which a part is stored: all of it, its diagonal blocks or its diagonal.
 
-A Kronecker factor of up to some thousand rows is kept and decomposed whole; beyond that its blocks,
-or its diagonal, stand for it. Nobody else needs to know which one a side has:
+A Kronecker factor of up to some thousand rows is kept and decomposed whole. Beyond that its blocks
+or its diagonal stand for it. No other module needs to know which form a side has:
 
     A = Full(5).zeros()                                what is kept of a 5 × 5 matrix
     A = A.fold(A.of_gram(gram), decay)                 A ← decay·A + (1 − decay)·gram
     A.root(2, damping) @ G @ B.root(2, damping)        (A + λ)^{-1/2} G (B + λ)^{-1/2}
 
 A form without an array is a description: it knows shapes and makes arrays. ``A.holding(array)`` is
-a view of an array that rests elsewhere, such as in an optimizer's state. Arrays may have leading
+a view of an array that is kept elsewhere, such as in an optimizer's state. Arrays may have leading
 stack axes, those of independent layers.
 """
 
@@ -47,7 +47,7 @@ class Structured:
 
     @property
     def count(self) -> int:
-        """Numbers that are stored, a layer of the stack."""
+        """Numbers that are stored per layer of the stack."""
         return math.prod(self.shape)
 
     @property
@@ -78,7 +78,7 @@ class Structured:
         return self.holding(moving_average(self.stored, new.stored, decay))
 
     def scaled(self, factor: jax.Array) -> Self:
-        """Return ``factor · self``, with one number for all matrices or one a layer."""
+        """Return ``factor · self``, with one number for all matrices or one per layer."""
         factor = jnp.asarray(factor, self.stored.dtype)
         return self.holding(self.stored * spd.align(factor, self.stored))
 
@@ -100,7 +100,7 @@ class Structured:
         """Return ``matrix @ self``, ``(*stack, m, padded size)``."""
         return spd.transpose(self.T @ spd.transpose(matrix))
 
-    # What each form says for itself.
+    # What each form defines for itself.
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ class Structured:
 
     @property
     def T(self) -> Self:  # noqa: N802  (as in NumPy)
-        """The transpose. Stored eigenvectors are no symmetric matrix."""
+        """The transpose, for stored eigenvectors, which are no symmetric matrix."""
         return self.holding(spd.transpose(self.stored))
 
     def __matmul__(self, matrix: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ class Matrices(Structured):
 
     def identity(self, stack: tuple[int, ...] = (), dtype: Any = jnp.float32) -> Self:  # noqa: D102
         eye = jnp.eye(self.block, dtype=dtype)
-        # The sum makes an array of its own: a broadcast one shares its buffer.
+        # The sum makes an array of its own, because a broadcast one shares its buffer.
         return self.holding(jnp.broadcast_to(eye, (*stack, *self.shape)) + 0)
 
     def gram(self, matrix: jax.Array) -> Self:  # noqa: D102
@@ -156,7 +156,7 @@ class Matrices(Structured):
         return self.stored.reshape(-1, self.block, self.block)
 
     def spread(self, values: jax.Array) -> jax.Array:
-        """Return one number a layer as one a matrix of ``matrices()``, ``(k,)``."""
+        """Return one number per layer as one per matrix of ``matrices()``, ``(k,)``."""
         lead = self.stored.shape[:-2]
         values = values.reshape(values.shape + (1,) * (len(lead) - values.ndim))
         return jnp.broadcast_to(values, lead).reshape(-1)

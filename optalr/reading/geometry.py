@@ -21,8 +21,8 @@ class NoiseSpectrum(NamedTuple):
     """The covariance of a direction over minibatches.
 
     Attributes:
-      eigenvalues: float64, falling: the ``min(P, k − 1)`` eigenvalues of the sample covariance of k
-        directions of P numbers that are not zero by construction.
+      eigenvalues: float64, falling: the eigenvalues of the sample covariance of k directions of P
+        numbers, without those that are zero by construction: ``min(P, k − 1)`` are left.
       mean_norm: norm of the mean direction.
       effective_rank: ``(Σ λ)²/Σ λ²``: the number of directions that noise of this trace would have
         if it were isotropic; at most k − 1.
@@ -83,7 +83,7 @@ def noise_spectrum(
     samples = np.stack(rows)
     mean = samples.mean(0)
     centred = samples - mean
-    # XᵀX and XXᵀ have the same eigenvalues but for zeros: the smaller one is enough.
+    # XᵀX and XXᵀ have the same eigenvalues but for zeros, so the smaller matrix is enough.
     shorter = centred if samples.shape[1] < len(samples) else centred.T
     matrix = shorter.T @ shorter
     values = np.linalg.eigvalsh(matrix / (len(samples) - 1))[::-1]
@@ -122,8 +122,8 @@ def geodesic(
 ) -> Geodesic:
     r"""Integrate the geodesic equation of a metric, for a small model.
 
-    Choose it to see how far a straight step θ + t v is from the geodesic that theorem 1 takes it
-    for: ``gaps`` is zero where the metric is constant. The equation is
+    Choose it to see how far a straight step θ + t v is from a geodesic. Theorem 1 takes the one for
+    the other, and ``gaps`` is zero where the metric is constant. The equation is
 
         θ_k'' + Σ_ij Γ^k_ij θ_i' θ_j' = 0,
         Γ^k_ij = ½ Σ_l (F⁻¹)_kl (∂_i F_jl + ∂_j F_il − ∂_l F_ij).
@@ -222,7 +222,7 @@ def _runge_kutta_step(slope: Callable[[_Motion], _Motion], state: _Motion, size:
 
 
 def _floating(name: str, value: Any) -> jax.Array:
-    """Return ``value`` as an array, or raise if it is not of floating point."""
+    """Return ``value`` as an array; raise if it is not of floating point."""
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(

@@ -118,7 +118,7 @@ def state_bytes(opt_state: Any) -> int:
     Returns:
       The sum over the leaves of size times bytes per element.
 
-    Cost: a walk over the state; no device is asked.
+    Cost: a walk over the state, on the host.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, optalr

@@ -56,7 +56,9 @@ def warn_if_changed(saved: Mapping[str, str], current: Mapping[str, str]) -> lis
       One line per changed setting, with the old and the new value; empty if nothing changed.
 
     Warns:
-      ConfigurationChangedWarning: naming what changed.
+      ConfigurationChangedWarning: something changed; the warning names it.
+
+    Cost: a comparison of strings, on the host.
 
     Examples:
       >>> import warnings, optalr

@@ -26,22 +26,22 @@ def factor_spectra(
     Args:
       opt_state: an optimizer state that holds that of ``scale_by_kronecker``, at any depth.
       params: the parameters, or their shapes. Needed where factors are kept in blocks. Without them
-        the shapes of the factors are judged alone: blocks look like layers in a stack, the padding
-        of the last one like an eigenvalue, and stacked diagonals of both sides like whole factors
-        if there are as many layers as rows and columns and they are symmetric.
+        only the shapes of the factors say what these are. Blocks then look like layers in a stack,
+        and the padding of the last block looks like an eigenvalue. Stacked diagonals look like
+        whole factors if both sides have as many rows as there are layers and are symmetric.
       layout: what ``scale_by_kronecker`` got, read with ``params``.
       options: what ``scale_by_kronecker`` got, read with ``params``.
 
     Returns:
-      For each kernel's key path the eigenvalues of the rows' and the columns' factor, rising, of
-      the bias-corrected moving averages, ``(*stack, size)``; a factor kept as a diagonal gives its
-      entries, one in blocks, with ``params``, those of all blocks. Empty before the first
-      measurement.
+      A dict from each kernel's key path to two arrays ``(*stack, size)``: the eigenvalues, rising,
+      of the rows' and the columns' factor, from the bias-corrected moving averages. A factor kept
+      as a diagonal gives its entries. One kept in blocks gives, with ``params``, the eigenvalues of
+      all blocks. The dict is empty before the first measurement.
 
     Raises:
       ValueError: the state was not made for ``params`` with ``layout`` and ``options``.
 
-    Cost: an eigenvalue computation a factor, outside ``jit``.
+    Cost: an eigenvalue computation per factor, outside ``jit``.
 
     Examples:
       >>> import jax.numpy as jnp, optalr
@@ -73,7 +73,7 @@ def factor_spectra(
 
 
 def _eigenvalues(factor: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return eigenvalues of a factor whose form its shape and that of the other side must tell."""
+    """Return the eigenvalues of a factor; the shapes of both sides show how it is kept."""
     return np.sort(factor, -1) if _is_diagonal(factor, other) else np.linalg.eigvalsh(factor)
 
 

@@ -16,8 +16,8 @@ _OLD_PARTS = {"factor": "factors", "root": "roots", "eigenvalues": "eigenvalues"
 def upgrade_state(saved: Any, like: Any) -> Any:
     """Return a state that an older optalr saved, in the form that this one uses.
 
-    Choose it where restoring a checkpoint fails because the fields of a state have other names or
-    places now. It changes no number: training goes on where it stopped.
+    Choose it where restoring a checkpoint fails because the fields of a state have new names or
+    places. It changes no number: training goes on where it stopped.
 
     Args:
       saved: the old state as nested dicts and lists, which is what Orbax restores without a target,
@@ -61,7 +61,7 @@ def upgrade_state(saved: Any, like: Any) -> Any:
 
 
 def _old_place(way: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the way within a state of 0.1 to what stands at ``way`` now."""
+    """Return the path in a state of 0.1 to what is at the path ``way`` now."""
     names = [_name(key) for key in way[:3]]
     if names[0] != "memory":
         return tuple(way)

@@ -19,9 +19,9 @@ def classical(
 ) -> optax.GradientTransformationExtraArgs:
     """Combine one of optax's classical rules with any schedule, and with a gain per weight.
 
-    Choose it for a baseline whose rate can be read in ``optalr.metrics``, that survives a bad batch
-    and that runs in float32 whatever the dtype of the parameters. With u what the rule makes of the
-    gradient,
+    Choose it for a baseline that survives a bad batch, that runs in float32 whatever the dtype of
+    the parameters, and whose rate ``optalr.metrics`` can read. With u the update of the rule before
+    its rate,
 
         θ ← θ − η u,    with gains    θ ← θ − η gain ⊙ u.
 
@@ -66,7 +66,7 @@ def classical(
     return guard(optax.chain(*links, scale_by_recorded_rate(learning_rate)))
 
 
-# Factories, so that each optimizer gets a transformation of its own.
+# Functions that make them, so that each optimizer gets a transformation of its own.
 CLASSICAL_RULES: Mapping[str, Callable[[], optax.GradientTransformation]] = MappingProxyType(
     {
         "sgd": optax.identity,

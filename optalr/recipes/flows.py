@@ -29,10 +29,10 @@ def edf(
     lie between 0.1 and 2). Choose it for a full batch with more steps, ``acceleration="W2"`` and a
     rate of 1.
 
-    The paper fits full batches without damping, ``(0.0, 1.0)``, at a rate of 1. Such fits of a
-    small convolution net by type G broke down for us with two of three seeds at k = 5 (losses of
-    1e5 to 1e6; the third ended at 2e-7), and with all three at k = 10 and 30. A rate of 0.5, or 0.2
-    at k = 30, kept them from it. Damped type H needed 0.5 at k = 5 and 0.2 at 10; damped type G was
+    The paper fits full batches without damping, ``(0.0, 1.0)``, at a rate of 1. For us such fits of
+    a small convolution net by type G broke down. At k = 5 two of three seeds did (losses of 1e5 to
+    1e6; the third ended at 2e-7), and at k = 10 and 30 all three. None did at a rate of 0.5, or 0.2
+    at k = 30. Damped type H needed 0.5 at k = 5 and 0.2 at 10; damped type G was
     steady at 1.
 
     The recipe is ``optax.chain(scale_by_krylov_flow(...), scale_by_recorded_rate(learning_rate))``,
@@ -47,7 +47,7 @@ def edf(
       num_steps: k, MINRES steps, an integer of at least 1.
       damping: ``(a, b)`` for ``λ = a ‖∇‖^b``; or an ``optalr.LevenbergMarquardt`` rule, or a
         mapping of its fields. Its default ``step_size`` of 1 becomes the learning rate if that is a
-        positive constant. With W1, W2 or a schedule the rule judges another step than the one
+        positive constant. With W1, W2 or a schedule the rule judges a step other than the one
         taken.
       acceleration: None; or ``"W1"``, constant friction, which is momentum 0.9 on the solved
         direction; or ``"W2"``, vanishing friction ``3/t``, which is Nesterov's scheme. Under
@@ -101,7 +101,7 @@ def edf(
 
 
 def _judging(damping: Any, learning_rate: Any) -> Any:
-    """Return ``damping``, where a rule with the default step judges the step that is taken."""
+    """Return ``damping``; a rule with the default step then judges steps of the learning rate."""
     check_interval("learning_rate", learning_rate, 0.0, remedy="The sign is flipped for you.")
     damping = from_fields("damping", damping, LevenbergMarquardt)
     if not isinstance(damping, LevenbergMarquardt) or callable(learning_rate):
@@ -110,5 +110,5 @@ def _judging(damping: Any, learning_rate: Any) -> Any:
     if not is_concrete(damping.step_size) or damping.step_size != default:
         return damping
     if is_concrete(learning_rate) and float(learning_rate) == 0:
-        return damping  # no step is taken, and none of length zero can be judged
+        return damping  # at a rate of 0 no step is taken that could be judged
     return damping._replace(step_size=learning_rate)

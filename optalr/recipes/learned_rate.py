@@ -1,4 +1,4 @@
-"""SGD at a learned rate, and other optimizers at the rate that it found."""
+"""SGD at a learned rate, and other optimizers at the rate that was found."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ def learned_rate_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Descend the gradient with a learning rate that is itself learned.
 
-    Choose it to train without searching for a rate, above all in the first epochs; or to find a
+    Choose it to train without searching for a rate, above all in the first epochs, or to find a
     rate, as ``optalr.suggest_learning_rate`` does. It is
     ``optax.chain(optax.trace(momentum), scale_by_learned_rate(initial_rate, ...))``.
 

@@ -1,4 +1,4 @@
-"""TSO-ALRA: along the inverse root of the Fisher matrix first, then plain SGD."""
+"""TSO-ALRA: first along the inverse root of the Fisher matrix, then plain SGD."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,10 +47,10 @@ def tso_alra(
     Args:
       learning_rate: η, > 0, or a schedule of the updates since the start.
       switch_at: the update from which phase 1 holds; None for no switch (``optalr.set_phase`` can
-        still make one by hand).
+        still switch by hand).
       phase: a phase scheduler instead of ``switch_at``, or a number in [0, 1].
-      second_learning_rate: η of phase 1, if it differs; a schedule counts from the switch. This
-        rate decides how the run ends: with a large one the loss rises again.
+      second_learning_rate: η of phase 1, > 0, if it differs; a schedule counts from the switch.
+        This rate decides how the run ends. With a large one the loss rises again.
       power: p, in [−1, 0].
       statistics: ``"signals"``, or ``"gradient"``, which needs no captured signals.
       decay: decay of the moving averages of the statistics, in [0, 1).
@@ -107,7 +107,7 @@ def tso_alra(
         direction = optax.chain(direction, optax.trace(momentum))
     second = _sgd_direction(second_momentum)
     if second_learning_rate is None:
-        # One rate, on one clock, for both phases.
+        # One rate for both phases, on one clock: a schedule does not start again at the switch.
         staged = phases.two_stage(direction, second, phase)
         return optax.chain(staged, scale_by_recorded_rate(learning_rate))
     second_rate = scale_by_recorded_rate(second_learning_rate)
@@ -131,7 +131,7 @@ def _phase_scheduler(switch_at: int | None, phase: Any) -> Any:
 
 
 def _sgd_direction(second_momentum: float | None) -> optax.GradientTransformation:
-    """Return what phase 1 makes of the gradient before the rate."""
+    """Return the transformation that turns the gradient into phase 1's direction."""
     if second_momentum is None:
         return optax.identity()
     check_interval("second_momentum", second_momentum, 0.0, 1.0, open_high=True)
@@ -139,6 +139,6 @@ def _sgd_direction(second_momentum: float | None) -> optax.GradientTransformatio
 
 
 def _never(step: jax.Array) -> float:
-    """Stay in phase 0, until ``set_phase``."""
+    """Return phase 0, for ever; only ``set_phase`` can leave it."""
     del step
     return 0.0

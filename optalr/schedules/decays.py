@@ -1,8 +1,8 @@
 """Learning-rate schedules that optax does not have, as functions of the step count.
 
-For the others (constant, cosine, polynomial, piecewise, warm-up, one-cycle, …) use those of optax.
-All return float32 scalars and may be called inside ``jit``. The step count is the number of updates
-so far, 0 at the first.
+For others (constant, cosine, polynomial, piecewise, warm-up, one-cycle, …) use optax. All schedules
+here return float32 scalars and may be called inside ``jit``. The step count is the number of
+updates so far, 0 at the first.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from optalr.arguments import check_choice, check_count, check_interval
 def inverse_decay(init_value: float, rate: float) -> optax.Schedule:
     """Decay the learning rate in inverse proportion to time: ``η = η₀ / (1 + k t)``.
 
-    Choose it where steps should shrink for ever and yet never stop: their sum diverges, the sum of
-    their squares does not.
+    Choose it where steps should shrink for ever and yet never stop. Their sum diverges, and the sum
+    of their squares does not.
 
     Args:
       init_value: η₀, the rate of the first step, at least 0.
@@ -30,6 +30,8 @@ def inverse_decay(init_value: float, rate: float) -> optax.Schedule:
 
     Raises:
       ValueError: an argument is negative.
+
+    Cost: a few scalar operations per step.
 
     Examples:
       >>> import optalr
@@ -59,6 +61,8 @@ def exponential_rate_decay(init_value: float, rate: float) -> optax.Schedule:
 
     Raises:
       ValueError: an argument is negative.
+
+    Cost: a few scalar operations per step.
 
     Examples:
       >>> import math, optalr
@@ -90,6 +94,8 @@ def halving(init_value: float, every: int, *, min_value: float = 0.0) -> optax.S
       TypeError: ``every`` is not a whole number.
       ValueError: an argument lies outside its range.
 
+    Cost: a few scalar operations per step.
+
     Examples:
       >>> import optalr
       >>> schedule = optalr.schedules.halving(1.0, every=10)
@@ -117,7 +123,7 @@ def triangular(
     variant: str | Callable[[jax.Array], jax.Array] = "triangular",
     gamma: float | None = None,
 ) -> optax.Schedule:
-    """Let the learning rate rise and fall in straight lines, again and again.
+    """Raise and lower the learning rate in straight lines, again and again.
 
     Choose it to avoid a search for one best rate: a range test gives the two bounds. With ``S`` the
     half cycle, ``c = ⌊1 + t/(2S)⌋`` the cycle and ``x = |t/S − 2c + 1|``,
@@ -144,6 +150,8 @@ def triangular(
       ValueError: an argument lies outside its range; or ``gamma`` is missing, or given to another
         variant.
 
+    Cost: a few scalar operations per step.
+
     Examples:
       >>> import optalr
       >>> schedule = optalr.schedules.triangular(0.0, 1.0, 4, variant="triangular2")
@@ -165,7 +173,7 @@ def triangular(
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count)
-        # Whole numbers as long as they can be: exact however long the run.
+        # Whole numbers for as long as possible, so the cycle is exact however long the run is.
         cycle = _float(1 + count // (2 * half_cycle))
         height = 1 - jnp.abs(_float(count % (2 * half_cycle)) / half_cycle - 1)
         return min_value + (max_value - min_value) * height * amplitude(cycle, count, gamma)

@@ -6,7 +6,7 @@ profile, ``F(t) = ρ(t) F(0)``. Its steps then keep their direction and only the
 ("Exponentially decaying flows for optimization in deep learning", eq. 7-12).
 
 For the profiles of this file ``χ`` has a closed form, which is right at all times. For others it is
-``ρ'/ρ``, as long as float32 can tell ``ρ`` from zero.
+``ρ'/ρ``, for as long as float32 can distinguish ``ρ`` from zero.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ def flow_schedule(
     was just before: finite where ``ρ`` underflows, ``largest`` where it arrives at zero.
 
     Args:
-      profile: ρ, a positive, decreasing, differentiable function of the time (a JAX scalar). Only
-        over the first step is it checked that ρ decreases. Where ρ rises later, the rate is the
-        size of χ nevertheless.
+      profile: ρ, a positive, decreasing, differentiable function of the time (a JAX scalar). The
+        check that ρ decreases covers the first step only. Where ρ rises later, the rate is still
+        the size of χ.
       time_step: Δt, greater than 0: the flow's time that one step covers.
       start: time of the first step, where ρ must be positive.
       largest: bound on the rate, greater than 0. It also holds where ``ρ`` has reached zero. 1 is a
@@ -57,8 +57,8 @@ def flow_schedule(
       ValueError: an argument is out of range; or the profile is not positive at ``start``, or rises
         from there.
 
-    Cost: a few scalar operations a step; for a profile of your own its derivative, and once it has
-      fallen below 1e-30 another 48 calls.
+    Cost: a few scalar operations per step. A profile of your own adds its derivative and, once it
+      has fallen below 1e-30, another 48 calls.
 
     Examples:
       >>> import optalr

@@ -1,4 +1,4 @@
-"""Each method as a composable optax transformation: a module, or a folder where it needs several.
+"""The methods: composable optax transformations, each in a module or a folder of its own.
 
-``shared`` holds what several methods use and is no method itself.
+``shared`` is no method. It holds what several methods use.
 """

@@ -64,8 +64,8 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
             new_updates, new_state = inner.update(wide, inner_state, inputs[0], **inputs[1])
             return settle_like(new_updates, wide), settle_like(new_state, inner_state)
 
-        # Not run at all, rather than run and thrown away: no NaN is made inside inner, and a
-        # donated state is left where it is.
+        # A bad gradient does not run inner at all. So no NaN arises inside it, and a donated state
+        # stays where it is.
         inputs = (at_least_float32(params), extras)
         carry = (at_least_float32(updates), state.inner_state)
         new_updates, inner_state = update_when(usable, run, carry, inputs)

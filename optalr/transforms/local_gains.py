@@ -31,10 +31,10 @@ def scale_by_local_gains(
 
         gain ← gain + β        where g·g_previous > 0
         gain ← gain·(1 − β)    where g·g_previous < 0
-        u = gain · g,
+        u = gain · g
 
-    and no change where the product is zero, as it is in the first step. Gains start at 1. They grow
-    by addition and shrink by a factor, so that large ones fall fast when a weight begins to
+    The gain stays where the product is zero, as it is in the first step. Gains start at 1. They
+    grow by addition and shrink by a factor, so that large ones fall fast when a weight begins to
     oscillate. The learning rate comes after this transformation in the chain.
 
     Args:
@@ -49,7 +49,7 @@ def scale_by_local_gains(
     Raises:
       ValueError: an argument lies outside its range.
 
-    Cost: a few operations a weight. Memory: five bytes a weight.
+    Cost: a few operations per weight. Memory: five bytes per weight.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -81,7 +81,7 @@ def scale_by_local_gains(
         usable = all_finite(updates)
 
         def next_gain(g: jax.Array, gain: jax.Array, sign: jax.Array) -> jax.Array:
-            # Signs, because the product of two tiny gradients underflows to zero.
+            # By signs, because the product of two tiny gradients underflows to zero.
             agreement = jnp.sign(g).astype(jnp.int8) * sign
             grown = jnp.where(agreement > 0, gain + beta, gain)
             moved = jnp.where(agreement < 0, gain * (1 - beta), grown)

@@ -19,7 +19,7 @@ class RecordedRateState(NamedTuple):
     """State of ``scale_by_recorded_rate``; every field changes at every update."""
 
     count: jax.Array  # () int32, updates so far
-    learning_rate: jax.Array  # () float32, the rate applied last; before, the one of the first
+    learning_rate: jax.Array  # () float32, the rate applied last; before, the first one
 
 
 def scale_by_recorded_rate(

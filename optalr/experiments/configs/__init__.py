@@ -1,1 +1,1 @@
-"""Configs: what a run is told, checked and turned into methods."""
+"""Configs: what a run should do, checked and turned into methods and schedules."""

@@ -1,4 +1,4 @@
-"""From a section of a config to an object: a `name` says which function, keys are its arguments.
+"""From a section of a config to an object: `name` is a function, other keys are its arguments.
 
 Every object that a config names is made here, so that a misspelt name or key reads the same
 wherever it stands.
@@ -43,7 +43,7 @@ def call(
     section: str,
     **given: Any,
 ) -> Any:
-    """Call ``function`` with a section's keys, lists as tuples, errors as one line.
+    """Call ``function`` with a section's keys; turn lists into tuples and errors into one line.
 
     Args:
       function: what the section's name stands for.
@@ -58,7 +58,7 @@ def call(
     parameters = accepted(function)
     taken = {key: value for key, value in given.items() if key in parameters}
     name = getattr(function, "__name__", str(function))
-    # What is given is no key of the config, so no message may suggest it.
+    # The given arguments are no keys of the config, so no message may suggest one.
     keys = {key: parameter for key, parameter in parameters.items() if key not in taken}
     for key in options:
         if key not in keys:

@@ -1,11 +1,11 @@
 """What a config can say: its sections, their keys, defaults and ranges.
 
-A TOML file states its differences from these defaults and nothing else. A value goes three steps:
+A TOML file states its differences from these defaults and nothing else. A value takes three steps:
 ``files`` reads it, this module checks it, and ``methods``, ``rates``, the data's and the model's
 builders turn it into objects.
 
-The classes are pydantic models, so that one line a key says its type, its range, its default and
-its description, both for the check here and for the JSON schema that editors read.
+The classes are pydantic models. So one line per key states its type, range, default and
+description, both for the check here and for the JSON schema that editors read.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +22,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        # Text is no number, and true is no 1: what a file holds is what was meant.
+        # No conversions: text is not a number, and true is not 1.
         strict=True,
         use_attribute_docstrings=True,
     )
@@ -58,7 +58,7 @@ class DataConfig(OpenSection):
     split_seed: int = Field(default=0, ge=0)
     """Decides which examples are held out."""
     limit: int = Field(default=0, ge=0)
-    """Use at most so many training examples; 0 takes all."""
+    """Largest number of training examples; 0 takes all."""
     fraction: float = Field(default=1.0, ge=0, le=1)
     """Use this part of the training examples. It is taken before `limit`."""
     # TOML has lists only, which a strict tuple would refuse.
@@ -109,7 +109,7 @@ class TrainConfig(Section):
     epochs: int = Field(default=20, ge=1)
     """Passes over the training examples."""
     batch_size: int = Field(default=128, ge=1)
-    """Examples a step. What is left of an epoch and fills no batch is left out."""
+    """Examples per step. A last batch of an epoch that would not be full is left out."""
     seed: int = Field(default=0, ge=0)
     """Decides initial parameters, order of the examples and dropout."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -186,7 +186,7 @@ def schema(names: Mapping[str, Sequence[str]], others: Collection[str] = ()) -> 
 
     Args:
       names: dotted key, such as ``data.name``, to the names that it can take.
-      others: those of the keys that can take other names as well.
+      others: the keys among them that can take other names too.
     """
     made = Config.model_json_schema()
     for key, values in names.items():

@@ -87,7 +87,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        # Quotes around text would be eaten by the shell.
+        # So text needs no quotes, which the shell would remove.
         return key.strip(), value.strip()
 
 

@@ -73,7 +73,7 @@ def build_method(
     schedule = build_schedule(
         config.schedule, number, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
-    # A method of optalr keeps a plain number plain: it can still be injected or traced.
+    # A method of optalr gets a plain number as it is, which can still be injected or traced.
     rate = number if config.schedule.name == "constant" else schedule
     options = _in_steps(config.method.options, steps_per_epoch, section="method")
     given = {key: value for key, value in (given or {}).items() if key not in options}
@@ -139,7 +139,7 @@ def _build_without_rate(
 
 def _injected(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``factory`` with its rate kept in the state, where ``optalr.metrics`` finds it."""
-    # Only the rate is injected: the other numbers stay constants, which compile to less.
+    # Only the rate is injected. The other numbers stay constants, which compile to less code.
     fixed = tuple(name for name in accepted(factory) if name != "learning_rate")
     injected = optax.inject_hyperparams(factory, static_args=fixed, hyperparam_dtype=jnp.float32)
     # `call` checks the config's keys against these.
@@ -191,5 +191,5 @@ def _is_optimizer(module: Any, name: str) -> bool:
 
 
 def _kernels(params: Any) -> Any:
-    """Mark what weight decay applies to: everything with two axes or more."""
+    """Return a mask of what weight decay applies to: every leaf with two axes or more."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -1,7 +1,7 @@
 """One line for what pydantic found wrong in a config: key, file, remedy.
 
-What a key should be is read from the JSON schema that editors use as well, so that a message and an
-editor never disagree.
+The JSON schema that editors use says what a key should be. So a message and an editor never
+disagree.
 """
 
 from collections.abc import Mapping

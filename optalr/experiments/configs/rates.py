@@ -15,12 +15,12 @@ Schedule = Callable[[jax.Array], jax.typing.ArrayLike]
 
 
 def constant(learning_rate: float) -> Schedule:
-    """Keep the rate."""
+    """Keep the rate constant."""
     return optax.constant_schedule(learning_rate)
 
 
 def cosine(learning_rate: float, total_steps: int, final_factor: float = 0.0) -> Schedule:
-    """Let the rate fall along half a cosine, to ``final_factor`` of it at the last step."""
+    """Lower the rate along half a cosine, to ``final_factor`` of it at the last step."""
     return optax.cosine_decay_schedule(learning_rate, total_steps, final_factor)
 
 
@@ -32,7 +32,7 @@ def warmup_cosine(
     warmup_epochs: float = 1.0,
     final_factor: float = 0.0,
 ) -> Schedule:
-    """Let the rate rise linearly over ``warmup_epochs``, then fall along half a cosine."""
+    """Raise the rate linearly over ``warmup_epochs``, then lower it along half a cosine."""
     warmup = max(1, round(warmup_epochs * steps_per_epoch))
     rising = optax.linear_schedule(0.0, learning_rate, warmup)
     falling = optax.cosine_decay_schedule(learning_rate, max(1, total_steps - warmup), final_factor)
@@ -59,7 +59,7 @@ def steps(
 
 
 def exponential(learning_rate: float, steps_per_epoch: int, decay_per_epoch: float) -> Schedule:
-    """Multiply the rate by ``decay_per_epoch`` an epoch, a little each step."""
+    """Multiply the rate by ``decay_per_epoch`` per epoch, a little at each step."""
     return optax.exponential_decay(learning_rate, steps_per_epoch, decay_per_epoch)
 
 

@@ -82,7 +82,7 @@ def build_augmentation(names: Sequence[str]) -> Augmentation | None:
 
 
 def _parse(text: str) -> tuple[Callable[..., jax.Array], tuple[float, ...]]:
-    """Split ``name:strength`` into the function and its arguments, none where there is no colon."""
+    """Split ``name:strength`` into the function and its arguments; without a colon it has none."""
     name, colon, strength = str(text).partition(":")
     if name not in AUGMENTATIONS:
         hint = suggest(name, AUGMENTATIONS)
@@ -115,7 +115,7 @@ def _cut(key: jax.Array, images: jax.Array, reach: tuple[int, int]) -> jax.Array
     return jax.vmap(cut)(padded, tops, lefts)
 
 
-# Two rows of two entries, each with one number an image.
+# Two rows of two entries, each with one number per image.
 _Matrices = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -136,7 +136,7 @@ def _resample(images: jax.Array, matrices: _Matrices) -> jax.Array:
         return jax.vmap(plane, in_axes=-1, out_axes=-1)(image)
 
     moved = jax.vmap(one)(images.astype(jnp.float32), matrices)
-    # A cast alone would cut every pixel down to the whole number below.
+    # A cast alone would round every pixel down, and darken the images.
     if jnp.issubdtype(images.dtype, jnp.integer):
         moved = jnp.round(moved)
     return moved.astype(images.dtype)

@@ -36,7 +36,7 @@ class Raw:
       test: the data's own test set, or None.
       task: what to learn; it decides the loss.
       num_classes: the number of classes, of symbols, or of numbers to predict.
-      standardize: ``channel`` (one mean and deviation a channel), ``feature`` (one a number) or
+      standardize: ``channel`` (one mean and deviation per channel), ``feature`` (one per number) or
         ``none``.
       note: what a user must know about the data.
     """
@@ -51,7 +51,7 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three splits, and the map that standardizes by the training examples.
+    """Three splits, and the map that standardizes them by the training examples.
 
     Attributes:
       name: the data's name.
@@ -116,7 +116,7 @@ def split(
         test = raw.test
     num_validation = round(validation_fraction * len(order))
     validation = raw.train.take(np.sort(order[:num_validation]))
-    # Cut last, so that a smaller training set is tested on the same examples as the whole one.
+    # The cut comes last, so that smaller training sets are tested on the same examples.
     kept = order[num_validation:]
     kept = kept[: max(1, round(fraction * len(kept)))]
     # Sorted, so that examples stay in the order of their file.
@@ -131,7 +131,7 @@ def split(
 
 
 def _moments(x: np.ndarray, how: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return the ``mean`` and ``scale`` of a ``Dataset``: one over the deviation."""
+    """Return the ``mean`` and the ``scale``, one over the deviation, of a ``Dataset``."""
     if how == "none":
         return None, None
     axes = (0,) if how == "feature" else tuple(range(x.ndim - 1))

@@ -19,7 +19,7 @@ _CIFAR_BYTES = 3 * 32 * 32
 
 def mnist(search: Search) -> Raw:
     """Load MNIST: 60000 and 10000 digits of 28 x 28, from its idx files, raw or gzipped."""
-    # PyTorch's mirror: the original site often refuses downloads.
+    # The mirror that PyTorch uses, because the original site often refuses downloads.
     address = "https://ossci-datasets.s3.amazonaws.com/mnist"
     sums = (
         "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -111,7 +111,7 @@ def parse_idx(name: str, content: bytes) -> np.ndarray:
     """Return the array that an idx file of unsigned bytes holds.
 
     Raises:
-      ExperimentError: the format is another, or the length is not what the header says.
+      ExperimentError: the format is a different one, or the length is not what the header says.
     """
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _IDX_UBYTE:
         raise ExperimentError(f"{name} is no idx file of bytes: is it the right file?")
@@ -127,9 +127,9 @@ def parse_idx(name: str, content: bytes) -> np.ndarray:
 
 
 def contradictory(part: Split) -> np.ndarray:
-    """Mark the images that occur more than once with different labels."""
+    """Return a mask of the images that occur more than once with different labels."""
     rows = np.ascontiguousarray(part.x.reshape(len(part), -1))
-    # One opaque value an image: sorting these is much faster than `unique` over the rows' axis.
+    # One opaque value per image: sorting these is much faster than `unique` over the rows' axis.
     _, group = np.unique(rows.view(f"V{rows.shape[1]}").ravel(), return_inverse=True)
     low = np.full(group.max() + 1, np.iinfo(np.int32).max)
     high = np.full(group.max() + 1, -1)
@@ -187,7 +187,7 @@ class _CifarLayout(NamedTuple):
     num_classes: int
 
 
-# A binary record of CIFAR-100 is coarse label, fine label, image.
+# A binary record of CIFAR-100 holds the coarse label, the fine label and the image, in this order.
 _CIFAR100 = {
     "fine": _CifarLayout(key=b"fine_labels", label_bytes=2, byte=1, num_classes=100),
     "coarse": _CifarLayout(key=b"coarse_labels", label_bytes=2, byte=0, num_classes=20),
@@ -255,7 +255,7 @@ def _svhn_part(name: str, content: bytes) -> Split:
 
 
 def _labelled(name: str, images: np.ndarray, labels: np.ndarray, *, num_classes: int) -> Split:
-    """Return images with their labels, after a look at whether they belong together."""
+    """Return images with their labels; raise if they cannot belong together."""
     if len(images) != len(labels):
         raise ExperimentError(
             f"{name}: {len(images)} images but {len(labels)} labels; the files do not belong "

@@ -21,7 +21,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode(encoding)
 
 
-# Files name the function by the place that it had in the NumPy that wrote them.
+# A file names the function by its place in the NumPy that wrote the file.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,

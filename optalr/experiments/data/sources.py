@@ -1,7 +1,7 @@
 """Finding the files of a data set.
 
-They are looked for in a folder of the user's, in ``$OPTALR_DATA``, in the system's folders and in
-the cache, and fetched only if the config allows it.
+The places to look are a folder of the user's, ``$OPTALR_DATA``, the system's folders and the cache.
+Files are fetched only if the config allows it.
 
 Nothing is unpacked to disk, and nothing in a file is executed. Archives are read in memory, after a
 check of every member's name, and pickles are read by ``restricted.py``.
@@ -45,7 +45,7 @@ class Search(NamedTuple):
     """Where to look for the files of one data set.
 
     Attributes:
-      data: the data's name, which its folder in the cache has as well.
+      data: the data's name, and that of its folder in the cache.
       folder: the user's folder; if given, no other place is searched.
       download: whether to fetch files that are found nowhere.
     """
@@ -88,7 +88,7 @@ def find(
       ExperimentError: no place has the files (the message says where to put them), or a file is cut
         short or unsafe.
     """
-    # All from one place: files of two versions of a data set should not be mixed.
+    # All files come from one place, so that two versions of a data set are never mixed.
     looked_in = places(search, system)
     for place in looked_in:
         found = _read_all(place, wanted, inside)
@@ -153,7 +153,7 @@ def _read_all(
         if name is None:
             return None
         chosen[key] = name
-    # Read only now: a place that lacks the last file should not cost the reading of the first.
+    # Files are read only now, so that nothing is read from a place that lacks one of them.
     found = {}
     for key, name in chosen.items():
         content = files[name]()
@@ -226,8 +226,8 @@ def read_archive(path: Path, chosen: Callable[[str], bool]) -> dict[str, bytes]:
 
 
 def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
-    # Nothing is written to disk, so nothing could escape; but whoever made such an archive meant
-    # harm, and the rest of it deserves no trust.
+    # Nothing is written to disk, so nothing could escape. But whoever made such an archive meant
+    # harm, so the rest of it deserves no trust.
     parts = Path(member.name).parts
     if member.name.startswith(("/", "\\")) or ".." in parts or member.issym() or member.islnk():
         raise ExperimentError(

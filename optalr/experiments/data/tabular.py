@@ -1,4 +1,4 @@
-"""Data sets that ship inside Python packages: small, real, always there."""
+"""Small data sets that ship inside Python packages, or are made by one."""
 
 import numpy as np
 

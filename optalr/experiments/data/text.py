@@ -81,7 +81,7 @@ def _read_texts(place: Path, pattern: str) -> dict[str, bytes]:
 
 
 def _join(texts: Mapping[str, bytes]) -> str:
-    """Return all texts as one, in the order of their names, every line ended by a line feed."""
+    """Return all texts as one, in the order of their names, with line feeds as line ends."""
     parts = []
     for name in sorted(texts):
         try:

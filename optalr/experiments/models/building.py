@@ -52,7 +52,7 @@ class Model:
     def apply(
         self, params: Any, model_state: Any, x: jax.Array, *, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Return ``(outputs, model_state)``, as in training with a ``key``, else as in testing."""
+        """Return ``(outputs, model_state)``: of training with a ``key``, of testing without."""
         variables = {"params": params, **model_state}
         if key is None:
             return self.module.apply(variables, x, train=False), model_state  # type: ignore
@@ -64,7 +64,7 @@ class Model:
 
     def has_convolutions(self) -> bool:
         """Return whether the forward pass convolves."""
-        # The trace knows, whatever layers a module is made of; nothing is computed.
+        # Read from the trace, which shows convolutions in any kind of layer. Nothing is computed.
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         traced = jax.make_jaxpr(lambda p, s, x: self.apply(p, s, x)[0])(*shapes, self.example)
         return "conv_general_dilated" in str(traced)
@@ -84,7 +84,7 @@ def build_model(config: ModelConfig, dataset: Dataset) -> Model:
         MODELS[config.name], config.options, section="model", num_classes=dataset.num_classes
     )
     model = Model(module, dataset.prepare(jnp.asarray(dataset.train.x[:1])))
-    # Flax finds out only at its first call whether shapes fit; an abstract call costs nothing.
+    # Flax notices only at the first call whether shapes fit. An abstract call costs nothing.
     try:
         jax.eval_shape(model.init, jax.random.key(0))
     except (TypeError, ValueError) as error:

@@ -132,7 +132,7 @@ class VGG(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """3 x 3 convolutions, each with a pool behind it, and one dense layer before the last."""
+    """3 x 3 convolutions, each followed by a pool, and one dense layer before the last."""
 
     features: int
     widths: tuple[int, ...] = (16, 32)

@@ -67,7 +67,7 @@ class PreactivationBottleneck(nn.Module):
 
 
 class ResNetV1(nn.Module):
-    """Stages of basic blocks, each twice as wide as the one before and half as high."""
+    """Stages of basic blocks, each twice as wide as the last and with images half as high."""
 
     features: int
     blocks: tuple[int, ...]
@@ -118,7 +118,7 @@ def resnet(num_classes: int, depth: int = 20, version: int = 1) -> nn.Module:
     """
     if version == 1 and depth == 18:
         return ResNetV1(num_classes, (2, 2, 2, 2), 64, True)
-    # Two layers (three in a bottleneck) a block, three stages, and two layers outside of blocks.
+    # Two layers per block (three in a bottleneck), three stages, and two layers outside of blocks.
     if version == 1 and depth > 7 and depth % 6 == 2:
         return ResNetV1(num_classes, ((depth - 2) // 6,) * 3, 16, False)
     if version == 2 and depth > 10 and depth % 9 == 2:

@@ -14,7 +14,7 @@ from optalr.experiments.errors import ExperimentError
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 _SHAPES = "shapes"
-# Of a leaf's number in its name; no model here has 100 000 leaves.
+# Digits of a leaf's number in its name: no model here has 100 000 leaves.
 _DIGITS = 5
 
 
@@ -90,13 +90,13 @@ class Checkpoints:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Return the leaves by number and key path, without empty arrays: Orbax refuses those."""
+    """Return the leaves by number and key path, without empty arrays, which Orbax refuses."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(i, path): leaf for i, (path, leaf) in enumerate(leaves) if np.size(leaf)}
 
 
 def _name(index: int, path: Any) -> str:
-    # The number keeps leaves apart whose paths print alike; "/" would make folders.
+    # The number keeps leaves apart whose paths print alike. A "/" would make folders.
     return f"{index:0{_DIGITS}d}{jax.tree_util.keystr(path)}".replace("/", "_")
 
 

@@ -24,7 +24,7 @@ def export_csv(folder: RunFolder) -> list[Path]:
 
 
 def export_tensorboard(folder: RunFolder) -> Path:
-    """Write the metrics as TensorBoard events into ``tensorboard/``, anew each time.
+    """Write the metrics as TensorBoard events into ``tensorboard/``, in place of earlier ones.
 
     Raises:
       ExperimentError: tensorboardX, which the ``experiments`` extra does not bring, is missing.

@@ -2,14 +2,14 @@
 
     config.toml        the resolved config, defaults included
     environment.json   versions, device, command
-    metrics.jsonl      one line a step
-    evaluations.jsonl  one line an evaluation
+    metrics.jsonl      one line per step
+    evaluations.jsonl  one line per evaluation
     checkpoints/       Orbax checkpoints, named by step
     result.json        written last: a folder without it is unfinished
     curves.png
 
 Files are replaced atomically. After an interruption a JSONL file may be ahead of the last
-checkpoint. What is ahead is cut off before the run goes on.
+checkpoint. These lines are cut off before the run goes on.
 """
 
 import fcntl
@@ -57,7 +57,7 @@ class RunFolder:
                 f"{path} exists and is not overwritten: name another folder with --out, or go on "
                 f"with `optalr resume {path}`."
             )
-        # Renaming is atomic; the number keeps two processes out of each other's way.
+        # Renaming is atomic. The process number keeps two processes out of each other's way.
         scratch = path.parent / f".{path.name}.{os.getpid()}"
         try:
             scratch.mkdir(parents=True)
@@ -89,7 +89,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder, so that two processes do not train into it at once."""
+        """Hold a lock on the folder, so that two processes do not train into it at once."""
         with open(self.path / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,7 +168,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file by one that is complete, or leave it as it was.
+    """Replace a file by a complete new one, or leave it as it was.
 
     Args:
       path: the file.

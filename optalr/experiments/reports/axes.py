@@ -11,9 +11,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 _SHADE = "#f2c14e"
 # The first eight of matplotlib's own colors.
 _COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
-# With more configs than colors, the colors come again with other dashes.
+# With more configs than colors, the colors repeat with other dashes.
 _DASHES = ("-", "--", ":")
-# More points on a line than this are not seen: no picture is as many pixels wide.
+# More points per line than this cannot be seen: no picture is so many pixels wide.
 _MOST_POINTS = 2000
 _MOST_SHADES = 64
 
@@ -43,7 +43,7 @@ def label_axis(axis: Any, x: str, y: str) -> None:
 
 
 def draw_band(axis: Any, x: np.ndarray, values: np.ndarray, **line: Any) -> None:
-    """Draw mean and range of ``values``, a row a seed; ``line`` is what ``axis.plot`` takes."""
+    """Draw mean and range of ``values``, one row per seed; ``line`` goes to ``axis.plot``."""
     stride = max(1, len(x) // _MOST_POINTS)
     x, values = x[::stride], values[:, ::stride]
     axis.plot(x, values.mean(axis=0), lw=1.4, **line)
@@ -63,7 +63,7 @@ def shade_phases(axis: Any, steps: np.ndarray, phases: np.ndarray) -> None:
     phases = np.nan_to_num(phases)
     edges = np.flatnonzero(np.diff(phases)) + 1
     bounds = [0, *edges.tolist(), len(phases)]
-    # A long blend changes at every step; a few bands show it as well.
+    # A long blend changes at every step, but a few bands show it just as well.
     if len(bounds) > _MOST_SHADES:
         places = np.linspace(0, len(bounds) - 1, _MOST_SHADES)
         bounds = sorted({bounds[round(i)] for i in places})
@@ -82,7 +82,7 @@ def log_scale(axis: Any, highest: float = 0.0) -> None:
 
 
 def plain_ticks(axis: Any) -> None:
-    """Write losses as plain numbers where the axis spans little; powers of ten are then too few."""
+    """Write losses as plain numbers where the axis spans too little for powers of ten."""
     low, high = axis.get_ylim()
     if high < 300 * low:
         steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 8 * low else (1, 2, 5)
@@ -96,7 +96,7 @@ def add_title_and_legend(figure: Figure, axis: Any, title: str) -> None:
     handles, names = axis.get_legend_handles_labels()
     figure.suptitle(title, fontsize="medium")
     if names:
-        # An inch has room for about twelve letters, and eight go to the handle and the gap.
+        # An inch has room for about twelve letters. Handle and gap take as much as eight.
         columns = max(1, int(12 * figure.get_figwidth()) // (8 + max(map(len, names))))
         figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize="small")
 

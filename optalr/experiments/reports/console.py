@@ -24,12 +24,12 @@ console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty
 
 @contextmanager
 def progress(title: str, score_name: str, lines: int = 10) -> Iterator[Report]:
-    """Show a bar with loss, score, learning rate and phase; yield the function that takes rows.
+    """Show a bar with loss, score, learning rate and phase; yield the function that updates it.
 
     Args:
       title: what is trained.
       score_name: the score's name in the rows.
-      lines: how many plain lines to print instead where the output is no terminal but a log file.
+      lines: how many plain lines to print instead if the output is a log file, not a terminal.
     """
     if not console.is_terminal:
         yield _plain_lines(title, score_name, lines)

@@ -15,7 +15,7 @@ _DOTS_PER_INCH = 100
 
 
 def noise_rows(noise: dict[str, NoiseSpectrum]) -> list[tuple[str, ...]]:
-    """Return a row of text a direction: effective rank, spread, share of the largest tenth."""
+    """Return one row of text per direction: effective rank, spread, share of the largest tenth."""
     rows = []
     for name, spectrum in noise.items():
         values = spectrum.eigenvalues
@@ -49,7 +49,7 @@ def write_findings(theory: Theory, path: Path) -> list[Path]:
 
 
 def draw_noise(noise: dict[str, NoiseSpectrum]) -> Figure:
-    """Draw the eigenvalues of every direction's covariance, each over their mean."""
+    """Draw the eigenvalues of every direction's covariance, divided by their mean."""
     figure = Figure(figsize=(7, 4.5), dpi=_DOTS_PER_INCH, layout="constrained")
     axis = figure.subplots()
     for name, spectrum in noise.items():
@@ -64,7 +64,7 @@ def draw_noise(noise: dict[str, NoiseSpectrum]) -> Figure:
 
 
 def draw_factors(spectra: list[tuple[int, Factors]]) -> Figure:
-    """Draw the eigenvalues of every kernel's two factors, one line an epoch."""
+    """Draw the eigenvalues of every kernel's two factors, one line per epoch."""
     kernels = list(spectra[0][1])
     figsize = (2.6 * max(2, len(kernels)), 5.2)
     figure = Figure(figsize=figsize, dpi=_DOTS_PER_INCH, layout="constrained")

@@ -33,9 +33,9 @@ class TextTable(NamedTuple):
     """A table of text.
 
     Attributes:
-      title: what stands above it.
+      title: the text above it.
       header: the columns' names.
-      rows: as many cells each as there are columns.
+      rows: the cells, one per column.
     """
 
     title: str
@@ -49,7 +49,7 @@ def html_page(comparison: Comparison, table: TextTable, *, target: float, pictur
     Args:
       comparison: the runs.
       table: the numbers of ``curves.summarize`` as text.
-      target: the training loss whose first reaching the table reports.
+      target: a training loss; the table reports when it is first reached.
       picture: a PNG of the curves.
     """
     names, matrix = reaching_matrix(comparison)
@@ -99,7 +99,7 @@ def _config_section(path: Path, name: str) -> str:
 
 
 def _environment(comparison: Comparison) -> str:
-    """Return what the first run wrote down about its machine; the others ran beside it."""
+    """Return what the first run recorded about its machine, which stands for the others."""
     for name in comparison.configs:
         for folder in comparison.runs(name):
             found = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))

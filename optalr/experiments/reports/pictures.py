@@ -104,7 +104,7 @@ def draw_losses(comparison: Comparison, title: str) -> Figure:
 
 
 def draw_rates(comparison: Comparison, title: str) -> Figure:
-    """Draw, small, the training loss and the learning rate, trailing means over epochs."""
+    """Draw a small picture of training loss and learning rate, as trailing means over epochs."""
     figure = Figure(figsize=(10, 4), dpi=_FEW_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(1, 2)
     label_axis(axes[0], "epoch", "training loss")
@@ -126,9 +126,9 @@ def draw_rates(comparison: Comparison, title: str) -> Figure:
 
 
 def smooth_rates(rates: np.ndarray, window: int) -> np.ndarray:
-    """Return trailing geometric means; a rate of zero, a step that was refused, does not count.
+    """Return trailing geometric means. A rate of zero, of a refused step, does not count.
 
-    Geometric, because rates differ by factors and are drawn over a logarithmic axis.
+    The means are geometric, because rates differ by factors and the axis is logarithmic.
     """
     logs = np.log(np.where(rates > 0, rates, np.nan))
     known = [trailing_mean(np.where(np.isnan(row), 0.0, 1.0), window) for row in logs]
@@ -140,9 +140,9 @@ def smooth_rates(rates: np.ndarray, window: int) -> np.ndarray:
 def draw_selection(comparison: Comparison) -> Figure:
     """Draw the losses over steps and seconds; the test loss only if it was measured on the way.
 
-    Where the configs' epochs have different numbers of steps, as with full batches beside
-    mini-batches, epochs take the place of steps and training losses are means of an epoch. Where
-    some configs take many more steps than others, as a cheap method does in equal time, the axis of
+    Epochs of full batches have fewer steps than epochs of mini-batches. Where the configs differ in
+    this, epochs take the place of steps, and training losses are means of an epoch. Where some
+    configs take many more steps than others, as a cheap method does in equal time, the axis of
     steps is logarithmic.
     """
     found, over = list(_read(comparison)), "step"
@@ -179,9 +179,9 @@ def draw_selection(comparison: Comparison) -> Figure:
 
 
 def _loss_limits(found: Iterable[_Drawn]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return what the training and the test losses are worth showing between.
+    """Return the limits between which training and test losses are worth showing.
 
-    Above is a breakdown, below a fit to the last bit; both would flatten the rest.
+    Above is a breakdown, below a fit to the last bit. Both would flatten the rest.
     """
     all_curves = [drawn.curves for drawn in found]
     start = max((float(c.measured["loss"][:, 0].mean()) for c in all_curves), default=1.0)
@@ -203,7 +203,7 @@ def _read(comparison: Comparison, epochs: bool = False) -> Iterator[_Drawn]:
 def _at_epochs(curves: Curves) -> Curves:
     """Return the curves at the ends of epochs only, with epochs in place of steps."""
     length = curves.steps_per_epoch
-    # The last step of an epoch: there its trailing mean is over all of its steps.
+    # At the last step of an epoch the trailing mean is over all of its steps.
     ends = slice(length - 1, None, length)
     return dataclasses.replace(
         curves,
@@ -244,5 +244,5 @@ def _places(curves: Curves) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
 
 
 def _highest(values: np.ndarray) -> float:
-    """Return the highest mean over seeds; one seed that goes astray should not shrink the rest."""
+    """Return the highest mean over seeds, so that one stray seed does not set the scale."""
     return float(values.mean(axis=0).max(initial=0.0))

@@ -17,9 +17,9 @@ from optalr.experiments.studies.curves import score_name, summarize
 def write_report(comparison: Comparison) -> TextTable:
     """Write ``report.html``, three pictures, ``table.csv`` and ``runs.csv`` into the folder.
 
-    ``curves.png`` has everything over steps and seconds, ``losses.png`` the losses over epochs,
-    ``rates.png`` the learning rates beside the training loss, small and a little smoothed. Runs
-    that are not finished are only counted.
+    ``curves.png`` shows everything over steps and seconds, and ``losses.png`` the losses over
+    epochs. ``rates.png`` shows the learning rates beside the training loss, small and a little
+    smoothed. Runs that are not finished are only counted.
 
     Returns:
       The table, for the terminal.
@@ -60,7 +60,7 @@ def _header(target: float, score: str) -> Sequence[str]:
 
 
 def _line(row: dict[str, Any], score: str, num_seeds: int) -> Sequence[str]:
-    """Return a row of ``curves.summarize`` as text; what is missing or diverged is counted."""
+    """Return a row of ``curves.summarize`` as text, with counts of missing and diverged runs."""
     name = row["config"]
     if row["runs"] < num_seeds:
         name += f" ({row['runs']} of {num_seeds} seeds)"
@@ -84,7 +84,7 @@ def _line(row: dict[str, Any], score: str, num_seeds: int) -> Sequence[str]:
 
 
 def _problem(comparison: Comparison) -> str:
-    # The configs share their data; that they share the rest is the user's care.
+    # The configs share their data. Whether they share the rest is up to the user.
     config = next(iter(comparison.configs.values()))
     return (
         f"{config.data.name}, {config.model.name}, {config.train.epochs} epochs, "
@@ -141,7 +141,7 @@ def _runs_csv(comparison: Comparison) -> str:
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as CSV; a row may lack columns, as that of a run that diverged does."""
+    """Return rows as CSV. A row may lack columns, as the row of a diverged run does."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, lineterminator="\n")

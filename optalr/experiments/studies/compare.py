@@ -2,7 +2,7 @@
 
     configs/NAME.toml       the configs, resolved
     comparison.json         their order, the seeds, the target
-    runs/NAME-seedN/        a run folder each
+    runs/NAME-seedN/        one run folder each
 
 ``curves.py`` reads what the runs measured.
 """
@@ -36,8 +36,8 @@ class Comparison:
       path: its folder.
       configs: name to config, in the order of tables and pictures.
       seeds: the seeds that every config is trained with.
-      target: the training loss whose first reaching is reported; NaN leaves the choice to
-        ``curves.summarize``.
+      target: the training loss of which the report says when it is first reached; NaN leaves the
+        choice to ``curves.summarize``.
     """
 
     path: Path
@@ -83,7 +83,7 @@ def create(
     Args:
       path: the folder, which must not exist.
       configs: name to config.
-      num_seeds: seeds a config, >= 1, counted on from the lowest ``train.seed`` of the configs.
+      num_seeds: seeds per config, >= 1, from the lowest ``train.seed`` of the configs on.
       target: as in ``Comparison``.
 
     Raises:
@@ -104,7 +104,7 @@ def create(
     # JSON has no NaN.
     target_or_null = None if math.isnan(target) else target
     specification = {"configs": list(configs), "seeds": seeds, "target": target_or_null}
-    # Last, because `resume` knows a comparison by this file.
+    # Written last, because `resume` recognizes a comparison by this file.
     write_atomically(path / SPECIFICATION, json.dumps(specification, indent=2))
     return Comparison(path, configs, seeds, target)
 
@@ -136,7 +136,7 @@ def select(comparison: Comparison, names: Sequence[str]) -> Comparison:
 
 
 def run_all(comparison: Comparison, show: ShowProgress) -> None:
-    """Train what is not yet trained; a run that diverges is recorded and passed over.
+    """Train what is not yet trained. A run that diverges is recorded, and the next one follows.
 
     Args:
       comparison: the configs and seeds.
@@ -146,8 +146,8 @@ def run_all(comparison: Comparison, show: ShowProgress) -> None:
     total = len(comparison.configs) * len(comparison.seeds)
     done = 0
     for name, config in comparison.configs.items():
-        # One trainer serves all seeds of a config, so that its step is compiled once; it is made
-        # only when a seed needs it, so that to resume a finished comparison costs nothing.
+        # One trainer serves all seeds of a config, so that its step is compiled once. It is made
+        # only when a seed needs it, so that resuming a finished comparison costs nothing.
         trainer = None
         for seed in comparison.seeds:
             done += 1

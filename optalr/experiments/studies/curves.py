@@ -12,14 +12,14 @@ from optalr.experiments.studies.compare import Comparison
 from optalr.experiments.studies.series import column, trailing_mean
 from optalr.experiments.training.objective import OBJECTIVES
 
-# Minibatch losses jump; a loss counts as reached when the mean of this many steps is there. The
-# loss of a full batch, one step an epoch, does not jump and is taken as it is.
+# Minibatch losses jump, so a loss counts as reached when the mean of this many steps reaches it.
+# The loss of a full batch, one step per epoch, does not jump and is taken as it is.
 WINDOW = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """What one config's runs measured, a row a seed; runs that diverged are left out.
+    """What one config's runs measured, one row per seed; runs that diverged are left out.
 
     Attributes:
       steps: ``(S,)`` step numbers.
@@ -56,7 +56,7 @@ def read_curves(comparison: Comparison, name: str, *, epochs: bool = False) -> C
 
     Args:
       comparison: the runs on disk.
-      name: the config's.
+      name: the name of the config.
       epochs: take trailing means over the steps of an epoch, instead of over ``WINDOW`` steps.
         Where an epoch is one step, nothing is averaged either way.
     """
@@ -93,7 +93,7 @@ def read_curves(comparison: Comparison, name: str, *, epochs: bool = False) -> C
 
 
 def summarize(comparison: Comparison) -> tuple[list[dict[str, Any]], float]:
-    """Return one row a config, and the training loss whose first reaching is reported.
+    """Return one row per config, and the training loss that they report to have reached.
 
     Without a target of the user's, that loss is the highest final training loss of any run, which
     every run reaches. A row's numbers are ``(mean, standard deviation)`` over seeds.

@@ -40,7 +40,7 @@ def suggest_for(
     params, model_state = model.init(key)
     decay = config.train.weight_decay
 
-    # Decay is a penalty here, because a rate is learned from the slope of what it shall lower.
+    # Decay is a penalty here, because a rate is learned from the slope of the loss it should lower.
     def penalized(params, *args):
         loss, aux = loss_fn(params, *args)
         kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
@@ -66,7 +66,7 @@ def suggest_for(
 
 
 def _minibatches(config: Config, num_examples: int, at_least: int) -> np.ndarray:
-    """Return the examples of each minibatch, in whole epochs, each in an order of its own."""
+    """Return the examples of each minibatch, in whole epochs, each shuffled anew."""
     random = np.random.default_rng(config.train.seed)
     size = min(config.train.batch_size, num_examples)
     per_epoch = num_examples // size

@@ -12,11 +12,11 @@ def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean of the last ``window`` values at each place, of fewer at the start."""
+    """Return the mean of the last ``window`` values at each place; at the start, of fewer."""
     if not len(values):
         return values
     window = max(1, min(window, len(values)))
-    # Differences of running sums: the time does not grow with the window.
+    # By differences of running sums, whose time does not grow with the window.
     total = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)

@@ -1,7 +1,8 @@
 """Training many learning rates and seeds at once, as one vectorized program.
 
-``vmap`` runs both branches of a ``cond``, so a method that refreshes roots now and then would do so
-in every step. Only optax's methods are swept this way, and only where epochs are scanned.
+``vmap`` runs both branches of a ``cond``. A method that refreshes roots now and then would
+therefore do so in every step. Only optax's methods are swept this way, and only where epochs are
+scanned.
 """
 
 import math
@@ -16,7 +17,7 @@ from optalr.experiments.configs.methods import build_method, find_method
 from optalr.experiments.training.steps import Batches, TrainState, make_epoch, make_step
 from optalr.experiments.training.trainer import Trainer
 
-# Members of one program; more are trained in turns, so that memory does not grow with the grid.
+# Members of one program. A larger grid takes several, so that memory does not grow with it.
 _AT_ONCE = 64
 
 

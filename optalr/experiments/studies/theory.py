@@ -1,4 +1,4 @@
-"""The paper's two arguments, looked at on a config: noise of directions, spectra of the factors.
+"""Two arguments of the paper, tested on a config: noise of directions, spectra of the factors.
 
 Theorem 2 of Ida & Fujiwara (2020): where minibatch gradients g have the covariance C/b, the
 directions F^{-1/2} g have I/b. A preconditioned method therefore diffuses alike in all directions,
@@ -26,9 +26,9 @@ Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 
 GRADIENT, DIAGONAL, KRONECKER = "gradient (SGD)", "diagonal F^-1/2", "Kronecker F^-1/2"
 ISOTROPIC = "isotropic noise"
-# Spectra to note over training: as many as stay apart in one small picture.
+# Spectra to keep over training: as many as can be told apart in one small picture.
 SNAPSHOTS = 6
-# Normal numbers to draw at once for the reference, which has as many as all weights together.
+# Normal numbers to draw at once for the reference. It needs as many per batch as there are weights.
 _CHUNK = 4096
 
 
@@ -36,7 +36,7 @@ class Theory(NamedTuple):
     """What was found.
 
     Attributes:
-      noise: a spectrum a direction, and that of isotropic noise sampled as often.
+      noise: one spectrum per direction, and that of isotropic noise sampled as often.
       spectra: (epoch, eigenvalues of the factors), in the order of training.
       num_weights: numbers in the kernels that were looked at.
     """
@@ -47,7 +47,7 @@ class Theory(NamedTuple):
 
 
 def examine(trainer: Trainer, *, num_batches: int, damping: float) -> Theory:
-    """Train to the end, note the factors' spectra on the way, and measure the noise at the end.
+    """Train to the end, keep the factors' spectra on the way, and measure the noise at the end.
 
     Args:
       trainer: a config whose method keeps Kronecker factors.
@@ -149,7 +149,7 @@ def _sample_gradients(
     factors: Factors = {}
     for i in range(num_batches):
         batch = train.take(random.choice(len(train), size, replace=False))
-        # On from the last step's key, so that dropout draws what training never drew.
+        # The numbers go on from the last step's, so that dropout draws what training never drew.
         step_key = jax.random.fold_in(key, trainer.total_steps + i)
         _, grads, extras = evaluate(state.params, batch.x, batch.y, state.model_state, step_key)
         kernels: Kernels = {}
@@ -171,7 +171,7 @@ def _captured(grads: Any, signals: Any) -> Iterator[tuple[str, np.ndarray, optal
     for path, moments in jax.tree_util.tree_leaves_with_path(signals, is_leaf=is_moments):
         name = jax.tree_util.keystr(path)
         shape = moments.rows.shape[-1], moments.cols.shape[-1]
-        # A stack of kernels has a pair of factors each, and is left out.
+        # In a stack each kernel has its own pair of factors. Stacks are left out.
         if moments.rows.ndim == 2 and named[name].size == shape[0] * shape[1]:
             yield name, np.asarray(named[name], np.float64).reshape(shape), moments
 

@@ -48,16 +48,16 @@ def grid(config: Config) -> list[dict[str, Any]]:
 
 
 def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]:
-    """Train every point of the grid with every seed and yield a row a point.
+    """Train every point of the grid with every seed and yield one row per point.
 
     A row has the means over seeds, among them the validation loss at the last step, by which
-    ``best`` chooses. The test set is not looked at. Points that stand in the folder's
-    ``results.jsonl`` are yielded without training, so a search can be interrupted.
+    ``best`` chooses. The test set is not used. Points that the folder's ``results.jsonl`` already
+    has are yielded without training, so a search can be interrupted.
 
     Args:
       config: the experiment, with its grid.
       path: a new folder, or one in which the same search was begun.
-      num_seeds: seeds a point, >= 1, from ``train.seed`` on.
+      num_seeds: seeds per point, >= 1, from ``train.seed`` on.
 
     Raises:
       ExperimentError: the grid is bad, there are no seeds or no validation examples, or the folder
@@ -94,9 +94,9 @@ def _but_rate(point: dict[str, Any]) -> dict[str, Any]:
 def _train_points(
     trainer: Trainer, points: list[dict[str, Any]], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Train points that differ in their rate alone: all at once, or else the trainer's, the first.
+    """Train points that differ in their rate alone, all at once where that is possible.
 
-    The rest is then found missing again, and comes in its turn.
+    Else train only the first, whose trainer this is. The caller finds the others missing again.
     """
     if _RATE in points[0] and can_sweep(trainer):
         found = train_grid(trainer, [float(point[_RATE]) for point in points], seeds)
@@ -132,7 +132,7 @@ def train_once(trainer: Trainer, seed: int) -> dict[str, float]:
     Returns:
       The mean training loss of the last epoch, and the validation loss and score.
     """
-    # As `training.loop` trains, without its files and the evaluations that nothing reads.
+    # This trains as `training.loop` does, but without files and evaluations that nothing reads.
     state = trainer.init(seed)
     every = trainer.config.train.evaluate_every
     losses = np.zeros(0)
@@ -151,7 +151,7 @@ def train_once(trainer: Trainer, seed: int) -> dict[str, float]:
 
 
 def _open(path: Path, config: Config, num_seeds: int) -> RunFolder:
-    """Open the folder of a search, new or begun; what it searches stands in ``tuning.toml``."""
+    """Open the folder of a search, new or begun. ``tuning.toml`` says what it searches."""
     text = to_toml({"tuning": {"seeds": num_seeds}, **to_table(config)})
     file = path / "tuning.toml"
     if path.exists():

@@ -1,4 +1,4 @@
-"""An experiment scaled down to a laptop, milestones and all."""
+"""Scaling an experiment down to a laptop, milestones and all."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def scale_to_budget(config: Config, budget: float) -> Config:
     part = math.sqrt(budget)
     table = to_table(config)
     epochs = max(1, round(part * config.train.epochs))
-    # Milestones follow the epochs that are really trained, which are whole.
+    # Epochs are whole, so milestones follow the number that is really trained.
     shrink = epochs / config.train.epochs
     table["train"]["epochs"] = epochs
     for section, key in (("train", "evaluate_every"), ("record", "checkpoint_every")):

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+# A rate that is too large shows within a few steps, so earlier losses are not compared.
 _RECENT_STEPS = 20
 # Losses of minibatches jump, but seldom threefold.
 _GROWTH = 3
@@ -12,7 +13,7 @@ def diagnose(rows: list[dict[str, Any]], step: int) -> str:
     """Return the likely cause and a remedy.
 
     Args:
-      rows: metrics, a row a step.
+      rows: metrics, one row per step.
       step: the step at which training stopped.
     """
     before = [row for row in rows if row["step"] <= step and math.isfinite(row["loss"])]
@@ -22,7 +23,6 @@ def diagnose(rows: list[dict[str, Any]], step: int) -> str:
             "fault; look for values that are not numbers in the data"
         )
     last = before[-1]
-    # A rate that is too large shows within a few steps, so earlier losses are not compared.
     recent = before[-_RECENT_STEPS:]
     lowest = min(recent, key=lambda row: row["loss"])
     found = [f"the last finite loss was {last['loss']:.4g} at step {last['step']}"]

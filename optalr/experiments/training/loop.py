@@ -1,4 +1,4 @@
-"""Training into a run folder, and going on after an interruption."""
+"""Training into a run folder, and resuming after an interruption."""
 
 import math
 import time
@@ -71,7 +71,7 @@ class _Run:
                 state = segment.state
                 self._append(segment)
                 self._save_if_due(state)
-            # It is handed to one step, the first after it was measured.
+            # Only one step gets it, the first after it was measured.
             self.validation_loss = math.nan
         return self._finish(state)
 
@@ -80,7 +80,7 @@ class _Run:
         state = self.trainer.init(self.seed)
         latest = self.checkpoints.latest()
         if latest is not None:
-            # Compared before the state is read, which a change of the config may make impossible.
+            # Compared first: a change of the config may make it impossible to read the state.
             saved = self.checkpoints.meta(latest).get("configuration")
             if saved is not None:
                 optalr.warn_if_changed(saved, _decisive_settings(self.trainer.config))
@@ -88,7 +88,7 @@ class _Run:
             self.seconds = meta["seconds"]
         step = int(state.step)
         self.folder.cut(METRICS, step)
-        # The evaluation at this very step is made again and comes to the same numbers.
+        # The evaluation at this very step is made again, with the same numbers.
         self.folder.cut(EVALUATIONS, step - 1)
         return state
 
@@ -102,7 +102,7 @@ class _Run:
         names = [*segment.measured, "step", "epoch", "seconds"]
         steps = np.arange(last - num_steps + 1, last + 1)
         seconds = self.seconds + pace * np.arange(1, num_steps + 1)
-        # Lists of Python numbers, a column at a time: a number at a time is slow.
+        # Converted to Python numbers a column at a time. One number at a time is slow.
         columns = [
             *(values.tolist() for values in segment.measured.values()),
             steps.tolist(),

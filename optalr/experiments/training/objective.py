@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# ``(outputs, y)`` to one number an example.
+# ``(outputs, y)`` to one number per example.
 Measure = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -16,8 +16,8 @@ class Objective(NamedTuple):
     """The loss of a task and the score that is reported beside it.
 
     Attributes:
-      example_losses: ``(outputs, y)`` to one loss an example.
-      example_scores: ``(outputs, y)`` to one score an example; the mean is reported.
+      example_losses: ``(outputs, y)`` to one loss per example.
+      example_scores: ``(outputs, y)`` to one score per example; the mean is reported.
       score_name: what the mean score is called.
     """
 
@@ -35,7 +35,7 @@ class Objective(NamedTuple):
 
 
 def score_name_in(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what the score is called in the metrics of a run, of which the task is not known."""
+    """Return the score's name in the metrics of a run whose task is not known."""
     names = [objective.score_name for objective in OBJECTIVES.values()]
     return next((name for name in names if rows and name in rows[0]), names[0])
 

@@ -13,10 +13,10 @@ from optalr.experiments.data.dataset import Dataset, Split
 from optalr.experiments.models import Model
 from optalr.experiments.training.objective import Objective
 
-# A probe is evaluated in every step, an evaluation once in an epoch.
+# A probe runs in every step, an evaluation once per epoch: so a probe reads fewer examples.
 EVALUATION_BATCH = 512
 PROBE_BATCH = 256
-# The loop counts its own steps and measures its own loss, and a state's size does not change.
+# Not logged: the loop counts steps and measures the loss itself, and a state's size is constant.
 _NOT_LOGGED = ("step", "state_bytes", "loss")
 
 
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-# Arrays, traced or not, or while compiling their shapes and dtypes.
+# Arrays, traced or not; while compiling, their shapes and dtypes.
 _Arrays = Any
 
 
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     """What one step reads.
 
     Attributes:
-      x: examples, a row each.
+      x: examples, one per row.
       y: their targets.
       validation_value: float32 scalar, the validation loss if it was just measured, else NaN.
     """
@@ -137,6 +137,7 @@ def make_step(
 def _probe(loss_fn: Any, validation: Split, state: TrainState, *, key: jax.Array) -> Any:
     """Return the loss of a random validation batch, as a function of the parameters."""
     size = min(PROBE_BATCH, len(validation))
+    # By the step's own key, so that a resumed run probes the same batches.
     chosen = jax.random.choice(key, len(validation), (size,), replace=False)
     batch = jnp.asarray(validation.x)[chosen], jnp.asarray(validation.y)[chosen]
 
@@ -192,7 +193,7 @@ def make_evaluation(
         totals = []
         for start in range(0, len(split), size):
             indices = np.arange(start, start + size)
-            # The last part is filled up with its last example, which then counts for nothing.
+            # The last part is filled up with copies of its last example, which have weight 0.
             part = split.take(np.minimum(indices, len(split) - 1))
             weight = (indices < len(split)).astype(np.float32)
             totals.append(sums((params, model_state), (part.x, part.y), weight))

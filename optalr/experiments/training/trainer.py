@@ -1,4 +1,4 @@
-"""What a config determines and all its seeds share: data, model, method, compiled programs."""
+"""What all seeds of a config share: data, model, method, compiled programs."""
 
 import time
 from collections import deque
@@ -60,7 +60,7 @@ class Trainer:
 
     Args:
       config: the experiment.
-      dataset: its data where they are loaded already, as in a comparison of several configs.
+      dataset: its data if they are loaded already, as in a comparison of several configs.
 
     Raises:
       ExperimentError: a name or argument of the config is unknown, or its parts do not fit.
@@ -76,7 +76,7 @@ class Trainer:
         self.objective = OBJECTIVES[self.dataset.task]
         self.model = build_model(config.model, self.dataset)
         self.loss_fn = make_loss(self.model, self.objective, self.dataset)
-        # What a method may ask for and data and model know already.
+        # Arguments that a method may ask for and that data and model determine.
         self.given: dict[str, Any] = {"num_classes": self.dataset.num_classes}
         if self.dataset.task != "regression":
             self.given["loss"] = "softmax_cross_entropy"
@@ -101,7 +101,7 @@ class Trainer:
         self.evaluation = make_evaluation(self.model, self.objective, self.dataset)
         self._init = jax.jit(self._first_state)
         self.compile_seconds = 0.0
-        # Kept, because making a key takes longer than recording a small step.
+        # Keys are kept, because making one takes longer than recording a small step.
         self._keys: dict[int, jax.Array] = {}
         self._compiled: dict[int, Any] = {}
         self._resident: tuple[jax.Array, jax.Array] | None = None
@@ -165,6 +165,7 @@ class Trainer:
         started = time.perf_counter()
         state, measured = run(state, key, batches)
         measured = jax.device_get(measured)
+        # What was measured may be there before the state, whose time counts as well.
         jax.block_until_ready(state)
         return Segment(state, measured, time.perf_counter() - started)
 
@@ -230,7 +231,7 @@ class Trainer:
     def _compile_once(
         self, num_steps: int, function: Callable[..., Any], arguments: Callable[[], Any]
     ) -> Any:
-        # A trainer either scans or streams, so the number of steps tells its programs apart.
+        # A trainer either scans or streams, so the number of steps identifies a program.
         if num_steps not in self._compiled:
             started = time.perf_counter()
             jitted, examples = jax.jit(function, donate_argnums=(0,)), arguments()

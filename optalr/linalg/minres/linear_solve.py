@@ -29,8 +29,8 @@ class MinresResult(NamedTuple):
       residual: the residual vector ``b − (A + λI) x`` of ``solution``, by the recurrence, without
         a further product; float32 or wider.
       trusted: ``solution`` if no direction of nonpositive curvature appeared, else the last iterate
-        before it. If it appeared in the first step, the first iterate ``c b`` with the absolute
-        value of ``c``. Always ``trustedᵀ b ≥ 0``.
+        before one did. If one appeared in the first step, it is the first iterate ``c b`` with the
+        absolute value of ``c``. Always ``trustedᵀ b ≥ 0``.
       num_steps: int32, the steps that changed the solution.
       nonpositive_curvature: bool, whether ``rᵀ (A + λI) r ≤ 0`` for a residual r on the way.
       failed: bool, whether a product or ``b`` was not finite, or the preconditioner not positive.
@@ -60,10 +60,10 @@ def minres(
     Choose it over conjugate gradients where ``A`` may be indefinite or singular: its residual falls
     monotonically there too, and on an inconsistent system it ends in a least-squares solution.
 
-    The steps are unrolled. A run may be over early: residual ≤ ``tol·‖b‖``, Krylov space exhausted,
-    or least-squares solution reached. It then keeps its solution while the remaining steps go on
-    without effect. So the number of steps can depend on the data without a second compilation, but
-    the remaining products still cost their time.
+    The steps are unrolled. A run may be over early, where the residual is ≤ ``tol·‖b‖``, the Krylov
+    space is exhausted or a least-squares solution is reached. It then keeps its solution, and the
+    remaining steps have no effect. So the number of steps can depend on the data without a second
+    compilation, but the remaining products still cost their time.
 
     Args:
       matvec: ``v ↦ A v``, linear and symmetric. It gets and returns the structure, shapes and
@@ -72,9 +72,9 @@ def minres(
       num_steps: steps, a Python int of at least 1.
       damping: λ, added to the diagonal: any finite number; it may be traced.
       tol: the run is over where ``‖r‖ ≤ tol ‖b‖``; in [0, 1); it may be traced. Whatever it is, no
-        step is taken within rounding of the end or past a least-squares solution, that is where
-        ``‖(A + λI) r‖ ≤ √ε ‖A + λI‖ ‖r‖`` and the next step would lower ‖r‖ by less than 0.05 %,
-        or where ``‖(A + λI) r‖`` is below a hundred roundings.
+        step is taken within rounding of the end or past a least-squares solution. Such a solution
+        is reached where ``‖(A + λI) r‖ ≤ √ε ‖A + λI‖ ‖r‖`` and the next step would lower ‖r‖ by
+        less than 0.05 %, or where ``‖(A + λI) r‖`` is below a hundred roundings.
       preconditioner: ``r ↦ M r`` with ``M ≈ (A + λI)⁻¹`` linear, symmetric and positive definite,
         on trees in the dtype of the internal computation.
 
@@ -139,8 +139,8 @@ def minres(
 def minres_step(matvec: Callable[[Any], Any], b: Any, *, damping: Any = 0.0) -> MinresResult:
     """Take one MINRES step from zero in closed form.
 
-    Choose it over ``minres`` with ``num_steps=1``, whose iterate it is: it takes fewer passes over
-    the vectors, and no rotation rounds. The iterate is ``c b`` with ``c = ⟨b, u⟩/⟨u, u⟩`` and
+    Choose it over ``minres`` with ``num_steps=1``: it returns the same iterate with fewer passes
+    over the vectors, and no rotation rounds. The iterate is ``c b`` with ``c = ⟨b, u⟩/⟨u, u⟩`` and
     ``u = (A + λI) b``.
 
     Args:
@@ -173,7 +173,7 @@ def minres_step(matvec: Callable[[Any], Any], b: Any, *, damping: Any = 0.0) -> 
     unit = divide(rhs, top)
     u = _shifted_product(matvec, b, damping=jnp.asarray(damping, dtype))(unit)
     size = largest(u)
-    u = divide(u, size)  # both at most one, so that no square leaves the range
+    u = divide(u, size)  # now both are at most one, so that no square leaves the range
     along, norm2, square = dot(unit, u), dot(unit, unit), dot(u, u)
     failed = ~(jnp.isfinite(top) & jnp.isfinite(size) & jnp.isfinite(along))
     zero = jnp.zeros((), dtype)
@@ -207,7 +207,7 @@ def _shifted_product(matvec: Any, b: Any, *, damping: jax.Array) -> Callable[[An
 
 
 def _internal_dtype(b: Any) -> Any:
-    """Return the dtype to compute in, or raise if ``b`` is no pytree of real floating arrays."""
+    """Return the dtype to compute in; raise if ``b`` is no pytree of real floating arrays."""
     leaves = jax.tree.leaves(b)
     if not leaves:
         raise ValueError("b has no leaves: pass a pytree with at least one array.")

@@ -1,7 +1,7 @@
 """The recurrence of MINRES: one step from the last, in vectors and in scalars.
 
 A step hands ``Vectors`` and ``Scalars`` to the next. The rotations need scalars alone, and so do
-the decisions to stop, to distrust and to give up: ``_rotate``.
+the decisions to stop, to distrust and to give up. ``_rotate`` makes them all.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from optalr.linalg.minres.vectors import add, divide, dot, largest, multiply, nonzero, where
 
-# Below this many roundings of ‖A‖ a Lanczos coefficient is noise and the Krylov space exhausted.
+# Below this many roundings of ‖A‖ a Lanczos coefficient is noise: the Krylov space is exhausted.
 ROUNDINGS = 10
-# Below this many of them ‖A r‖/‖r‖ is noise. Found by experiment: with 20, inconsistent systems
-# that have an eigenvalue 1e4 times the others went on into noise in float32.
+# Below this many roundings of ‖A‖, ‖A r‖/‖r‖ is noise. Found by experiment: with 20, inconsistent
+# systems that have an eigenvalue 1e4 times the others went on into noise in float32.
 STATIONARY = 100
 # The rotation's cosine of a step that gains next to nothing. Noise has cosines above 1e-4.
 IDLE = 0.03
@@ -114,7 +114,8 @@ def step(system: System, state: State) -> State:
     # The product stays outside: on a CPU a convolution's gradient is slow inside control flow.
     if system.preconditioner is None:
         return _traced_once(u, state, system.limit)
-    # Not compiled apart: a preconditioner is made anew for every update, over that trace's arrays.
+    # A step with a preconditioner cannot share a trace: each update makes a new one, over the
+    # arrays of its own trace.
     return _unless_over(u, state, limit=system.limit, preconditioner=system.preconditioner)
 
 
@@ -128,8 +129,8 @@ def _unless_over(u: Any, state: State, *, limit: jax.Array, preconditioner: Any)
     """Take the rest of a step from the product ``u``, unless the run is over."""
     old, was = state
 
-    # The branch makes a run that is over cost its products only, and it keeps the compiler from
-    # putting off all updates of the solution to the end, with every direction alive until then.
+    # With the branch, a run that is over costs its products only. It also keeps the compiler from
+    # putting off all updates of the solution to the end, with every direction in memory until then.
     def go() -> State:
         return _advance(u, state, limit=limit, preconditioner=preconditioner)
 
@@ -245,9 +246,10 @@ def _rotate(was: Scalars, column: _Column, limit: jax.Array) -> tuple[Scalars, _
 def _is_stationary(image_ratio: jax.Array, cosine: jax.Array, scale: jax.Array) -> jax.Array:
     """Return whether the residual belongs to a least-squares solution already.
 
-    ``image_ratio`` is ``‖A r‖/‖r‖``, which is as good as zero there: the next step would divide
-    noise by noise. A large eigenvalue makes it small beside ‖A‖ too. So where it has lost half the
-    digits or more, the step must also gain next to nothing: it lowers the residual by cosine²/2.
+    ``image_ratio`` is ``‖A r‖/‖r‖``. There it is as good as zero, and the next step would divide
+    noise by noise. But a large eigenvalue makes it small beside ‖A‖ too. So where it has lost half
+    the digits or more, the step must also gain next to nothing: it lowers the residual by the share
+    cosine²/2.
     """
     eps = jnp.finfo(scale.dtype).eps
     stationary = image_ratio <= STATIONARY * eps * scale
@@ -264,8 +266,8 @@ def _is_sound(column: _Column, rho1: jax.Array, scale: jax.Array) -> jax.Array:
 def _precondition(preconditioner: Any, r: Any, like: Any) -> tuple[Any, jax.Array]:
     """Return ``M r`` and ``√(rᵀ M r)``, negative (minus the root of minus) where M is not positive.
 
-    The squares of a system in small or large units would leave float32's range, so those of r are
-    taken relative to its largest entry.
+    In small or large units squares would leave float32's range. So those of r are taken relative to
+    its largest entry.
     """
     top = largest(r)
     unit = divide(r, top)
@@ -279,7 +281,7 @@ def _precondition(preconditioner: Any, r: Any, like: Any) -> tuple[Any, jax.Arra
 
 
 def check_like(tree: Any, like: Any, name: str) -> None:
-    """Raise unless two pytrees have one structure, and their leaves one shape."""
+    """Raise unless two pytrees have the same structure, and their leaves the same shapes."""
     got, expected = jax.tree.structure(tree), jax.tree.structure(like)
     if got != expected:
         raise ValueError(f"{name} must keep the structure of b, {expected}; it returned {got}.")

@@ -52,8 +52,9 @@ def scale_by_block_diagonal(
 
     A gradient that is not finite, or too large for g gᵀ to be finite, is not folded in; its update
     is 0. g itself is part of a fresh F, so ``|u|² ≤ 1/(1 − decay)`` at p = −1/2 whatever the
-    damping. ``scale_by_kronecker`` estimates the Fisher matrix of one example. F is N times smaller
-    where g is the mean over a batch of N examples, and at p = −1/2 this update √N times longer.
+    damping. ``scale_by_kronecker`` estimates the Fisher matrix of one example. Where g is the mean
+    over a batch of N examples, F is N times smaller, and at p = −1/2 this update is √N times
+    longer.
 
     Args:
       power: p, in [−1, 0].
@@ -71,8 +72,8 @@ def scale_by_block_diagonal(
     Raises:
       ValueError: an argument is out of range; at ``init``, a leaf is larger than ``max_size``.
 
-    Cost: for a leaf of k numbers, ``4k²`` flops an update and some ``20 k³`` a refresh; the state
-      has ``2k²`` numbers.
+    Cost: for a leaf of k numbers, ``4k²`` flops per update and some ``20 k³`` per refresh; the
+      state has ``2k²`` numbers.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -148,7 +149,7 @@ def _memory(state: BlockDiagonalState) -> Memory:
 
 
 def _refuse_large(path: Any, leaf: Any, max_size: int) -> None:
-    """Raise where the block of a leaf is too large, with its bytes and the way out."""
+    """Raise an error with the bytes and the way out if the block of a leaf is too large."""
     if leaf.size <= max_size:
         return
     needed = 2 * leaf.size**2 * jnp.dtype(wide_dtype(leaf)).itemsize

@@ -72,14 +72,14 @@ def scale_by_full_matrix(
       power: p, in [−1, 0].
       decay: of the moving average, in [0, 1); None for AdaGrad's sum.
       damping: λ ≥ 0; a window without damping gives the power of a pseudo-inverse.
-      damping_form: ``"relative"`` to the mean eigenvalue (with a window the mean over its at most r
-        nonzero ones), or ``"absolute"``.
+      damping_form: ``"relative"`` to the mean eigenvalue (with a window, the mean of its nonzero
+        ones, at most r), or ``"absolute"``.
       window: r, how many gradients to keep, ≥ 1; None for the whole matrix.
       update_every: updates between roots, ≥ 1; with a window every update takes one.
       bias_correction: whether to divide out the moving average's start at zero.
-      max_size: the state may take ``2·max_size²`` numbers, ≥ 1; without a window it is the largest
-        P. None stands for 4096, and with a window for 16384 (537 million numbers, 2 GiB in
-        float32).
+      max_size: bound on the state, which may take ``2·max_size²`` numbers, ≥ 1; without a window it
+        is the largest P. None stands for 4096, and with a window for 16384 (537 million numbers, 2
+        GiB in float32).
 
     Returns:
       A transformation that needs no extras.
@@ -88,8 +88,8 @@ def scale_by_full_matrix(
       ValueError: an argument is out of range; at ``init``, the matrix or the window would be larger
         than ``max_size`` says.
 
-    Cost: ``4P²`` flops an update and some ``20 P³`` a refresh; the state has ``2P²`` numbers. With
-      a window ``6rP + 20 r³`` flops an update; the state has ``rP + r²`` numbers.
+    Cost: ``4P²`` flops per update and some ``20 P³`` per refresh; the state has ``2P²`` numbers.
+      With a window ``6rP + 20 r³`` flops per update; the state has ``rP + r²`` numbers.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -160,7 +160,7 @@ def _whole(
 
 
 def _memory(state: FullMatrixState) -> Memory:
-    """Return what the state remembers, of one vector."""
+    """Return what the state remembers, as the memory of one vector."""
     return Memory(
         count=state.count,
         weight=state.weight,

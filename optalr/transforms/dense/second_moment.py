@@ -1,6 +1,6 @@
 """Dense second moments of gradient vectors, their roots, and the rule of when to take them.
 
-Shared by the two exact but small structures: one matrix for all parameters, or one for each leaf.
+Two exact but small structures share it: one matrix for all parameters, or one for each leaf.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ DAMPING_FORMS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = Mappi
 
 @dataclasses.dataclass(frozen=True)
 class SecondMoment:
-    """How moments are accumulated and what power of them is applied; checked when it is made."""
+    """How moments are accumulated and what power of them is applied; it checks its fields."""
 
     power: Any
     decay: Any
@@ -71,13 +71,13 @@ class SecondMoment:
 
 
 class Memory(NamedTuple):
-    """What is remembered between updates: one moment and root a vector, in their order."""
+    """What is remembered between updates: one moment and one root per vector, in their order."""
 
     count: jax.Array  # () int32, updates so far
     weight: jax.Array  # () float32, sum of the moving average's weights
     root_age: jax.Array  # () int32, updates since roots were last due
     failures: jax.Array  # () int32, roots kept back and updates not finite
-    moments: Sequence[jax.Array]  # (k, k) a vector of k numbers
+    moments: Sequence[jax.Array]  # (k, k) for a vector of k numbers
     root_residual: jax.Array  # () float32, the worst among the roots in use
     roots: Sequence[jax.Array]  # (k, k), as the moments
 
@@ -133,7 +133,7 @@ def _fold_vectors(
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """Fold the outer product of each vector into its moment.
 
-    Returns moments, their weight, and whether all that was finite; if not, nothing was folded in.
+    Return the moments, their weight, and whether all was finite; if not, nothing was folded in.
     """
     after = rule.next_weight(memory.weight)
     folded = [
@@ -149,7 +149,7 @@ def _fold_vectors(
 def _refresh_roots(
     rule: SecondMoment, memory: Memory, due: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """Take roots where they are ``due``; else return those in use, as ``_take_roots`` does."""
+    """Return as ``_take_roots`` does: new roots where they are ``due``, else those in use."""
 
     def take(carry: Any, inputs: Any) -> Any:
         roots, residual, _ = carry
@@ -164,7 +164,7 @@ def _refresh_roots(
 def _take_roots(rule: SecondMoment, memory: Memory) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """Return new roots, the worst residual in use, and how many kept the old root instead.
 
-    Of roots that are kept only the worst residual is known, and stands for each of them.
+    Of roots that are kept only the worst residual is known. It stands for each of them.
     """
     if is_concrete(rule.power) and float(rule.power) == 0:
         return list(memory.roots), jnp.float32(0), jnp.int32(0)

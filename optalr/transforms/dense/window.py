@@ -1,7 +1,7 @@
-"""The second moment of the last r gradients, without ever making the matrix.
+"""The second moment of the last r gradients, without forming the matrix.
 
 A power of ``M Mᵀ``, for r columns ``M``, follows from their r × r Gram matrix ``MᵀM`` (Agarwal et
-al. 2019). The recurrence stands with ``scale_by_full_matrix``, which takes the window.
+al. 2019). ``scale_by_full_matrix``, which takes the window, documents the recurrence.
 """
 
 from typing import Any, NamedTuple
@@ -117,7 +117,7 @@ def _take_in(state: WindowedState, kept: list[jax.Array], grads: list[jax.Array]
 
 
 def _refuse_large(leaves: list[Any], size: int, max_size: int) -> None:
-    """Raise where a window takes more than ``2·max_size²`` numbers."""
+    """Raise if a window takes more than ``2·max_size²`` numbers."""
     count = sum(leaf.size for leaf in leaves)
     if size * (count + size) <= 2 * max_size**2:
         return
@@ -170,9 +170,9 @@ def _coefficients(
     floor = jnp.finfo(gram.dtype).eps * scales.size * jnp.max(values)
     seen = values > floor
     safe = jnp.where(seen, values, 1)
-    # Undamped, what is outside the window is left out: a pseudo-inverse.
+    # Without damping, directions outside the window are left out: the power of a pseudo-inverse.
     share = jnp.where((added > 0) | (power == 0), jnp.power(added, power), 0)
     gains = jnp.where(seen, jnp.power(safe + added, power) - share, 0)
-    # Divided by the eigenvalues first: gains/s underflows for large gradients.
+    # The products are divided by the eigenvalues first: gains/s underflows for large gradients.
     turned = spd.matmul(vectors.T, scales * window.products) / safe
     return share, scales * spd.matmul(vectors, gains * turned)

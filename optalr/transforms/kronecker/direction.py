@@ -20,10 +20,10 @@ def kernel_direction(
     G = gradient
     if not spectrum.keeps_eigenvalues:
         A, B = roots_of(leaf, memory)  # (A + λ_A)^p and (B + λ_B)^p
-        return A @ G @ B.T  # symmetric but for rounding, in which direct and transposed differ
+        return A @ G @ B.T  # B.T is B up to rounding, but its last bits differ
     Q_A, Q_B = roots_of(leaf, memory)  # eigenbases
     turned = Q_A.T @ G @ Q_B
-    for gains in spectrum.gains(memory):  # (v + λ)^p, until there are eigenvalues 1
+    for gains in spectrum.gains(memory):  # (v + λ)^p; 1 before the first refresh
         turned = turned * jnp.where(ready, gains, 1)
     return Q_A @ turned @ Q_B.T
 
@@ -31,7 +31,7 @@ def kernel_direction(
 def bias_direction(
     spectrum: Spectrum, leaf: Bias, memory: LeafMemory, *, gradient: jax.Array, ready: jax.Array
 ) -> jax.Array:
-    """Return ``B^p b`` for a bias b, with what its kernel's memory keeps of the output's side."""
+    """Return ``B^p b`` for a bias b, from the output side of its kernel's memory."""
     kernel = leaf.layer
     side, kept = kernel.sides[kernel.output_side], memory.sides[kernel.output_side]
     b = side.pad(gradient.reshape(*kernel.stack, -1, 1), -2)
@@ -45,7 +45,7 @@ def bias_direction(
 
 
 def elementwise_direction(rule: Rule, gradient: jax.Array, moment: jax.Array) -> jax.Array:
-    """Return ``(v + λ)^p g``, number by number."""
+    """Return ``(v + λ)^p g`` for each number of a leaf."""
     added = rule.damping
     if rule.damping_form.is_relative:
         added = added * jnp.mean(moment)
@@ -55,13 +55,13 @@ def elementwise_direction(rule: Rule, gradient: jax.Array, moment: jax.Array) ->
 def directions(
     step: Step, memories: Sequence[LeafMemory], state: Any, *, grads: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """Return ``F^p g`` leaf by leaf; the gradient itself until there are roots."""
+    """Return ``F^p g`` for each leaf. Before the first roots that is the gradient itself."""
     spectrum, ready, weight = step.spectrum, state.num_refreshes > 0, state.weight
     updates: list[Any] = list(grads)
     scale = 1 / jnp.where(weight > 0, weight, 1)
     for i, (leaf, memory, g) in enumerate(zip(step.leaves, memories, grads, strict=True)):
         if isinstance(leaf, JointBias):
-            continue  # its kernel's
+            continue  # a row of its kernel's matrix, which sets its update below
         if isinstance(leaf, Bias):
             kernel = memories[leaf.kernel]
             updates[i] = bias_direction(spectrum, leaf, kernel, gradient=g, ready=ready)

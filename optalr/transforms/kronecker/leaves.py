@@ -1,12 +1,12 @@
-"""What the Kronecker form does with each leaf: decided from shapes, the layout and the signals.
+"""What the Kronecker form does with each leaf. Shapes, the layout and the signals decide it.
 
-Everything here is static: it is worked out while tracing and holds no arrays but the moments that a
-batch captured. A leaf is one of four things:
+Everything here is static: it is worked out while tracing. The only arrays in it are the moments
+that a batch captured. A leaf is one of four things:
 
-* a ``Kernel`` keeps two factors, one a side of its matrix view;
+* a ``Kernel`` keeps two factors, one per side of its matrix view;
 * a ``Bias`` keeps nothing: it takes the factor of its kernel's output side;
 * a ``JointBias`` keeps nothing: it is one more row (or column) of its kernel's matrix;
-* ``Elementwise`` leaves keep a second moment a number.
+* an ``Elementwise`` leaf keeps one second moment per number.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from optalr.signals.moments import FactorStorage, LayerMoments, LeafView, defaul
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What all leaves have.
+    """What all kinds of leaf have in common.
 
     Attributes:
       path: key path, ``jax.tree_util.keystr``.
@@ -37,7 +37,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Elementwise(Leaf):
-    """A leaf with a second moment a number.
+    """A leaf with one second moment per number.
 
     Attributes:
       layer: the kernel whose outputs the leaf is added to, where the layout says so.
@@ -133,8 +133,8 @@ def plan_leaves(
       tree: parameters or gradients.
       layout: what ``optalr.coverage`` returned, or None to judge by shapes.
       storage: how a side of a given size is kept, and whether biases are joint.
-      own_biases: whether biases that the layout knows keep second moments of their own all the
-        same, as they must where no signals are captured.
+      own_biases: whether biases that the layout knows keep second moments of their own. They must
+        where no signals are captured.
     """
     leaves = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves_with_path(tree)]
     if layout is None:
@@ -202,13 +202,13 @@ def _with_joint_bias(plan: Kernel, bias: int, storage: FactorStorage) -> Kernel:
 
 
 def with_signals(plans: Sequence[Leaf], signals: Any) -> list[Leaf]:
-    """Give each leaf what ``signals`` say of it, paired by key path.
+    """Return the leaves with what ``signals`` say about each, paired by key path.
 
     Kernels get their moments. A leaf that the signals name as the bias of a kernel becomes its
-    ``Bias``, whatever memory it keeps beside. ``signals=None`` leaves every leaf as it is.
+    ``Bias``, even if it has a memory of its own. ``signals=None`` leaves every leaf as it is.
 
     Raises:
-      ValueError: moments do not fit their leaf, or those are missing that a layout promised.
+      ValueError: moments do not fit their leaf, or moments that a layout promised are missing.
     """
     if signals is None:
         return list(plans)
@@ -245,7 +245,7 @@ def _is_bias_of(bias: Leaf, kernel: Leaf) -> bool:
 
 
 def _missing(plan: Kernel, moments: Mapping[str, LayerMoments]) -> str:
-    """Describe signals that a layout promised and that did not come."""
+    """Return the message about signals that a layout promised and that are missing."""
     others = ", ".join([*list(moments)[:3], *(["..."] if len(moments) > 3 else [])])
     return (
         f"layout says that leaf {plan.path} is captured, but signals has no moments for it "
@@ -264,6 +264,6 @@ def _check_fit(plan: Kernel, moments: LayerMoments) -> None:
         raise ValueError(
             f"The signals of leaf {plan.path} (shape {plan.shape}) have Gram matrices of shapes "
             f"{got[0]} and {got[1]}, but its state was made for {wanted[0]} and {wanted[1]}. "
-            "Pass layout=optalr.coverage(loss_fn, params, *args), which tells how each leaf is a "
-            "matrix."
+            "Pass layout=optalr.coverage(loss_fn, params, *args), which says how each leaf is seen "
+            "as a matrix."
         )

@@ -25,7 +25,7 @@ def bound(
     weight: jax.Array,
     max_update: float,
 ) -> list[jax.Array]:
-    """Shrink each leaf's update to move its layer's outputs by ``max_update`` RMS at most."""
+    """Shrink each update so that it moves its layer's outputs by at most ``max_update`` RMS."""
     bounded = []
     for leaf, memory, update in zip(leaves, memories, updates, strict=True):
         limit = jnp.asarray(max_update * _num_outputs(leaf) ** 0.5, update.dtype)
@@ -36,6 +36,7 @@ def bound(
             bounded.append(_shrink(rows, limit).reshape(update.shape))
             continue
         if leaf.moments is not None:
+            # With isotropic inputs of mean square tr(A)/m, outputs move by ‖U‖² tr(A)/m in all.
             mean = factors_of(leaf, memory, weight)[1 - leaf.output_side].mean()
             limit = limit * jax.lax.rsqrt(jnp.where(mean > 0, mean, 1))
         matrix = leaf.view.to_matrix(update)
@@ -45,7 +46,10 @@ def bound(
 
 
 def _num_outputs(leaf: Leaf) -> int:
-    """Return the units that a leaf feeds, about the squared norm of its usual initialisation."""
+    """Return how many units a leaf feeds.
+
+    That is about the squared norm of its usual initialization, so it bounds a leaf without a layer.
+    """
     if isinstance(leaf, Kernel):
         outputs = leaf.sides[leaf.output_side].size
         return outputs if leaf.moments is not None else max(leaf.view.matrix_shape(leaf.shape)[1:])
@@ -66,7 +70,7 @@ def _shrink(matrix: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def _take_norms(updates: Sequence[jax.Array], others: Sequence[jax.Array]) -> list[jax.Array]:
-    """Give each leaf of ``updates`` the norm it has in ``others``."""
+    """Return each leaf of ``updates``, scaled to the norm that the leaf has in ``others``."""
     grafted = []
     for update, other in zip(updates, others, strict=True):
         small, size, _ = _scaled(update.reshape(1, -1))
@@ -77,15 +81,16 @@ def _take_norms(updates: Sequence[jax.Array], others: Sequence[jax.Array]) -> li
 
 
 def _norm(array: jax.Array) -> jax.Array:
-    """Return the norm of all numbers of an array, in range wherever the result is."""
+    """Return the norm of all numbers of an array, by squares that stay in its dtype's range."""
     _, small, largest = _scaled(array.reshape(1, -1))
     return (small * largest)[0, 0]
 
 
 def _scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return matrices over their largest entry, the Frobenius norms of these, and the entries.
+    """Return matrices over their largest entry, the norms of the quotients, and these entries.
 
-    The squares of 1e20 are beyond float32, those of 1e-23 below it. Norms are ``(..., 1, 1)``.
+    In float32 the square of 1e20 overflows, and that of 1e-23 underflows. The Frobenius norms are
+    ``(..., 1, 1)``.
     """
     largest = jnp.max(jnp.abs(matrix), (-2, -1), keepdims=True, initial=0)
     largest = jnp.where(largest == 0, 1, largest)
@@ -102,12 +107,15 @@ def graft(
     params: Any,
     extras: Mapping[str, Any],
 ) -> tuple[list[jax.Array], Any]:
-    """Give each leaf the norm of another method's update; before the first roots, that update."""
+    """Return updates with the norms of another method's; before the first roots, that method's own.
+
+    Norms are taken leaf by leaf.
+    """
     other = optax.with_extra_args_support(transformation)
     wide, wide_params = at_least_float32(updates), at_least_float32(params)
     others, after = other.update(wide, state.graft, wide_params, **extras)
     after = settle_like(after, state.graft)
-    # Moments of the other method must not be poisoned either.
+    # A bad gradient must not spoil the other method's moments either: they would never recover.
     finite = all_finite(updates)
     after = jax.tree.map(lambda x, old: jnp.where(finite, x, old), after, state.graft)
     started = state.num_refreshes > 0
@@ -118,7 +126,7 @@ def graft(
 
 
 def finish(step: Step, new: Sequence[jax.Array], state: Any) -> tuple[list[jax.Array], Any]:
-    """Replace an update that is not finite by zero, and settle what the next one wants."""
+    """Replace an update that is not finite by zero; note whether the next one wants signals."""
     norms = [_norm(u).astype(jnp.float32) for u in new]
     total = _norm(jnp.stack(norms)) if norms else jnp.float32(0)
     finite = all_finite(new)

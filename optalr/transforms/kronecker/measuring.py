@@ -21,7 +21,7 @@ from optalr.transforms.kronecker.spectra import Spectrum, Step
 
 
 class Batch(NamedTuple):
-    """What one batch has to say."""
+    """What a batch adds to the statistics, beside the moments of its layers."""
 
     grads: Sequence[jax.Array]  # of all leaves, in float32 or wider
     num_examples: jax.Array  # () float32
@@ -81,7 +81,7 @@ def fold_batch(
 ) -> tuple[list[LeafMemory], jax.Array]:
     """Return what is remembered after one batch, and whether all of the batch was finite.
 
-    If it was not, nothing changes, for any leaf.
+    One number that is not finite leaves the memory of every leaf as it was.
     """
     measured: dict[int, Any] = {}
     for i, (leaf, memory) in enumerate(zip(leaves, memories, strict=True)):
@@ -109,13 +109,14 @@ def _measure_kernel(
     matrix = leaf.to_matrix(batch.grads, index)
     if leaf.moments is not None:
         rows, cols = _grams_of_signals(leaf, leaf.moments)
-    elif spectrum.rule.share == 1:
+    elif spectrum.rule.share == 1:  # a leaf without a layer among captured ones
         rows, cols = _normalized_grams(leaf, matrix, batch.num_examples)
     else:
         rows, cols = leaf.rows.gram(matrix), leaf.cols.gram(jnp.swapaxes(matrix, -1, -2))
 
     def second_moment(squares: jax.Array) -> jax.Array:
-        # In the bases of the start, the identity, there is nothing to measure.
+        # Before the first refresh the bases are the identity. Squares in it would be moments of
+        # the parameters' own axes, and the first refresh replaces them anyway.
         return jnp.where(batch.started, batch.num_examples * squares, 0)
 
     squares = spectrum.squares(leaf, memory, leaf.pad(matrix))
@@ -133,7 +134,7 @@ def _grams_of_signals(leaf: Kernel, moments: LayerMoments) -> tuple[Structured, 
 
 
 def _with_ones(gram: jax.Array, mean: jax.Array) -> jax.Array:
-    """Return the Gram matrix of inputs with a 1 appended."""
+    """Return the Gram matrix of inputs with a 1 appended, which is what a joint bias multiplies."""
     top = jnp.concatenate([gram, mean[..., :, None]], -1)
     bottom = jnp.concatenate([mean, jnp.ones_like(mean[..., :1])], -1)
     return jnp.concatenate([top, bottom[..., None, :]], -2)
@@ -144,8 +145,8 @@ def _normalized_grams(
 ) -> tuple[Structured, Structured]:
     """Return the Gram matrices of a gradient, scaled to ``tr(B) tr(A) = N ‖G‖²``.
 
-    That is the trace of the Fisher matrix of one example, so each factor takes the whole power, as
-    those of captured layers do.
+    That is the trace of the Fisher matrix of one example. So each factor takes the whole power, as
+    the factors of captured layers do.
     """
     rows, cols = leaf.rows.gram(matrix), leaf.cols.gram(jnp.swapaxes(matrix, -1, -2))
     total = jnp.sum(jnp.square(matrix), (-2, -1))
@@ -158,7 +159,7 @@ def _normalized_grams(
 def _fold_kernel(
     rule: Rule, leaf: Kernel, memory: LeafMemory, *, new: Measurement, keep: jax.Array
 ) -> LeafMemory:
-    """Return a kernel's memory after one more batch, or as it was where that is not kept."""
+    """Return a kernel's memory after one more batch, or as it was where ``keep`` is false."""
 
     def choose(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
@@ -177,10 +178,10 @@ def _fold_kernel(
 
 
 def samples_a_dimension(leaves: Sequence[Leaf]) -> jax.Array:
-    """Return how many samples a dimension one batch adds, to the factor that gets the fewest.
+    """Return how many samples per dimension one batch adds to the factor that gets the fewest.
 
-    A batch adds N·T samples to the factors of a captured layer, and at most as many directions as
-    the shorter side has to those made from a gradient.
+    A batch adds N·T samples to the factors of a captured layer. To factors made from a gradient it
+    adds at most as many directions as the shorter side has.
     """
     added = []
     for leaf in leaves:
@@ -188,7 +189,7 @@ def samples_a_dimension(leaves: Sequence[Leaf]) -> jax.Array:
             continue
         largest = max(side.block for side in leaf.sides)
         if largest == 0:
-            continue
+            continue  # diagonals only: no rank to fill before their powers make sense
         samples: Any = min(side.size for side in leaf.sides)
         if leaf.moments is not None:
             samples = leaf.moments.count * leaf.moments.positions

@@ -1,10 +1,11 @@
 """What is remembered of each leaf.
 
-In a state each part of a memory is a tree of the parameters' structure, ``memory.rows.factor`` for
-instance, with one array a leaf. Factors and roots rest a leaf, not in stacks of equal size. A plain
-step, nine in ten or more of all, multiplies by them where they lie; a refresh, which wants stacks,
-copies them into some once (``refresh.py``, the only module that knows of stacks). A checkpoint
-names each factor by its leaf, and a state tells by itself what it holds.
+In a state each part of a memory, such as ``memory.rows.factor``, is a tree of the parameters'
+structure with one array per leaf. So factors and roots are stored leaf by leaf, and not in stacks
+of equal size. Nine steps in ten or more are plain: they only multiply by the roots, where these
+lie. A refresh wants stacks, and copies the factors into some (``refresh.py``, the only module that
+knows of stacks). A checkpoint then names each factor by its leaf, and a state shows by itself what
+it holds.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import optax
 from optalr.linalg.structured import Structured
 from optalr.transforms.kronecker.leaves import Kernel
 
-# What stands in the place of something that is not kept: a pytree node without leaves.
+# Stands in place of what is not kept. It is a pytree node without leaves, so it takes no memory.
 NOTHING = optax.MaskedNode()
 
 
@@ -68,7 +69,7 @@ def from_trees(trees: LeafMemory, structure: Any) -> list[LeafMemory]:
 def factors_of(
     leaf: Kernel, memory: LeafMemory, weight: jax.Array
 ) -> tuple[Structured, Structured]:
-    """Return both factors, freed of the moving average's start at zero."""
+    """Return both factors, corrected for the moving average's start at zero."""
     scale = 1 / jnp.where(weight > 0, weight, 1)
     rows, cols = leaf.rows.holding(memory.rows.factor), leaf.cols.holding(memory.cols.factor)
     return rows.scaled(scale), cols.scaled(scale)

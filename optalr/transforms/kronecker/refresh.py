@@ -1,4 +1,4 @@
-"""Refreshing: new roots, or eigenbases, of all factors, equal sizes in one call, where due."""
+"""Refreshing: new roots or eigenbases where they are due, all factors of a size in one call."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -34,7 +34,7 @@ class Roots(NamedTuple):
 
 
 def refresh(step: Step, memories: Sequence[LeafMemory], state: Any) -> tuple[list[LeafMemory], Any]:
-    """Take new roots, where they are due."""
+    """Take new roots where they are due."""
     state = state._replace(root_age=count_up(state.root_age))
     due = step.clock.refreshes(state)
 
@@ -65,8 +65,8 @@ def take_roots(step: Step, last: Roots, *, weight: jax.Array, first: jax.Array) 
 
     Args:
       step: what the leaves are, and how to decompose.
-      last: the memories with the roots in use, and their worst residual: a leaf that keeps its old
-        roots may have that.
+      last: the memories with the roots in use, and the worst residual of these. It stands for each
+        leaf that keeps its old roots, because nothing closer is known of it.
       weight: the sum of the moving average's weights.
       first: whether there are no roots yet.
     """
@@ -84,7 +84,7 @@ def take_roots(step: Step, last: Roots, *, weight: jax.Array, first: jax.Array) 
     new, residual, failed = list(last.memories), jnp.float32(0), jnp.int32(0)
     for position, (i, (leaf, memory)) in enumerate(kernels.items()):
         pair = found[2 * position : 2 * position + 2]
-        # Both or neither: half a pair would have the wrong scale.
+        # Both roots or neither: a new one beside an old one would have the wrong scale.
         success = jnp.stack([jnp.all(side.success) for side in pair]).all()
         failed += sum(jnp.sum(~side.success, dtype=jnp.int32) for side in pair)
         worst = jnp.stack([jnp.max(side.residual).astype(jnp.float32) for side in pair]).max()
@@ -121,7 +121,7 @@ def _decompose(spectrum: Spectrum, sides: Sequence[_Side], first: jax.Array) -> 
 
 
 def _shaped(found: Decomposition, memory: SideMemory) -> Decomposition:
-    """Return a decomposition with its arrays in the shapes that they rest in."""
+    """Return a decomposition with its arrays in the shapes of a memory."""
 
     def shaped(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: a.reshape(b.shape), new, old)
@@ -144,6 +144,7 @@ def _kept(
 ) -> LeafMemory:
     """Return the memory with a new pair of roots, or as it was where either failed."""
 
+    # `a is b` where nothing was computed, as for a basis not in use: a select would copy it.
     def choose(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: a if a is b else jnp.where(success, a, b), new, old)
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from optalr.linalg.kronecker import split_damping
 from optalr.linalg.structured import Structured
 
-# How many measurements a refresh interval holds where signals_every is not given.
+# How many measurements a refresh interval holds where signals_every is not given. At the default
+# decay of 0.95 the average of some 20 batches then spans two intervals.
 _MEASUREMENTS_PER_ROOT = 10
-# An interval may not exceed this part of the steps taken: roots age fast in early training.
+# An interval is at most the steps taken so far over this: roots age fast in early training.
 _GROWTH = 2
 
 Dampings = tuple[jax.Array, jax.Array]
@@ -24,7 +25,8 @@ class DampingForm:
     """Where a damping acts.
 
     Attributes:
-      of_factors: from both factors and λ, what is added to the eigenvalues of each, ``(*stack,)``.
+      of_factors: function of both factors and λ that returns what is added to the eigenvalues of
+        each, ``(*stack,)``.
       is_relative: whether λ counts in units of the mean eigenvalue.
     """
 
@@ -33,7 +35,7 @@ class DampingForm:
 
 
 def _relative(rows: Structured, cols: Structured, damping: jax.Array) -> Dampings:
-    """λ times the mean eigenvalue of each factor."""
+    """Return λ times the mean eigenvalue of each factor."""
     means = rows.mean(), cols.mean()
     alive = (means[0] > 0) & (means[1] > 0)
     # A layer that has seen nothing has no scale: its root is the identity.
@@ -42,7 +44,7 @@ def _relative(rows: Structured, cols: Structured, damping: jax.Array) -> Damping
 
 
 def _absolute(rows: Structured, cols: Structured, damping: jax.Array) -> Dampings:
-    """λ, for each factor: the paper's ``Λ + εI``."""
+    """Return λ for each factor: the paper's ``Λ + εI``."""
     return jnp.broadcast_to(damping, rows.stack), jnp.broadcast_to(damping, cols.stack)
 
 
@@ -61,8 +63,8 @@ class Rule:
 
     Attributes:
       power: p of the Kronecker product.
-      share: the power of the product of factors that the Fisher matrix is: 1 for captured moments,
-        1/2 for Shampoo's, ``F ≈ (GᵀG ⊗ GGᵀ)^{1/2}``.
+      share: s in ``F ≈ (B ⊗ A)^s``: 1 for captured moments, 1/2 for Shampoo's, whose factors make
+        ``F ≈ (GᵀG ⊗ GGᵀ)^{1/2}``.
       decay: of the moving averages.
       damping: λ, float32.
       damping_form: where it acts.
@@ -84,7 +86,7 @@ class Rule:
         return self.damping_form.of_factors(rows, cols, self.damping.astype(rows.stored.dtype))
 
     def added(self, values: jax.Array, num_axes: int) -> jax.Array:
-        """Return what is added to eigenvalues ``values``, whose mean runs over the last axes."""
+        """Return what damping adds to eigenvalues; their mean is taken over the last axes."""
         if not self.damping_form.is_relative:
             return self.damping
         axes = tuple(range(-num_axes, 0))
@@ -93,13 +95,14 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """The periods. Numbers may be traced.
+    """When to measure and when to take roots. Numbers may be traced.
 
     Attributes:
-      update_every: updates between two roots, in the end.
-      signals_every: updates between two measurements, in the end; None for a tenth of that.
+      update_every: updates between two roots, once intervals have stopped growing.
+      signals_every: updates between two measurements by then; None for a tenth of
+        ``update_every``.
       decay: of the moving averages.
-      warmup: samples a dimension that every factor must have seen before the first roots.
+      warmup: samples per dimension that every factor must have seen before the first roots.
       min_batches: batches measured before the first roots.
     """
 
@@ -116,14 +119,15 @@ class Clock:
             longest = jnp.asarray(self.update_every, jnp.int32) // _MEASUREMENTS_PER_ROOT
         spacing = self._interval(count) // _MEASUREMENTS_PER_ROOT
         steady = count // _GROWTH >= jnp.asarray(self.update_every, jnp.int32)
+        # While intervals grow, each needs its measurements, whatever signals_every says.
         longest = jnp.asarray(longest, jnp.int32)
         spacing = jnp.where(steady, longest, jnp.minimum(spacing, longest))
         return signal_age >= jnp.maximum(spacing, 1)
 
     def refreshes(self, state: Any) -> jax.Array:
         """Return whether this update takes roots."""
-        # A moving average never holds more than some 1/(1 − decay) batches: twice that many are
-        # all it will ever see.
+        # A moving average never holds more than some 1/(1 − decay) batches. After twice that many,
+        # waiting for more samples is in vain.
         longest_memory = 1 / (1 - jnp.asarray(self.decay, jnp.float32))
         seen = state.measurements.astype(jnp.float32)
         enough = (state.samples >= self.warmup) | (seen >= 2 * longest_memory)
@@ -132,5 +136,5 @@ class Clock:
         return trusted & due
 
     def _interval(self, count: jax.Array) -> jax.Array:
-        """Return the updates between two roots: half the updates so far, up to the last period."""
+        """Return the updates between roots: half the updates so far, at most ``update_every``."""
         return jnp.clip(count // _GROWTH, 1, jnp.asarray(self.update_every, jnp.int32))

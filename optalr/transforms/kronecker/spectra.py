@@ -24,12 +24,12 @@ from optalr.transforms.kronecker.leaves import Kernel, Leaf
 from optalr.transforms.kronecker.memory import NOTHING, LeafMemory, SideMemory, roots_of
 from optalr.transforms.kronecker.rule import Clock, Rule
 
-# Of an eigendecomposition ‖AQ − QΛ‖_F/‖A‖_F must stay below this, in units of √n ε.
+# An eigendecomposition succeeds if ‖AQ − QΛ‖_F/‖A‖_F is below this, in units of √n ε.
 _EIGH_TOLERANCE = 100.0
-# How far a refreshed basis may stay from the eigenvectors before all are computed anew: the root's
-# ‖XAX − I‖_F/√n, and ‖AQ − QΛ‖_F/‖A‖_F where the basis itself is used. With the first, two or three
-# roots in a hundred are, and the direction stays within 0.24 of the exact one
-# (benchmarks/warm_basis.py: an MLP on digits); the second is a guess.
+# How far a refreshed basis may be from the eigenvectors before all are computed anew. The first
+# bounds the root's ‖XAX − I‖_F/√n. With it two or three roots in a hundred are computed anew, and
+# the direction stays within 0.24 of the exact one (benchmarks/warm_basis.py: an MLP on digits). The
+# second bounds ‖AQ − QΛ‖_F/‖A‖_F where the basis itself is used. It is a guess.
 _WARM_ROOT_TOLERANCE = 0.3
 _WARM_BASIS_TOLERANCE = 0.1
 
@@ -46,7 +46,7 @@ class Decomposition(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """What the three have in common.
+    """What the three spectra have in common.
 
     Attributes:
       rule: the power and the damping.
@@ -94,7 +94,7 @@ class Spectrum:
     ) -> Decomposition:
         """Return the eigenbases of ``(k, b, b)`` matrices."""
         del dampings
-        # A factor that is zero is no failure: any basis is one of its bases.
+        # Any basis diagonalizes a factor of zeros, so it cannot fail.
         zero = (matrices == 0).all((-2, -1))
         basis, limit = _bases(matrices, last, first=first, zero=zero)
         success = (basis.residual <= limit) | zero
@@ -103,17 +103,18 @@ class Spectrum:
         return Decomposition(basis.vectors, eigenvalues, NOTHING, residual, success)
 
     def of_diagonal(self, factor: Diagonal, damping: jax.Array, root: Any) -> tuple[Any, Any]:
-        """Return the new root of a diagonal factor, whose last one is ``root``, and eigenvalues."""
+        """Return a diagonal factor's new root and eigenvalues; ``root`` is its last root."""
         del damping
         return root, factor.stored
 
     def gains(self, memory: LeafMemory) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return three arrays whose product, which may leave float32's range, is ``(v + λ)^p``."""
+        """Return three arrays whose product, perhaps out of range, is ``(v + λ)^p``."""
         row_unit, col_unit = self.units(memory)
         values = self.values(memory)
         added = self.rule.added(values, num_axes=2)
         if not self.rule.damping_form.is_relative:
-            # An absolute damping far above all eigenvalues is the unit itself.
+            # An absolute damping far above all eigenvalues would overflow in their units, so it
+            # becomes the unit.
             added = added / row_unit
             larger = jnp.maximum(col_unit, added)
             values, added = values * (col_unit / larger), added / larger
@@ -173,7 +174,7 @@ class Factored(Spectrum):
         self, matrices: jax.Array, dampings: jax.Array, last: Any, *, first: jax.Array
     ) -> Decomposition:
         exponent = self.rule.exponent
-        if is_concrete(exponent) and float(exponent) == 0:
+        if is_concrete(exponent) and float(exponent) == 0:  # no root has the order -1/0
             root = jnp.broadcast_to(
                 jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape
             )
@@ -185,6 +186,7 @@ class Factored(Spectrum):
             found = take(matrices, method=self.root_method)
             return Decomposition(found.root, NOTHING, NOTHING, found.residual, found.success)
         warm = partial(take, method="eigenbasis", basis=last, tolerance=_WARM_ROOT_TOLERANCE)
+        # The first basis is the identity, from which one QR step gains little.
         found = jax.lax.cond(first, partial(take, method="eigenbasis"), warm, matrices)
         return Decomposition(found.root, NOTHING, found.basis, found.residual, found.success)
 
@@ -220,7 +222,8 @@ class Measured(Spectrum):
         moment = carry_second_moments(before.second_moment, *bases)
         for old, new in zip(self.units(before), self.units(after), strict=True):
             moment = moment * (old / new)
-        # Moments that do not fit the new units are taken from the factors as at the start.
+        # Moments out of range in the new units start again from the factors, as at the first
+        # refresh.
         start = first | ~jnp.isfinite(moment).all()
         return jnp.where(start, self.outer(after), moment)
 
@@ -233,7 +236,7 @@ SPECTRA: Mapping[str, type[Spectrum]] = MappingProxyType(
 def _bases(
     matrices: jax.Array, last: jax.Array | None, *, first: jax.Array, zero: jax.Array
 ) -> tuple[EigenBasis, jax.Array | float]:
-    """Return eigenbases and the residual that counts as success; from ``last`` if that is near."""
+    """Return eigenbases, from ``last`` if that is near, and the residual that counts as success."""
     if last is None:
         limit = _EIGH_TOLERANCE * jnp.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5
         return eigenbasis(matrices), limit
@@ -244,14 +247,14 @@ def _bases(
 
 
 class Step(NamedTuple):
-    """What all acts of an update read.
+    """What the acts of an update (measure, refresh, apply) read.
 
     Attributes:
       spectrum: decomposes factors and applies the power, by the rule of this update.
       plans: what each leaf is, by its shape and the layout.
       leaves: the same with what this batch's signals say.
       clock: when to measure and when to take roots.
-      signals: this batch's, whole; None where the gradient must do.
+      signals: all signals of this batch; None where the gradient must do.
       measure: returns the signals' moments, measured where it is called; None where they are ready.
     """
 

@@ -37,7 +37,7 @@ class KroneckerState(NamedTuple):
 
     For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers, and nothing else
     of that order is kept, but for ``root_method="eigenbasis"`` (m² + n² more: the bases) and
-    ``spectrum="measured"`` (mn more). What a leaf does not keep is ``optax.MaskedNode()``.
+    ``spectrum="measured"`` (mn more). A part that a leaf does not keep is ``optax.MaskedNode()``.
     """
 
     # every update
@@ -51,7 +51,7 @@ class KroneckerState(NamedTuple):
     graft: Any  # state of options.graft
     # every measurement
     measurements: jax.Array  # () int32, batches measured
-    samples: jax.Array  # () float32, samples a dimension, of the factor that has the fewest
+    samples: jax.Array  # () float32, samples per dimension of the factor that has the fewest
     weight: jax.Array  # () float32, sum of the moving average's weights (bias correction)
     # every refresh
     num_refreshes: jax.Array  # () int32
@@ -93,22 +93,21 @@ def scale_by_kronecker(
     * Any other leaf gets the diagonal rule: ``(v + λ)^p g`` with
       ``v ← decay·v + (1 − decay) N g²``.
 
-    N is the number of examples in the batch. It is there because g is the gradient of a batch's
-    mean: moments estimate the Fisher matrix of *one example*, and squares of batch gradients one
-    that is N times smaller.
+    N is the number of examples in the batch. Moments estimate the Fisher matrix of *one example*.
+    Squares of g, the gradient of a batch's mean, estimate one that is N times smaller.
 
     A side longer than ``options.max_factor_size`` keeps only the diagonal of its factor. A layer
     whose ``count`` is 0 in a batch keeps its factors as they are. The bias correction has one
     weight for all layers, so in a batch the counts must be zero for all layers or for none.
 
     *When.* Gradients pass unchanged (or ``options.graft`` acts), bounded as below, until every
-    factor has seen ``options.warmup`` samples a dimension, in at least ``options.min_batches``
+    factor has seen ``options.warmup`` samples per dimension, in at least ``options.min_batches``
     batches. A factor of too low a rank amplifies what it has not seen yet by ``λ^p``. (A moving
     average never holds more than some 1/(1 − decay) batches, so twice that many are always enough.)
-    Then roots are taken when they are as old as half the updates so far, and later every
-    ``update_every`` updates.
+    From then on roots are taken anew when they are as old as half the updates so far, and later
+    every ``update_every`` updates.
 
-    *How far.* The update of a leaf is shrunk until, times a learning rate of 1, it changes the
+    *How far.* An update that is too long is shrunk. At a learning rate of 1 it then changes the
     outputs of its layer by at most ``options.max_update`` RMS, with inputs taken as isotropic:
     ``‖U‖² tr(A)/m <= max_update² n``. (Leaves without a layer: ``‖U‖² <= max_update² max(m, n)``.)
 
@@ -140,9 +139,9 @@ def scale_by_kronecker(
         state, or lack a leaf that ``layout`` says is captured.
       TypeError: ``update`` got no ``signals``.
 
-    Cost: an update two products, ``2mn(m + n)`` flops a kernel; a measurement ``m² + n²``
-    additions; a refresh some ``20(m³ + n³)`` flops by eigendecomposition, equal sizes batched.
-    Memory ``2(m² + n²)`` numbers a kernel, ``3(m² + n²)`` with ``root_method="eigenbasis"``;
+    Cost: per kernel, an update takes two products, ``2mn(m + n)`` flops, and a measurement takes
+    ``m² + n²`` additions. A refresh by eigendecomposition takes some ``20(m³ + n³)`` flops, equal
+    sizes batched. Memory: ``2(m² + n²)`` numbers, ``3(m² + n²)`` with ``root_method="eigenbasis"``;
     ``optalr.coverage(..., options=options)`` prints the bytes.
 
     Examples:
@@ -175,7 +174,7 @@ def scale_by_kronecker(
     check_root_method(options, power, statistics)
     if options.joint_bias and layout is None:
         raise ValueError(
-            "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which tells "
+            "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which says "
             "which bias belongs to which kernel."
         )
     clock = Clock(update_every, signals_every, decay, options.warmup, options.min_batches)
@@ -201,7 +200,7 @@ class _Kronecker:
         return plan_leaves(tree, self.layout, self.options, own_biases=own_biases)
 
     def spectrum(self) -> Spectrum:
-        """Return the spectrum, with its rule: arrays, which belong to the trace at hand."""
+        """Return the spectrum with its rule, made anew: its arrays belong to the trace at hand."""
         rule = Rule(
             power=self.power,
             share=1.0 if self.from_signals else 0.5,

@@ -1,7 +1,7 @@
 """The damping λ of the flow: a power of the gradient's norm, or a rule that judges each step.
 
-Both answer the same three questions: which extras do you need, what is λ now, and what do you make
-of the step that was solved with it?
+Both answer the same three questions. Which extras do you need? What is λ now? What do you make of
+the step that was solved with it?
 """
 
 import dataclasses
@@ -45,7 +45,9 @@ class LevenbergMarquardt(NamedTuple):
       reject: whether a step whose actual decrease is not positive (or not finite) becomes a zero
         update while λ grows. Near a minimum, where decreases drown in rounding, nothing moves then.
 
-    Cost: one evaluation of the loss a step.
+    A method that takes the rule raises a ValueError for a field out of range.
+
+    Cost: one evaluation of the loss per step.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -114,7 +116,7 @@ class PowerOfNorm:
 
     @property
     def initial(self) -> float:
-        """What ``next_damping`` is before the first step."""
+        """The ``next_damping`` before the first step."""
         return 0.0
 
     def value(self, count: jax.Array, norm: jax.Array, next_damping: jax.Array) -> jax.Array:
@@ -142,11 +144,11 @@ class JudgedDamping:
 
     @property
     def initial(self) -> float:
-        """What ``next_damping`` is before the first step."""
+        """The ``next_damping`` before the first step."""
         return self.rule.initial
 
     def value(self, count: jax.Array, norm: jax.Array, next_damping: jax.Array) -> jax.Array:
-        """Return λ: what the last verdict says."""
+        """Return the λ of the last verdict."""
         del count, norm
         return next_damping
 
@@ -160,7 +162,7 @@ class JudgedDamping:
         shrunk = jnp.where(ratio > rule.high, rule.shrink, 1.0)
         factor = jnp.where(ratio < rule.low, rule.grow, shrunk)
         following = jnp.clip(trial.damping * factor, rule.smallest, rule.largest)
-        # Negated, so that a decrease that is not finite is refused, too.
+        # Negated, so that a decrease of NaN is refused too.
         refused = ~(actual > 0) if rule.reject else jnp.asarray(False)
         zeros = jax.tree.map(jnp.zeros_like, trial.direction)
         # A zero gradient says nothing about the model.
@@ -179,7 +181,7 @@ class JudgedDamping:
             embed(direction, extras["point"]),
         )
         slope = dot(trial.gradient, direction)
-        # vᵀ(A + λI)v = vᵀ(∇ − r), at no further product.
+        # vᵀ(A + λI)v = vᵀ(∇ − r), without a further product.
         damped = slope - dot(direction, trial.solved.residual)
         curved = damped - trial.damping * dot(direction, direction)
         return extras["value"] - extras["value_fn"](moved), step * slope - 0.5 * step**2 * curved
@@ -195,11 +197,11 @@ def refuse_schedule(name: str, value: Any, remedy: str = "") -> None:
 
 
 def resolve_damping(given: tuple[Any, Any] | LevenbergMarquardt | Mapping[str, Any]) -> Damping:
-    """Check ``damping`` as the user gave it, and return what it stands for.
+    """Check ``damping`` as the user gave it, and return the rule that it stands for.
 
     Raises:
       ValueError: a number is out of range.
-      TypeError: neither a pair nor a rule, or a schedule for the power.
+      TypeError: ``given`` is neither a pair nor a rule, or its power is a schedule.
     """
     given = from_fields("damping", given, LevenbergMarquardt)
     if isinstance(given, LevenbergMarquardt):
@@ -218,7 +220,7 @@ def resolve_damping(given: tuple[Any, Any] | LevenbergMarquardt | Mapping[str, A
 
 
 def _check_rule(rule: LevenbergMarquardt) -> None:
-    """Raise where a field is out of range. A named tuple has no place to check itself."""
+    """Raise if a field is out of range. A named tuple has no place to check itself."""
     check_interval("damping.initial", rule.initial, 0.0, open_low=True)
     check_interval("damping.grow", rule.grow, 1.0, open_low=True)
     check_interval("damping.shrink", rule.shrink, 0.0, 1.0, open_low=True, open_high=True)

@@ -1,4 +1,4 @@
-"""The solve inside the flow, and what is taken of it where it met negative curvature."""
+"""The solve inside the flow, and the direction taken where it met negative curvature."""
 
 import dataclasses
 import operator
@@ -52,18 +52,18 @@ class KrylovSolver:
 
 
 def _descend(solved: MinresResult, gradient: Any) -> tuple[Any, jax.Array]:
-    """Return the last iterate where it descends, else the one that is trusted to."""
+    """Return the last iterate if it descends, else the trusted one; and whether it descends."""
     descends = dot(gradient, solved.solution) > 0
     return where(descends, solved.solution, solved.trusted), descends
 
 
 def _keep(solved: MinresResult, gradient: Any) -> tuple[Any, jax.Array]:
-    """Return the last iterate, and that it is to be taken for a direction of descent."""
+    """Return the last iterate, and True: it is taken for a direction of descent."""
     del gradient
     return solved.solution, jnp.asarray(True)
 
 
-# How a solve ends that met negative curvature.
+# What to do with a solve that met negative curvature.
 ENDINGS: Mapping[str, Ending] = MappingProxyType({"descend": _descend, "keep": _keep})
 
 
@@ -71,7 +71,7 @@ def checked_steps(num_steps: Any) -> int:
     """Return ``num_steps`` as a Python int."""
     try:
         whole = None if isinstance(num_steps, bool) else operator.index(num_steps)
-    except TypeError:  # a tracer's error is one, too
+    except TypeError:  # what a tracer raises is a TypeError too
         whole = None
     if whole is None:
         raise TypeError(

@@ -2,8 +2,9 @@
 
 The flow ``G dw/dt = −∇`` makes the loss's derivative in the outputs decay as ``e^{−t}``. With the
 Gauss-Newton matrix (type G) or the Hessian (type H) for ``A``, a step solves ``(A + λI) v = ∇`` by
-``k`` steps of MINRES and moves along ``−v``: ``k = 1`` is a gradient step whose length is set by
-the curvature along the gradient, a large ``k`` is a Gauss-Newton or Newton step.
+``k`` steps of MINRES and moves along ``−v``. With ``k = 1`` that is a gradient step, and the
+curvature along the gradient sets its length. With a large ``k`` it is a Gauss-Newton or Newton
+step.
 
 "Exponentially decaying flows for optimization in deep learning", eq. 20-24 and appendix A.
 """
@@ -44,7 +45,7 @@ _SUPPLY = (
     "evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); or choose "
     "curvature='hessian', which works with any loss."
 )
-# What to do where the extra of a curvature is missing; the empty one is the usual sentence.
+# What to do where the extra of a curvature is missing; empty stands for the usual remedy.
 _REMEDIES: Mapping[str, str] = MappingProxyType({"gauss_newton": _SUPPLY, "hessian": ""})
 
 
@@ -56,14 +57,15 @@ class KrylovFlowState(NamedTuple):
     damping: jax.Array  # () float32, λ of the last solve; before, that of a gradient of norm 1
     next_damping: jax.Array  # () float32, λ of the next solve under a Levenberg-Marquardt rule
     # () float32, ‖∇ − (A + λI) v‖/‖∇‖ of the last solve; with a preconditioner M in its norm,
-    # √(rᵀ M r). v is the last iterate, also where an earlier one was taken for negative curvature.
+    # √(rᵀ M r). v is the last iterate, even where negative curvature made an earlier one the
+    # update.
     krylov_residual: jax.Array
-    # () float32, actual over predicted decrease, also of a step refused; 1 without the rule
+    # () float32, actual over predicted decrease, of refused steps too; 1 without the rule
     reduction_ratio: jax.Array
     negative_curvature: jax.Array  # () int32, updates that met nonpositive curvature
     rejections: jax.Array  # () int32, steps that the rule turned into zero updates
-    # () int32, updates in which the gradient, a product or λ was not finite; a λ that is not leaves
-    # the last one in place
+    # () int32, updates in which the gradient, a product or λ was not finite; in place of such a λ
+    # the last one is used
     failures: jax.Array
 
 
@@ -79,7 +81,7 @@ def scale_by_krylov_flow(
     """Replace the gradient by a few MINRES steps toward ``(A + λI)⁻¹`` of it.
 
     Choose it for least squares and cross-entropy losses where gradient steps make slow progress
-    and a few curvature products a step are affordable: with many steps and little damping in
+    and a few curvature products per step are affordable: with many steps and little damping in
     full-batch fitting, with ``num_steps`` 1 or 2 and the default damping in mini-batch training.
     With A the curvature and ∇ the gradient, the update is the k-th iterate ``v`` of MINRES for
 
@@ -101,8 +103,8 @@ def scale_by_krylov_flow(
         approximates ``(A + λI)⁻¹``, for example ``optalr.kronecker_preconditioner()``.
       negative_curvature: ``"descend"`` acts where MINRES ends in a direction along which the loss
         rises: it takes the last iterate before nonpositive curvature showed up (in the first step,
-        the gradient with the absolute value of its factor). ``"keep"`` is the flow as the paper
-        has it, which can climb.
+        the gradient with the absolute value of its factor). ``"keep"`` is the flow of the
+        paper, which can climb.
 
     Returns:
       A transformation that solves against whatever arrives in the chain.
@@ -113,12 +115,13 @@ def scale_by_krylov_flow(
         than ``a`` is a schedule; at ``update``, an extra is missing.
 
     Cost:
-      A product is one pass of the linearized model and one of its transpose (type G; four matrix
-      products a layer where the gradient takes three) or about two gradients (type H). Memory is
-      some ten times the parameters, and one linearization, whatever ``num_steps`` is. On a CPU, XLA
-      also keeps the cotangents of some max poolings once a product, each of the size of the
-      pooling's input: of those over windows of more than 16 entries, and of those inside
-      ``jax.checkpoint``, loops and branches. A pooling by ``reshape`` and ``max`` avoids this.
+      A product of type G is one pass of the linearized model and one of its transpose: four matrix
+      products per layer, where the gradient takes three. A product of type H costs about two
+      gradients. Memory is some ten times the parameters, and one linearization, whatever
+      ``num_steps`` is. On a CPU, XLA also keeps the cotangents of some max poolings, once per
+      product, each as large as the pooling's input. These are the poolings over windows of more
+      than 16 entries, and those inside ``jax.checkpoint``, loops and branches. A pooling by
+      ``reshape`` and ``max`` avoids this.
 
       On a CPU, XLA runs gradients of convolutions 10 to 20 times slower inside ``cond``, ``scan``
       or ``while``. The flow has none around its products, but ``optalr.two_stage`` and
@@ -141,8 +144,8 @@ def scale_by_krylov_flow(
 
     Reference:
       "Exponentially decaying flows for optimization in deep learning", eq. 20-24, algorithms 1 and
-      2. Algorithm 1 as printed adds ``λ∇`` to each product, which must be λ times the Lanczos
-      vector. The paper leaves negative curvature (type H) unguarded: ``"keep"``.
+      2. Algorithm 1 as printed adds ``λ∇`` to each product; right is λ times the Lanczos vector.
+      The paper does not guard against negative curvature (type H): ``"keep"``.
     """
     check_choice("curvature", curvature, tuple(_REMEDIES))
     check_choice("negative_curvature", negative_curvature, tuple(ENDINGS))
@@ -210,7 +213,7 @@ def _first_state(rule: Damping, *, wants_signals: bool) -> KrylovFlowState:
 
 
 def _idle(state: KrylovFlowState, rule: Damping) -> KrylovFlowState:
-    """Return the state after an update without leaves: that after a zero gradient."""
+    """Return the state after an update without leaves, which counts as a zero gradient."""
     return state._replace(
         count=count_up(state.count),
         damping=rule.value(state.count, jnp.zeros((), jnp.float32), state.next_damping),
@@ -226,7 +229,7 @@ def _after(
     damping: jax.Array,
     failed: jax.Array,
 ) -> KrylovFlowState:
-    """Return the state after a solve with this damping, whose wish for another one may fail."""
+    """Return the state after a solve with ``damping``; ``failed`` says that λ was not finite."""
     start, end = solved.residual_norms[0], solved.residual_norms[-1]
     relative = (end / jnp.where(start > 0, start, 1.0)).astype(jnp.float32)
     met_negative = solved.nonpositive_curvature.astype(jnp.int32)
@@ -243,7 +246,7 @@ def _after(
 
 
 def _norm_in_range(gradient: Any) -> jax.Array:
-    """Return the 2-norm, float32: finite wherever the result is, though a square may not be."""
+    """Return the 2-norm, float32, by squares that stay in range."""
     top = largest(gradient)
     unit = divide(gradient, top)
     return (top * jnp.sqrt(dot(unit, unit))).astype(jnp.float32)

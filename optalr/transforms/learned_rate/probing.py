@@ -1,4 +1,4 @@
-"""How a learned rate reads the loss along a step: by probes, or from the gradients of two steps."""
+"""How a learned rate reads the loss along a step: by probes, or from two steps' gradients."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -28,11 +28,10 @@ _PROBE_REMEDY = (
 class SuccessiveGradients:
     """Take ``f'(η_t) = −u_tᵀ g_{t+1}`` from the next step's gradient, eq. 8: no extra pass.
 
-    Choose it where a probe costs too much. It has been known since as hypergradient descent (Baydin
-    et al. 2018). On stochastic gradients it compares two batches. It gives no curvature, hence
-    ``order=1`` only.
+    Choose it where a probe costs too much. On stochastic gradients it compares two batches. It
+    gives no curvature, hence ``order=1`` only.
 
-    Cost: one inner product a step, and one copy of the parameters in the state, for the last
+    Cost: one inner product per step, and one copy of the parameters in the state, for the last
       direction.
 
     Examples:
@@ -46,6 +45,9 @@ class SuccessiveGradients:
       ...     w = optax.apply_updates(w, updates)
       >>> bool(jnp.isclose(state.learning_rate, 0.1 + 0.01 * 2 * 1.6))
       True
+
+    Reference: Ravaut, Gorti, "Faster gradient descent via an adaptive learning rate", eq. 8. Since
+      then it has been known as hypergradient descent (Baydin et al. 2018).
     """
 
 
@@ -70,14 +72,14 @@ class UpdateInputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Reads the loss along the step, by extra passes.
+    """A reader that evaluates the loss along the step, by extra passes.
 
     Attributes:
       derivatives: how f' and f'' are taken.
       name: the extra that holds the loss.
-      order: 1 where only f' is needed; 2, or traced, where f'' is, too.
+      order: 1 where only f' is needed; 2, or traced, where f'' is needed too.
       every: updates between probes.
-      compares: whether f(0) and gᵀu are wanted, too, where the extra ``grad`` is there.
+      compares: whether f(0) and gᵀu are wanted too; they need the extra ``grad``.
     """
 
     derivatives: ExactDerivatives | FiniteDifferences
@@ -132,7 +134,7 @@ class Probe:
         return measure
 
     def _differentiate(self, ray: Callable[[jax.Array], jax.Array], eta: jax.Array) -> Any:
-        """Return f, f' and f'', or say what to do where a loss has no forward derivative."""
+        """Return f, f' and f''; raise with a remedy where the loss has no forward derivative."""
         # A traced order may turn out to be 2.
         order = int(self.order) if is_concrete(self.order) else 2
         try:
@@ -148,7 +150,7 @@ class Probe:
 
 
 class GradientComparison:
-    """Reads the slope of the step before from the new gradient: f' = −uᵀg."""
+    """A reader that takes the last step's slope from the new gradient: f' = −uᵀg."""
 
     def init_direction(self, params: Any) -> Any:
         """Return the part of the state for the last direction: zeros like the parameters."""
@@ -161,7 +163,7 @@ class GradientComparison:
         )
 
     def read(self, inputs: UpdateInputs, rate: jax.Array, due: jax.Array) -> Reading:
-        """Return the reading of the step before, which is at hand whether due or not."""
+        """Return the reading of the last step. It costs nothing, so ``due`` does not matter."""
         del rate, due
         slope = -inner_product(inputs.last_direction, inputs.extras.get("grad", inputs.updates))
         zero = jnp.zeros_like(slope)
@@ -169,7 +171,7 @@ class GradientComparison:
 
 
 def resolve_derivatives(given: str | Mapping[str, Any] | Derivatives, order: Any) -> Derivatives:
-    """Return the configured derivatives, refusing what does not fit the order.
+    """Return the configured derivatives; raise if they do not fit the order.
 
     Args:
       given: a name of ``DERIVATIVES``, a mapping that holds one as ``name`` beside fields of that

@@ -1,6 +1,6 @@
 """One update of a learned rate: scalars in, scalars out.
 
-The rule and its safeguards stand apart from the transformation, so that they can be read in one
+The rule and its safeguards are apart from the transformation, so that they can be read in one
 place.
 """
 
@@ -33,7 +33,7 @@ class RateMemory(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What is decided: scalars."""
+    """What the rule decides, as scalars."""
 
     applied: jax.Array  # float32, the rate of this step
     next_rate: jax.Array  # float32, the rate that the next step starts from
@@ -149,7 +149,7 @@ class RateRule:
         new, applied = outcome.next_rate, outcome.applied
         within = jnp.clip(new, self.safeguards.floor, self.safeguards.ceiling)
         if not self.lag:
-            # A step that was refused or cut has a rate of its own, which stays.
+            # A refused or shortened step has a rate of its own, which stays.
             applied = jnp.where(applied == new, within, applied)
         return outcome._replace(
             applied=applied.astype(jnp.float32),

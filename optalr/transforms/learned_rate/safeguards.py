@@ -13,9 +13,12 @@ from optalr.transforms.shared.presets import resolve_preset
 class RateSafeguards:
     """What a learned rate does where Newton's rule fails. None switches a safeguard off.
 
-    Where ``f'' > 0`` and nothing is out of proportion no safeguard acts, however fast the rate
-    grows or falls: on a quadratic one update lands on the exact rate. Each acts relative to the
-    rate and to the loss, so scaling the loss by c still divides the rates by c.
+    Choose your own to bound the rate (``ceiling``) or the step (``max_step``), or to run the
+    paper's bare rule (``RateSafeguards.off()``).
+
+    Where ``f'' > 0`` and nothing is out of proportion, no safeguard acts, however fast the rate
+    grows or falls. On a quadratic one update therefore lands on the exact rate. Each safeguard acts
+    relative to the rate and to the loss, so scaling the loss by c still divides the rates by c.
 
     Attributes:
       curvature: k > 1. Where the parabola through f, f', f'' has no minimum at a positive rate
@@ -59,6 +62,9 @@ class RateSafeguards:
       ...     w = optax.apply_updates(w, updates)
       >>> bool(jnp.allclose(w, 0.98 * (1 - 2 * 0.1)))  # the exact rate is 0.5
       True
+
+    Reference: the floor is δ of Ravaut, Gorti, "Faster gradient descent via an adaptive learning
+      rate", eq. 19. The other safeguards are ours.
     """
 
     curvature: float | None = 2.0

@@ -86,9 +86,9 @@ def scale_by_learned_rate(
                                 η ← η − α f'(η)           (order 1)
 
     On a quadratic, one update of order 2 gives the exact line-search rate from any η. It is applied
-    one step late, which makes the method that of Barzilai and Borwein: fast but not monotone, the
-    loss spikes now and then. ``lag=False`` gives steepest descent instead. Order 2 is invariant
-    under a change of the loss's scale; order 1 is not.
+    one step late, which makes the method that of Barzilai and Borwein. That is fast but not
+    monotone: the loss spikes now and then. ``lag=False`` gives steepest descent instead. Order 2 is
+    invariant under a change of the loss's scale; order 1 is not.
 
     Args:
       initial_rate: η₀ > 0.
@@ -122,7 +122,7 @@ def scale_by_learned_rate(
       TypeError: ``derivatives`` or ``safeguards`` is of another kind; ``update`` lacks the extra to
         probe or the parameters, or the loss has no forward derivative.
 
-    Cost: exact derivatives take five products a layer, 5/3 of a gradient (2/3 to 1 with order 1);
+    Cost: exact derivatives take five products per layer, 5/3 of a gradient (2/3 to 1 with order 1);
       finite differences take five forward passes. No memory beyond a forward pass.
 
     Examples:
@@ -184,7 +184,7 @@ def scale_by_learned_rate(
 def _bound(
     outcome: Outcome, state: LearnedRateState, inputs: UpdateInputs, *, safeguards: RateSafeguards
 ) -> tuple[Outcome, LearnedRateState]:
-    """Shorten a step that is longer than ``max_step``; what is learned of the rate stays."""
+    """Shorten a step that is longer than ``max_step``; the rate that was learned stays."""
     if safeguards.max_step is None:
         return outcome, state
     watch = watch_loss(state.watch, inputs.extras.get("value"), safeguards.max_rise)

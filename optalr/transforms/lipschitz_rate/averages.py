@@ -1,4 +1,4 @@
-"""What rate follows from the constant: where the direction is averaged, so is the constant.
+"""The rate that follows from the constant. Where the direction is averaged, so is the constant.
 
 An average of gradients is bounded by the same average of their bounds (Yedida, Saha & Prashanth,
 "LipschitzLR", 2020).
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from optalr.arguments import check_interval
 from optalr.transforms.lipschitz_rate.constants import Constants
 
-# Adam's own ε, which its denominator has, and so the bound on it.
+# Adam's own ε. Its denominator has it, so the bound on the denominator has it too.
 _EPSILON = 1e-8
 
 
@@ -79,7 +79,8 @@ class AdamRate:
         """Return η; not finite before a measurement."""
         del known
         steps = (count + 1).astype(jnp.float32)
-        # Adam frees its averages of their bias towards zero, so the constants' are, too.
+        # Adam corrects its averages for their bias towards zero, so the constants' are corrected
+        # too.
         first, second = (
             1 - jnp.float32(decay) ** steps for decay in (self.first_decay, self.second_decay)
         )

@@ -1,4 +1,4 @@
-"""Which Lipschitz constant is in force: each minibatch's own, or the last epoch's largest."""
+"""The Lipschitz constant in force: each minibatch's own, or the largest of the last epoch."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Constants(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """When a constant takes over; the arguments are those of ``scale_by_lipschitz_rate``."""
+    """When a new constant takes over; the arguments are those of ``scale_by_lipschitz_rate``."""
 
     steps: Any
     weight_decay: Any
@@ -70,7 +70,7 @@ class Epochs:
 
 
 def _largest(known: Constants, measured: Measurement, *, fresh: jax.Array) -> Constants:
-    """Return the largest of this epoch; ``fresh`` where its first usable minibatch is this one."""
+    """Return the largest so far in this epoch; ``fresh`` says that it has no earlier usable one."""
 
     def larger(before: jax.Array, now: jax.Array) -> jax.Array:
         before = jnp.where(fresh, 0, before)

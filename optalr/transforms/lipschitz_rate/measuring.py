@@ -16,11 +16,11 @@ METHOD = "scale_by_lipschitz_rate"
 
 
 class Measurement(NamedTuple):
-    """One minibatch: scalars."""
+    """What one minibatch says, as scalars."""
 
     activation_norm: jax.Array  # float32, K_z
     loss_bound: jax.Array  # float32, L without its weight decay term
-    square_bound: jax.Array  # float32, the bound on the squared gradient; 0 where nobody asks
+    square_bound: jax.Array  # float32, the bound on the squared gradient; 0 unless wanted
     usable: jax.Array  # bool, whether something was measured, and is finite and positive
     failed: jax.Array  # bool, whether something was measured and is not
 
@@ -70,7 +70,7 @@ class Gauge:
 
 
 def further_norms(loss: str, target_norm: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return the function of the extras that gives what the formula takes besides K_z."""
+    """Return the function of the extras that returns the norms in the formula besides K_z."""
     if canonical_loss(loss) != "least_squares":
         return lambda extras: {}
 

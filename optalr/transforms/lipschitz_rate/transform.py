@@ -71,10 +71,10 @@ def scale_by_lipschitz_rate(
     for softmax cross-entropy of k classes, binary cross-entropy and least squares.
 
     L is not a bound on the gradient, though the paper calls it one. It is the value at
-    initialization (equal class probabilities), and it looks at the last layer alone. It also takes
-    the largest number in the error ``∂E/∂z`` for the norm of that m-row matrix, which makes it
-    smaller by up to √m. Logistic regression trains at the rate 1/L; deeper nets break down at it
-    where their activations change quickly. The default guard ``max_step`` keeps them alive.
+    initialization (equal class probabilities), and it looks at the last layer alone. The formula
+    also takes the largest number in the error ``∂E/∂z`` for the norm of that m-row matrix. This
+    makes L smaller by up to √m. Logistic regression trains at the rate 1/L; deeper nets break down
+    at it where their activations change quickly. The default guard ``max_step`` keeps them alive.
 
     Args:
       loss: ``"softmax_cross_entropy"``, ``"binary_cross_entropy"`` (means over the batch) or
@@ -94,14 +94,14 @@ def scale_by_lipschitz_rate(
       last_layer: key path (``jax.tree_util.keystr``) of the last layer's kernel; None for the layer
         that is executed last.
       guards: ``"on"`` or None for the default ones, a ``LipschitzGuards`` or a mapping of its
-        fields; ``"off"`` for the paper's own rule, 1/L whatever comes of it.
+        fields; ``"off"`` for the paper's own rule: 1/L, whatever comes of it.
 
     Returns:
       A transformation. ``update`` reads the extra ``head`` (``signals`` with ``last_layer``), with
       weight decay ``point``, and for least squares ``outputs`` (of ``optalr.composite_loss``). The
-      guard on steps reads ``value``, if it is there. For Adam the extra ``activations``, which you
-      may pass, gives ‖a∘a‖_F exactly; without it its lower bound ``√(NT Σ_j A_jj²)`` is taken,
-      which errs towards small rates.
+      guard on steps reads ``value``, if it is there. For Adam you may pass the extra
+      ``activations``, which gives ‖a∘a‖_F exactly. Without it the lower bound ``√(NT Σ_j A_jj²)``
+      takes its place, which errs towards small rates.
 
     Raises:
       ValueError: an argument is out of range or missing; ``last_layer`` is no captured layer.

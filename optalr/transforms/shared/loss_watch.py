@@ -1,7 +1,7 @@
 """A bound on the length of steps that begins once the loss has risen.
 
-The rates that set themselves share it. Before the rise they are left alone: while a rule works, a
-bound would only make it another rule.
+All rates that set themselves share it. Before the rise it leaves them alone: while a rule works, a
+bound would only make another rule of it.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class LossWatch(NamedTuple):
     """What is remembered of the loss."""
 
     first_value: jax.Array  # () float32, the loss at the first step; NaN before it
-    risen: jax.Array  # () bool, whether it was ever above a multiple of that, or not finite
+    risen: jax.Array  # () bool, whether it ever rose above a multiple of that, or was infinite
 
 
 def check_bound(max_step: Any, max_rise: Any) -> None:

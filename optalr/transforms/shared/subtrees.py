@@ -1,6 +1,6 @@
-"""Trees that lack some leaves of the parameters, as ``optax.masked`` and ``partition`` leave them.
+"""Trees that lack some leaves of the parameters, as under ``optax.masked`` and ``partition``.
 
-Curvature products and losses are functions of all parameters, while a method may see a part.
+Curvature products and losses are functions of all parameters, while a method may see only some.
 """
 
 from collections.abc import Callable
