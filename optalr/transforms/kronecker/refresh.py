@@ -12,6 +12,7 @@ from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.states import count_up, update_when
 from optalr.transforms.kronecker.leaves import Kernel
 from optalr.transforms.kronecker.memory import (
+    NOTHING,
     LeafMemory,
     SideMemory,
     factors_of,
@@ -111,26 +112,19 @@ def _decompose(spectrum: Spectrum, sides: Sequence[_Side], first: jax.Array) -> 
             last = None if last is None else last.reshape(matrices.shape)
             requests[i] = (matrices, factor.spread(damping), last)
         elif isinstance(factor, Diagonal):
-            root, eigenvalues = spectrum.of_diagonal(factor, damping, memory.root)
-            exact = jnp.zeros(()), jnp.bool_(True)
-            found[i] = Decomposition(root, eigenvalues, memory.basis, *exact)
+            exact = spectrum.of_diagonal(factor, damping, memory)
+            found[i] = Decomposition(exact, jnp.zeros(()), jnp.bool_(True))
     solve = partial(spectrum.decompose, first=first)
     solved = solve_by_size(solve, list(requests.values()))
     found.update(zip(requests, solved, strict=True))
     return [_shaped(found[i], side.memory) for i, side in enumerate(sides)]
 
 
-def _shaped(found: Decomposition, memory: SideMemory) -> Decomposition:
-    """Return a decomposition with its arrays in the shapes of a memory."""
-
-    def shaped(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: a.reshape(b.shape), new, old)
-
-    return found._replace(
-        root=shaped(found.root, memory.root),
-        eigenvalues=shaped(found.eigenvalues, memory.eigenvalues),
-        basis=shaped(found.basis, memory.basis),
-    )
+def _shaped(new: Decomposition, memory: SideMemory) -> Decomposition:
+    """Return a decomposition with its arrays in the shapes that they rest in."""
+    found, kept = (side._replace(factor=NOTHING) for side in (new.found, memory))
+    found = jax.tree.map(lambda a, b: a.reshape(b.shape), found, kept)
+    return new._replace(found=found._replace(factor=memory.factor))
 
 
 def _kept(
@@ -148,15 +142,7 @@ def _kept(
     def choose(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: a if a is b else jnp.where(success, a, b), new, old)
 
-    rows, cols = (
-        SideMemory(
-            factor=old.factor,
-            root=choose(new.root, old.root),
-            eigenvalues=choose(new.eigenvalues, old.eigenvalues),
-            basis=choose(new.basis, old.basis),
-        )
-        for new, old in zip(pair, memory.sides, strict=True)
-    )
+    rows, cols = (choose(side.found, old) for side, old in zip(pair, memory.sides, strict=True))
     after = memory._replace(rows=rows, cols=cols)
     carried = spectrum.carry(leaf, memory, after, first=first)
     return after._replace(second_moment=choose(carried, memory.second_moment))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from optalr.arguments import is_concrete
 from optalr.arrays import damped_power
+from optalr.linalg import spd
 from optalr.linalg.kronecker import carry_second_moments, to_eigenbasis
 from optalr.linalg.roots.bases import EigenBasis, eigenbasis, refresh_eigenbasis
 from optalr.linalg.roots.inverse_root import inverse_root
@@ -37,9 +38,7 @@ _WARM_BASIS_TOLERANCE = 0.1
 class Decomposition(NamedTuple):
     """What a refresh finds for each of k matrices of b rows."""
 
-    root: Any  # (k, b, b), the root or the eigenbasis
-    eigenvalues: Any  # (k, b), where eigenbases are kept
-    basis: Any  # (k, b, b), refreshed, where it is kept beside the root
+    found: SideMemory  # root (k, b, b), eigenvalues (k, b) and basis (k, b, b), where they are kept
     residual: jax.Array  # (k,)
     success: jax.Array  # (k,) bool
 
@@ -99,13 +98,13 @@ class Spectrum:
         basis, limit = _bases(matrices, last, first=first, zero=zero)
         success = (basis.residual <= limit) | zero
         residual = jnp.where(zero, 0, basis.residual)
-        eigenvalues = jnp.maximum(basis.values, 0)
-        return Decomposition(basis.vectors, eigenvalues, NOTHING, residual, success)
+        found = SideMemory(root=basis.vectors, eigenvalues=jnp.maximum(basis.values, 0))
+        return Decomposition(found, residual, success)
 
-    def of_diagonal(self, factor: Diagonal, damping: jax.Array, root: Any) -> tuple[Any, Any]:
-        """Return a diagonal factor's new root and eigenvalues; ``root`` is its last root."""
+    def of_diagonal(self, factor: Diagonal, damping: jax.Array, last: SideMemory) -> SideMemory:
+        """Return what a diagonal factor's memory becomes, whose basis is always the identity."""
         del damping
-        return root, factor.stored
+        return last._replace(eigenvalues=factor.stored)
 
     def gains(self, memory: LeafMemory) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return three arrays whose product, perhaps out of range, is ``(v + λ)^p``."""
@@ -175,26 +174,25 @@ class Factored(Spectrum):
     ) -> Decomposition:
         exponent = self.rule.exponent
         if is_concrete(exponent) and float(exponent) == 0:  # no root has the order -1/0
-            root = jnp.broadcast_to(
-                jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape
-            )
-            basis = NOTHING if last is None else last
+            identity = SideMemory(root=spd.identity_like(matrices), basis=_or_nothing(last))
             success = jnp.ones(dampings.shape, bool)
-            return Decomposition(root, NOTHING, basis, jnp.zeros_like(dampings), success)
+            return Decomposition(identity, jnp.zeros_like(dampings), success)
         take = partial(inverse_root, p=-1 / exponent, damping=dampings)
         if last is None:
-            found = take(matrices, method=self.root_method)
-            return Decomposition(found.root, NOTHING, NOTHING, found.residual, found.success)
-        warm = partial(take, method="eigenbasis", basis=last, tolerance=_WARM_ROOT_TOLERANCE)
-        # The first basis is the identity, from which one QR step gains little.
-        found = jax.lax.cond(first, partial(take, method="eigenbasis"), warm, matrices)
-        return Decomposition(found.root, NOTHING, found.basis, found.residual, found.success)
+            taken = take(matrices, method=self.root_method)
+        else:
+            warm = partial(take, method="eigenbasis", basis=last, tolerance=_WARM_ROOT_TOLERANCE)
+            # The first basis is the identity, from which one QR step gains little.
+            taken = jax.lax.cond(first, partial(take, method="eigenbasis"), warm, matrices)
+        found = SideMemory(
+            root=taken.root, basis=_or_nothing(taken.basis if last is not None else None)
+        )
+        return Decomposition(found, taken.residual, taken.success)
 
     def of_diagonal(  # noqa: D102
-        self, factor: Diagonal, damping: jax.Array, root: Any
-    ) -> tuple[Any, Any]:
-        del root
-        return factor.power(self.rule.exponent, damping).stored, NOTHING
+        self, factor: Diagonal, damping: jax.Array, last: SideMemory
+    ) -> SideMemory:
+        return last._replace(root=factor.power(self.rule.exponent, damping).stored)
 
 
 class Exact(Spectrum):
@@ -231,6 +229,10 @@ class Measured(Spectrum):
 SPECTRA: Mapping[str, type[Spectrum]] = MappingProxyType(
     {"factored": Factored, "exact": Exact, "measured": Measured}
 )
+
+
+def _or_nothing(basis: jax.Array | None) -> Any:
+    return NOTHING if basis is None else basis
 
 
 def _bases(
