@@ -219,7 +219,7 @@ class _Kronecker:
         other = self.options.graft
         return KroneckerState(
             count=jnp.zeros([], jnp.int32),
-            signal_age=jnp.ones([], jnp.int32),
+            signal_age=jnp.ones([], jnp.int32),  # so that the first update measures
             root_age=jnp.zeros([], jnp.int32),
             wants_signals=jnp.asarray(self.from_signals),
             failures=jnp.zeros([], jnp.int32),
