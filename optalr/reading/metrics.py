@@ -74,9 +74,9 @@ def metrics(opt_state: Any) -> dict[str, Any]:
       in use.
 
       Where several states report one name, each has an entry of its own with the path to it
-      (``"first/learning_rate"``). The plain name then holds the learning rate of the stage in
-      charge (in a blend the mean of both, weighted by the phase), the sum of failures, the largest
-      root age, residual and step, and for all other names the outermost value.
+      (``"first/learning_rate"``). The plain name then holds one value: the learning rate of the
+      stage in charge (in a blend the mean of both, weighted by the phase), the sum of failures, and
+      the largest root age, residual and step. For all other names it is the outermost value.
 
       A rate that exists in a closure only, as in ``optax.sgd(0.1)``, cannot be read.
       ``optax.inject_hyperparams(optax.sgd)(0.1)`` makes it visible.

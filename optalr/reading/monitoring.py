@@ -23,10 +23,10 @@ def monitor(writer: Any, *, every: int = 1, prefix: str = "") -> Callable[..., N
     of order, so each holds its step. ``jax.effects_barrier()`` waits for them.
 
     Args:
-      writer: what receives the rows: the path of a CSV file (``CSVWriter``); an object with
-        ``add_scalar(tag, value, step)``, such as TensorBoard's ``SummaryWriter`` in
-        ``tensorboardX`` or PyTorch; one with ``write_scalars(step, scalars)``, as in
-        ``clu.metric_writers``; or a function ``(step, scalars)``.
+      writer: what receives the rows. It may be the path of a CSV file (``CSVWriter``), or a
+        function ``(step, scalars)``. It may be an object with ``add_scalar(tag, value, step)``,
+        such as TensorBoard's ``SummaryWriter`` in ``tensorboardX`` or PyTorch, or one with
+        ``write_scalars(step, scalars)``, as in ``clu.metric_writers``.
       every: steps between rows, at least 1: steps that are multiples of it are written.
       prefix: text before each name, such as ``"optimizer/"``.
 

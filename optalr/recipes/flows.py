@@ -49,8 +49,8 @@ def edf(
         mapping of its fields. Its default ``step_size`` of 1 becomes the learning rate if that is a
         positive constant. With W1, W2 or a schedule the rule judges a step other than the one
         taken.
-      acceleration: None; or ``"W1"``, constant friction, which is momentum 0.9 on the solved
-        direction; or ``"W2"``, vanishing friction ``3/t``, which is Nesterov's scheme. Under
+      acceleration: None for none. ``"W1"`` is constant friction: momentum 0.9 on the solved
+        direction. ``"W2"`` is vanishing friction ``3/t``: Nesterov's scheme. Under
         ``two_stage``, a phase set back to 0 goes on with the velocity that W2 had at the switch.
       tol: see ``scale_by_krylov_flow``.
       preconditioner: see ``scale_by_krylov_flow``.

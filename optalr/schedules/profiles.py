@@ -37,8 +37,8 @@ def flow_schedule(
     ``power_profile`` it falls as ``1/t``. The schedule is ``η_i = Δt |ρ'(t_i)/ρ(t_i)|`` at
     ``t_i = start + i Δt``, cut at ``largest``.
 
-    Where a profile of your own falls below 1e-30 or stops being positive, the rate stays what it
-    was just before: finite where ``ρ`` underflows, ``largest`` where it arrives at zero.
+    Where a profile of your own falls below 1e-30 or stops being positive, the rate stays as it was
+    just before. That is finite where ``ρ`` underflows, and ``largest`` where it arrives at zero.
 
     Args:
       profile: ρ, a positive, decreasing, differentiable function of the time (a JAX scalar). The

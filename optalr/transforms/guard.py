@@ -20,8 +20,8 @@ class GuardState(NamedTuple):
 def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Run a transformation in float32, and not at all on a gradient that is not finite.
 
-    Choose it around optax's rules where parameters are bfloat16 or float16 (a decay of 0.999 is 1
-    in bfloat16, and an eps of 1e-8 is 0 in float16), or where one bad batch must not end a run.
+    Choose it around optax's rules where parameters are bfloat16 or float16, or where one bad batch
+    must not end a run. (A decay of 0.999 is 1 in bfloat16, and an eps of 1e-8 is 0 in float16.)
     With ``g`` the gradient in float32 or wider and ``s`` the state,
 
         u, s ← inner(g, s)    where g is finite,    else    u = 0

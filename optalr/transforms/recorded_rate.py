@@ -27,9 +27,10 @@ def scale_by_recorded_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply by minus the learning rate, and keep the rate where it can be read.
 
-    Choose it as the last link of a chain instead of ``optax.scale_by_learning_rate``, which hides
-    the rate in a closure and turns bfloat16 updates into float32 ones where the rate is an array.
-    The update is ``u ← −η u``, computed in float32 or wider and returned in the dtype it came in.
+    Choose it as the last link of a chain instead of ``optax.scale_by_learning_rate``. That one
+    hides the rate in a closure, and turns bfloat16 updates into float32 ones where the rate is an
+    array. The update is ``u ← −η u``, computed in float32 or wider and returned in the dtype it
+    came in.
 
     Args:
       learning_rate: η ≥ 0, a number or a schedule, which is a function of the updates so far.

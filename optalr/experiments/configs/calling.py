@@ -1,4 +1,4 @@
-"""From a section of a config to an object: `name` is a function, other keys are its arguments.
+"""From a section of a config to an object: `name` names a function, other keys are arguments.
 
 Every object that a config names is made here, so that a misspelt name or key reads the same
 wherever it stands.

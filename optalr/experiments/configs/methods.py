@@ -62,8 +62,8 @@ def build_method(
       config: the experiment; its method, schedule, phase and train sections are read.
       steps_per_epoch: turns epochs into steps.
       total_steps: length of the schedule.
-      given: arguments that follow from data and model (``num_classes``, ``loss``, ``layout``);
-        handed to methods of optalr that take them, unless the config sets them.
+      given: arguments that follow from the data (``num_classes``, ``loss``). Methods of optalr that
+        take them get them, unless the config sets them.
       learning_rate: replaces the config's, and may be traced (a sweep under ``vmap``).
 
     Raises:

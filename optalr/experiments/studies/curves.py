@@ -93,9 +93,9 @@ def read_curves(comparison: Comparison, name: str, *, epochs: bool = False) -> C
 
 
 def summarize(comparison: Comparison) -> tuple[list[dict[str, Any]], float]:
-    """Return one row per config, and the training loss that they report to have reached.
+    """Return one row per config, and the target: a training loss that the rows time.
 
-    Without a target of the user's, that loss is the highest final training loss of any run, which
+    If the user sets none, the target is the highest final training loss of any run, which
     every run reaches. A row's numbers are ``(mean, standard deviation)`` over seeds.
     """
     curves = {name: read_curves(comparison, name) for name in comparison.configs}

@@ -125,6 +125,7 @@ class _Run:
         due = within == 0 and (epoch % self.record.checkpoint_every == 0 or step == total)
         waited = time.monotonic() - self.saved_at
         if due or waited > 60 * self.record.checkpoint_minutes:
+            # The last loss may be finite where the parameters after it are not.
             if not bool(jax.jit(all_finite)(state.params)):
                 self._diverged(step)
             # Rows reach the disk first, so that no checkpoint is ahead of them.
@@ -187,7 +188,7 @@ class _Run:
 
 
 def open_unfinished(path: str | Path) -> tuple[Trainer, RunFolder]:
-    """Return what ``train`` needs to go on with the run in a folder.
+    """Return what ``train`` needs to continue the run in a folder.
 
     Raises:
       ExperimentError: the folder holds no run, or one that has nothing left to do.

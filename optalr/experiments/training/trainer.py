@@ -165,7 +165,7 @@ class Trainer:
         started = time.perf_counter()
         state, measured = run(state, key, batches)
         measured = jax.device_get(measured)
-        # What was measured may be there before the state, whose time counts as well.
+        # What was measured may be ready before the state, whose time counts as well.
         jax.block_until_ready(state)
         return Segment(state, measured, time.perf_counter() - started)
 

@@ -71,7 +71,7 @@ def minres(
       b: right-hand side, a pytree of real floating arrays.
       num_steps: steps, a Python int of at least 1.
       damping: λ, added to the diagonal: any finite number; it may be traced.
-      tol: the run is over where ``‖r‖ ≤ tol ‖b‖``; in [0, 1); it may be traced. Whatever it is, no
+      tol: in [0, 1); it may be traced. The run is over where ``‖r‖ ≤ tol ‖b‖``. Whatever tol is, no
         step is taken within rounding of the end or past a least-squares solution. Such a solution
         is reached where ``‖(A + λI) r‖ ≤ √ε ‖A + λI‖ ‖r‖`` and the next step would lower ‖r‖ by
         less than 0.05 %, or where ``‖(A + λI) r‖`` is below a hundred roundings.

@@ -51,7 +51,7 @@ def scale_by_block_diagonal(
         F ← decay·F + (1 − decay) g gᵀ   (``decay=None``: F ← F + g gᵀ),     u = (F + λI)^p g.
 
     A gradient that is not finite, or too large for g gᵀ to be finite, is not folded in; its update
-    is 0. g itself is part of a fresh F, so ``|u|² ≤ 1/(1 − decay)`` at p = −1/2 whatever the
+    is 0. A fresh F contains g itself, so ``|u|² ≤ 1/(1 − decay)`` at p = −1/2, whatever the
     damping. ``scale_by_kronecker`` estimates the Fisher matrix of one example. Where g is the mean
     over a batch of N examples, F is N times smaller, and at p = −1/2 this update is √N times
     longer.

@@ -240,6 +240,7 @@ def _is_bias_of(bias: Leaf, kernel: Leaf) -> bool:
     """Return whether a leaf can take the output side's factor of a kernel."""
     if isinstance(bias, Bias) or not isinstance(kernel, Kernel) or kernel.joint_bias is not None:
         return False
+    # A bias of another size, such as one that broadcasts, cannot be multiplied by the factor.
     outputs = kernel.sides[kernel.output_side].size
     return math.prod(bias.shape) == math.prod(kernel.stack) * outputs
 

@@ -52,7 +52,7 @@ def measure(
     """Fold this batch into the statistics, where that is due and something was captured."""
     nodes = [node for node in jax.tree.leaves(step.signals, is_leaf=is_moments) if is_moments(node)]
     num_examples = jnp.float32(1)
-    if nodes:
+    if nodes:  # every count is the batch's size, or 0 where nothing was captured
         num_examples = jnp.max(jnp.stack([jnp.asarray(n.count, jnp.float32) for n in nodes]))
     due = step.clock.measures(state.signal_age, state.count) & (num_examples > 0)
 

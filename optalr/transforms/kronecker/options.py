@@ -23,9 +23,9 @@ from optalr.transforms.kronecker.spectra import SPECTRA
 class KroneckerOptions(FactorStorage):
     """The less common settings of ``scale_by_kronecker`` and ``tso_alra``.
 
-    Choose your own where layers are too large to be kept whole (``block_size``,
-    ``max_factor_size``), where another damping or spectrum is wanted, or to compare with a paper
-    that has no warm-up and no bound.
+    Choose your own where the factors of a layer are too large to be kept whole (``block_size``,
+    ``max_factor_size``), or where another damping or spectrum is wanted. The warm-up and the
+    bound, which the paper does not have, can be switched off here too.
 
     Attributes:
       warmup: samples per dimension that every factor must have seen before the first roots, >= 0.
@@ -33,11 +33,11 @@ class KroneckerOptions(FactorStorage):
       max_update: the RMS change that one update times a learning rate of 1 may make to the outputs
         of a layer, > 0; None for no bound.
       damping_form: ``"relative"`` to the mean eigenvalue of each factor (of their product, with
-        another spectrum than ``"factored"``), ``"absolute"`` (the paper's ``(Λ + εI)``), or
-        ``"balanced"``: √λ split between the factors by π = √(mean eigenvalue of A / mean eigenvalue
+        another spectrum than ``"factored"``), or ``"absolute"`` (the paper's ``(Λ + εI)``).
+        ``"balanced"`` splits √λ between the factors by π = √(mean eigenvalue of A / mean eigenvalue
         of B) (Martens & Grosse 2015, section 6.3).
-      spectrum: ``"factored"`` damps and roots each factor alone; ``"exact"`` keeps eigenbases and
-        applies ``(λ_A λ_B + λ)^p``; ``"measured"`` replaces ``λ_A λ_B`` by a moving average of the
+      spectrum: ``"factored"`` damps and roots each factor alone. ``"exact"`` keeps eigenbases and
+        applies ``(λ_A λ_B + λ)^p``. ``"measured"`` replaces ``λ_A λ_B`` by a moving average of the
         squared gradient in the eigenbasis (George et al. 2018, EKFAC; Vyas et al. 2024, SOAP).
       graft: a transformation whose norm, leaf by leaf, the update takes, such as
         ``optax.identity()`` (SGD), ``optax.scale_by_rms()`` or ``optax.scale_by_adam()``.
@@ -45,10 +45,11 @@ class KroneckerOptions(FactorStorage):
       max_factor_size: sides longer than this, and not blocked, keep only their factor's diagonal.
       joint_bias: treat a bias as one more row of its kernel; needs a layout.
       root_method: the ``method`` of ``optalr.linalg.inverse_root``. The spectra ``"exact"`` and
-        ``"measured"`` keep eigenbases instead of roots, and heed only ``"eigenbasis"``. With
-        ``"eigenbasis"`` a refresh improves the last basis by one QR step. It decomposes anew (all
-        sides of that size) only at the start and where a basis has fallen too far behind. A
-        factored spectrum then keeps its bases beside the roots: ``m² + n²`` more numbers a kernel.
+        ``"measured"`` keep eigenbases instead of roots, and only ``"eigenbasis"`` changes what they
+        do. With ``"eigenbasis"`` a refresh improves the last basis by one QR step. It decomposes
+        anew (all sides of that size) only at the start and where a basis has fallen too far behind.
+        A factored spectrum then keeps its bases beside the roots: ``m² + n²`` more numbers a
+        kernel.
 
     Raises:
       ValueError: a field is out of range, or ``"balanced"`` damping goes with another spectrum than

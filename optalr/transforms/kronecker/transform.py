@@ -1,7 +1,7 @@
 """Preconditioning by a power of the Kronecker-factored Fisher matrix, F^p with F ≈ B ⊗ A.
 
-A layer's kernel W (m × n, s = Wᵀα) has the gradient G = E[α βᵀ]; its Fisher block is approximated
-by B ⊗ A with A = E[α αᵀ] and B = E[β βᵀ] (Martens & Grosse 2015), so that
+A layer's kernel W (m × n, s = Wᵀα) has the gradient G = E[α βᵀ]. Its Fisher block is approximated
+by B ⊗ A, with A = E[α αᵀ] and B = E[β βᵀ] (Martens & Grosse 2015). So
 
     F^p vec(G) = vec(A^p G B^p),
 
@@ -35,9 +35,9 @@ from optalr.transforms.kronecker.spectra import SPECTRA, Spectrum, Step
 class KroneckerState(NamedTuple):
     """Memory of ``scale_by_kronecker``.
 
-    For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers, and nothing else
-    of that order is kept, but for ``root_method="eigenbasis"`` (m² + n² more: the bases) and
-    ``spectrum="measured"`` (mn more). A part that a leaf does not keep is ``optax.MaskedNode()``.
+    For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers. Only
+    ``root_method="eigenbasis"`` (m² + n² more: the bases) and ``spectrum="measured"`` (mn more)
+    keep anything else of that order. A part that a leaf does not keep is ``optax.MaskedNode()``.
     """
 
     # every update
@@ -159,9 +159,9 @@ def scale_by_kronecker(
     Reference: Yasutoshi Ida and Yasuhiro Fujiwara, "Improving Generalization Performance of
     Adaptive Learning Rate by Switching from Block Diagonal Matrix Preconditioning to SGD", 2020,
     eq. 14-18 and Algorithm 1. We put the factors on the sides that fit the gradient's shape (eq. 15
-    holds for its transpose), correct the moving averages for their start, and add the warm-up, the
-    relative damping and the bound. ``statistics="gradient"``: Vineet Gupta, Tomer Koren and Yoram
-    Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", 2018.
+    holds for its transpose). We correct the moving averages for their start, and add the warm-up,
+    the relative damping and the bound. ``statistics="gradient"``: Vineet Gupta, Tomer Koren and
+    Yoram Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", 2018.
     """
     options = resolve_options(options)
     check_interval("power", power, -1, 0)
@@ -219,7 +219,7 @@ class _Kronecker:
         other = self.options.graft
         return KroneckerState(
             count=jnp.zeros([], jnp.int32),
-            signal_age=jnp.ones([], jnp.int32),
+            signal_age=jnp.ones([], jnp.int32),  # so that the first update measures
             root_age=jnp.zeros([], jnp.int32),
             wants_signals=jnp.asarray(self.from_signals),
             failures=jnp.zeros([], jnp.int32),

@@ -81,8 +81,8 @@ def scale_by_krylov_flow(
     """Replace the gradient by a few MINRES steps toward ``(A + λI)⁻¹`` of it.
 
     Choose it for least squares and cross-entropy losses where gradient steps make slow progress
-    and a few curvature products per step are affordable: with many steps and little damping in
-    full-batch fitting, with ``num_steps`` 1 or 2 and the default damping in mini-batch training.
+    and a few curvature products per step are affordable. Take many steps and little damping in
+    full-batch fitting, and ``num_steps`` 1 or 2 and the default damping in mini-batch training.
     With A the curvature and ∇ the gradient, the update is the k-th iterate ``v`` of MINRES for
 
         (A + λI) v = ∇,        λ = a ‖∇‖^b.

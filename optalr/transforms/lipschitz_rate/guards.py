@@ -91,7 +91,7 @@ def bound_rate(
       count: updates so far.
       measured: whether there is a constant.
     """
-    # The bounds hold for the warm-up rate, too.
+    # The bounds hold for the warm-up rate too.
     early = (count < guards.warmup_steps) | ~measured
     bounded = jnp.clip(jnp.where(early, guards.warmup_rate, rate), guards.min_rate, guards.max_rate)
     return bounded.astype(jnp.float32), early | (bounded != rate)

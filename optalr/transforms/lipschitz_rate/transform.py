@@ -127,8 +127,8 @@ def scale_by_lipschitz_rate(
     Reference: Yedida, Saha, "A novel adaptive learning rate scheduler for deep neural networks",
       eq. 9, 15, 20; for momentum and Adam Yedida, Saha, Prashanth, "LipschitzLR: Using
       theoretically computed adaptive learning rates for fast convergence", 2020. Departures: the
-      sign of ‖y‖ in eq. 9; K_z of an epoch is collected while the epoch is trained on, where theirs
-      takes an extra pass before it; the guards.
+      sign of ‖y‖ in eq. 9, and the guards. Our K_z of an epoch is collected while the epoch is
+      trained on, and theirs in an extra pass before it.
     """
     lipschitz_scale(loss, num_classes)  # refuses a loss, or classes, for which there is no L
     check_interval("weight_decay", weight_decay, 0.0)
