@@ -133,16 +133,15 @@ class _Swats:
     second_scale: optax.Schedule | None
 
     def init(self, params: Any) -> SwatsState:
-        zero = jnp.zeros((), jnp.int32)
         return SwatsState(
-            count=zero,
+            count=jnp.zeros((), jnp.int32),
             moment=jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params),
             second_moment=jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params),
             projected_rate=jnp.zeros((), jnp.float32),
-            learning_rate=self._adam_rate(zero),
+            learning_rate=jnp.array(self._adam_rate(jnp.zeros((), jnp.int32))),
             phase=jnp.zeros((), jnp.float32),
-            steps_since_switch=zero,
-            failures=zero,
+            steps_since_switch=jnp.zeros((), jnp.int32),
+            failures=jnp.zeros((), jnp.int32),
         )
 
     def update(

@@ -148,7 +148,7 @@ class _Stages:
         if self.transfer is not None:
             jax.eval_shape(self.transfer, first, second)  # refuses now what fails at the switch
         return TwoStageState(
-            phase=jnp.asarray(self.phase, jnp.float32),
+            phase=jnp.array(self.phase, jnp.float32),
             steps_since_switch=jnp.zeros((), jnp.int32),
             first=first,
             second=second,

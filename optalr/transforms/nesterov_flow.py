@@ -74,8 +74,7 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
             return jnp.zeros(jnp.shape(p), wide_dtype(p))
 
         velocity = jax.tree.map(zeros, params)
-        zero = jnp.zeros((), jnp.int32)
-        return NesterovFlowState(zero, zero, velocity)
+        return NesterovFlowState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), velocity)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras

@@ -63,7 +63,8 @@ def scale_by_recorded_rate(
     def init_fn(params: Any) -> RecordedRateState:
         del params
         count = jnp.zeros((), jnp.int32)
-        return RecordedRateState(count, rate_at(count))
+        # A copy: an injected rate would share its buffer with the state, which may be donated.
+        return RecordedRateState(count, jnp.array(rate_at(count)))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras

@@ -223,6 +223,16 @@ def test_injected_scanned_donated_and_in_an_ensemble_it_does_the_same(method):
         assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, method.rtol)
 
 
+@every_method
+@pytest.mark.parametrize("injected", [False, True])
+def test_a_fresh_state_may_be_donated(method, injected):
+    inject = optax.inject_hyperparams(method.make, hyperparam_dtype=jnp.float32)
+    state = (inject if injected else method.make)().init(problem.make_params())
+    expected = jax.tree.map(np.array, state)
+    donated = jax.jit(lambda state: state, donate_argnums=0)(state)  # refused if buffers are shared
+    assert_equal(donated, expected)
+
+
 # 4. Number formats.
 
 
@@ -251,6 +261,17 @@ def test_double_precision_parameters(method):
         step = jax.jit(step_of(tx))
         new_params, new_state = run(step, params, state, batch, 3)
         assert {x.dtype for x in jax.tree.leaves(new_params)} == {jnp.dtype(jnp.float64)}
+        assert_finite(new_params)
+        assert_same_types(new_state, state)
+
+
+@every_method
+def test_narrow_parameters_where_float64_is_on(method):
+    with jax.enable_x64(True):
+        tx = method.make()
+        params, state, batch = start(tx, jnp.float32)
+        new_params, new_state = run(jax.jit(step_of(tx)), params, state, batch, 3)
+        assert {x.dtype for x in jax.tree.leaves(new_params)} == {jnp.dtype(jnp.float32)}
         assert_finite(new_params)
         assert_same_types(new_state, state)
 

@@ -127,7 +127,7 @@ def _first_state(params: Any, damping: Any) -> BlockDiagonalState:
         weight=jnp.zeros([], jnp.float32),
         root_age=jnp.zeros([], jnp.int32),
         failures=jnp.zeros([], jnp.int32),
-        damping=jnp.asarray(damping, jnp.float32),
+        damping=jnp.array(damping, jnp.float32),
         update_norm=jnp.zeros([], jnp.float32),
         moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),
         root_residual=jnp.zeros([], jnp.float32),

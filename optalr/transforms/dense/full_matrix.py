@@ -129,7 +129,7 @@ def _whole(
             weight=jnp.zeros([], jnp.float32),
             root_age=jnp.zeros([], jnp.int32),
             failures=jnp.zeros([], jnp.int32),
-            damping=jnp.asarray(rule.damping, jnp.float32),
+            damping=jnp.array(rule.damping, jnp.float32),
             update_norm=jnp.zeros([], jnp.float32),
             moment=jnp.zeros((size, size), dtype),
             root_residual=jnp.zeros([], jnp.float32),

@@ -92,7 +92,7 @@ def _first_state(params: Any, size: int, damping: Any) -> WindowedState:
         count=jnp.zeros([], jnp.int32),
         num_gradients=jnp.zeros([], jnp.int32),
         failures=jnp.zeros([], jnp.int32),
-        damping=jnp.asarray(damping, jnp.float32),
+        damping=jnp.array(damping, jnp.float32),
         update_norm=jnp.zeros([], jnp.float32),
         gram=jnp.zeros((size, size), working_dtype(jax.tree.leaves(params))),
         gradients=jax.tree.map(lambda x: jnp.zeros((size, *x.shape), wide_dtype(x)), params),

@@ -224,7 +224,7 @@ class _Kronecker:
             wants_signals=jnp.asarray(self.from_signals),
             failures=jnp.zeros([], jnp.int32),
             update_norm=jnp.zeros([], jnp.float32),
-            damping=jnp.asarray(self.damping, jnp.float32),
+            damping=jnp.array(self.damping, jnp.float32),
             graft=settle(other.init(at_least_float32(params))) if other else optax.EmptyState(),
             measurements=jnp.zeros([], jnp.int32),
             samples=jnp.zeros([], jnp.float32),

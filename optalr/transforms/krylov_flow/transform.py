@@ -203,7 +203,7 @@ def _first_state(rule: Damping, *, wants_signals: bool) -> KrylovFlowState:
         count=count,
         wants_signals=jnp.asarray(wants_signals),
         damping=first,
-        next_damping=first,
+        next_damping=jnp.array(first),  # a buffer of its own, so that states can be donated
         krylov_residual=jnp.zeros((), jnp.float32),
         reduction_ratio=jnp.ones((), jnp.float32),
         negative_curvature=jnp.zeros((), jnp.int32),
