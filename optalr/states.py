@@ -39,10 +39,14 @@ def settle_like(tree: Any, reference: Any) -> Any:
     return jax.tree.map(lambda x, like: _strong(jnp.asarray(x).astype(like.dtype)), tree, reference)
 
 
-def count_up(count: jax.Array) -> jax.Array:
-    """Return ``count + 1``, or ``count`` where that would overflow."""
-    limit = jnp.iinfo(count.dtype).max
-    return jnp.where(count < limit, count + 1, limit)
+def count_up(count: jax.Array, by: Any = 1) -> jax.Array:
+    """Return ``count + by`` for ``by >= 0``, or the largest integer where that would overflow.
+
+    A counter that wraps round would be negative: a failure count that hides failures, a step count
+    that starts a schedule, or a phase, anew.
+    """
+    limit, by = jnp.iinfo(count.dtype).max, jnp.asarray(by).astype(count.dtype)
+    return jnp.where(count > limit - by, limit, count + by)
 
 
 def update_when(

@@ -78,7 +78,7 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras
-        before, now = weight(state.count), weight(state.count + 1)
+        before, now = weight(state.count), weight(count_up(state.count))
         finite = all_finite(updates)
 
         # w_k − w_{k−1} = u_k + (y_{k−1} − w_{k−1}), and the bracket was added by the last update.
@@ -89,7 +89,7 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
             return jnp.where(finite, u.astype(m.dtype) + now * m, 0.0).astype(u.dtype)
 
         velocity = jax.tree.map(next_velocity, state.velocity, updates)
-        failures = state.failures + (~finite).astype(jnp.int32)
+        failures = count_up(state.failures, ~finite)
         count = jnp.where(finite, count_up(state.count), state.count)
         return jax.tree.map(moved, updates, velocity), NesterovFlowState(count, failures, velocity)
 

@@ -276,6 +276,27 @@ def test_narrow_parameters_where_float64_is_on(method):
         assert_same_types(new_state, state)
 
 
+@every_method
+def test_counters_at_their_end_stay_there(method):
+    tx, step = compiled(method)
+    params, state, batch = start(tx)
+    _, state = step(params, state, batch)
+    end = jnp.iinfo(jnp.int32).max
+    is_counter = jax.tree.map(lambda x: x.dtype == jnp.int32 and x.ndim == 0, state)
+    state = jax.tree.map(
+        lambda x, counts: jnp.full_like(x, end) if counts else x, state, is_counter
+    )
+    spoiled = (batch[0].at[0, 0].set(jnp.nan), batch[1])
+    for each in (batch, spoiled) if method.guards else (batch,):
+        _, state = step(params, state, each)
+        counters = [
+            int(x)
+            for x, counts in zip(jax.tree.leaves(state), jax.tree.leaves(is_counter), strict=True)
+            if counts
+        ]
+        assert min(counters, default=0) >= 0, counters
+
+
 # 5. Refusing bad arguments; surviving bad numbers.
 
 

@@ -108,7 +108,7 @@ def precondition(
     return [jnp.where(safe, u, 0) for u in new], memory._replace(
         count=count_up(memory.count),
         root_age=jnp.where(due, 0, age),
-        failures=memory.failures + kept_back + (~safe).astype(jnp.int32),
+        failures=count_up(count_up(memory.failures, kept_back), ~safe),
         root_residual=residual,
         roots=roots,
     )

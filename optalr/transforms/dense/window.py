@@ -76,7 +76,7 @@ def scale_by_window(
         return structure.unflatten(new), WindowedState(
             count=count_up(state.count),
             num_gradients=window.taken,
-            failures=state.failures + (~safe).astype(jnp.int32),
+            failures=count_up(state.failures, ~safe),
             damping=jnp.asarray(rule.damping, jnp.float32),
             update_norm=length(new),
             gram=window.gram,
@@ -110,7 +110,7 @@ def _take_in(state: WindowedState, kept: list[jax.Array], grads: list[jax.Array]
     return Window(
         gradients=[jnp.where(good, new, old) for new, old in zip(filled, kept, strict=True)],
         gram=jnp.where(good, gram, state.gram),
-        taken=state.num_gradients + good.astype(jnp.int32),
+        taken=_before_overflow(state.num_gradients, state.gram.shape[0]) + good.astype(jnp.int32),
         products=products,
         good=good,
     )
@@ -129,6 +129,15 @@ def _refuse_large(leaves: list[Any], size: int, max_size: int) -> None:
         f"max_size={max_size:,} accepts {2 * max_size**2 * itemsize:,}. Pass a smaller window=, "
         "use optalr.scale_by_kronecker, whose factors are small, or raise max_size."
     )
+
+
+def _before_overflow(taken: jax.Array, size: int) -> jax.Array:
+    """Return a count that has room for one more, the same modulo the size of the window.
+
+    A count that stops at its end would overwrite one gradient of a full window for ever.
+    """
+    end = jnp.iinfo(taken.dtype).max
+    return jnp.where(taken == end, taken - (end // size - 1) * size, taken)
 
 
 def _inner_products(kept: list[jax.Array], grads: list[jax.Array], gram: jax.Array) -> jax.Array:

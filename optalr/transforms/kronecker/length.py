@@ -134,7 +134,7 @@ def finish(step: Step, new: Sequence[jax.Array], state: Any) -> tuple[list[jax.A
     count = count_up(state.count)
     return new, state._replace(
         count=count,
-        failures=state.failures + (~finite).astype(jnp.int32),
+        failures=count_up(state.failures, ~finite),
         update_norm=jnp.where(finite, total, 0),
         wants_signals=(step.signals is not None) & step.clock.measures(state.signal_age, count),
         damping=step.spectrum.rule.damping,

@@ -69,8 +69,8 @@ def measure(
     samples = samples_a_dimension(step.leaves)
     return list(memories), state._replace(
         signal_age=jnp.where(due, 1, count_up(state.signal_age)),
-        failures=state.failures + (~good).astype(jnp.int32),
-        measurements=state.measurements + measured.astype(jnp.int32),
+        failures=count_up(state.failures, ~good),
+        measurements=count_up(state.measurements, measured),
         samples=state.samples + jnp.where(measured, samples, 0),
         weight=jnp.where(measured, decay * state.weight + (1 - decay), state.weight),
     )

@@ -48,8 +48,8 @@ def refresh(step: Step, memories: Sequence[LeafMemory], state: Any) -> tuple[lis
     return found.memories, state._replace(
         root_age=jnp.where(due, 0, state.root_age),
         root_residual=found.residual,
-        failures=state.failures + found.failed,
-        num_refreshes=state.num_refreshes + due.astype(jnp.int32),
+        failures=count_up(state.failures, found.failed),
+        num_refreshes=count_up(state.num_refreshes, due),
     )
 
 

@@ -239,9 +239,9 @@ def _after(
         next_damping=verdict.outlook.next_damping,
         krylov_residual=jnp.where(jnp.isfinite(relative), relative, state.krylov_residual),
         reduction_ratio=verdict.outlook.reduction_ratio,
-        negative_curvature=state.negative_curvature + met_negative,
-        rejections=state.rejections + verdict.rejected.astype(jnp.int32),
-        failures=state.failures + (solved.failed | failed).astype(jnp.int32),
+        negative_curvature=count_up(state.negative_curvature, met_negative),
+        rejections=count_up(state.rejections, verdict.rejected),
+        failures=count_up(state.failures, solved.failed | failed),
     )
 
 

@@ -191,7 +191,7 @@ def _bound(
     applied, cut = bound_step(
         outcome.applied, inputs.updates, max_step=safeguards.max_step, watch=watch
     )
-    state = state._replace(watch=watch, bounded_steps=state.bounded_steps + cut)
+    state = state._replace(watch=watch, bounded_steps=count_up(state.bounded_steps, cut))
     return outcome._replace(applied=applied), state
 
 
@@ -242,8 +242,8 @@ def _advance(
         velocity=outcome.velocity,
         ray_slope=jnp.where(due, reading.slope.astype(jnp.float32), state.ray_slope),
         ray_curvature=jnp.where(due, reading.curvature.astype(jnp.float32), state.ray_curvature),
-        nonconvex_probes=state.nonconvex_probes + outcome.nonconvex,
-        runaway_steps=state.runaway_steps + outcome.runaway,
-        clipped_rates=state.clipped_rates + outcome.clipped,
-        failures=state.failures + outcome.failed,
+        nonconvex_probes=count_up(state.nonconvex_probes, outcome.nonconvex),
+        runaway_steps=count_up(state.runaway_steps, outcome.runaway),
+        clipped_rates=count_up(state.clipped_rates, outcome.clipped),
+        failures=count_up(state.failures, outcome.failed),
     )

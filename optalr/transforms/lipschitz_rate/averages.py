@@ -78,7 +78,7 @@ class AdamRate:
     def rate(self, averages: Averages, known: Constants, count: jax.Array) -> jax.Array:
         """Return η; not finite before a measurement."""
         del known
-        steps = (count + 1).astype(jnp.float32)
+        steps = count.astype(jnp.float32) + 1
         # Adam corrects its averages for their bias towards zero, so the constants' are corrected
         # too.
         first, second = (

@@ -176,8 +176,8 @@ def _count(
     return state._replace(
         count=count_up(state.count),
         learning_rate=rate,
-        guarded_rates=state.guarded_rates + guarded,
-        failures=state.failures + failed,
+        guarded_rates=count_up(state.guarded_rates, guarded),
+        failures=count_up(state.failures, failed),
     )
 
 
