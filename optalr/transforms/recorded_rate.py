@@ -9,7 +9,7 @@ import optax
 
 from optalr.arguments import check_interval
 from optalr.states import count_up
-from optalr.transforms.shared.rates import follow, value_at
+from optalr.transforms.shared.lengths import follow, value_at
 
 # A learning rate: a number, or a schedule of the updates so far.
 Rate = float | Callable[[jax.Array], Any]

@@ -14,7 +14,7 @@ import optax
 from optalr.arguments import check_count
 from optalr.arrays import wide_dtype
 from optalr.transforms.dense.second_moment import Memory, SecondMoment, precondition
-from optalr.transforms.shared.rates import length
+from optalr.transforms.shared.lengths import length
 
 
 class BlockDiagonalState(NamedTuple):

@@ -18,7 +18,7 @@ from optalr.transforms.dense.second_moment import (
     working_dtype,
 )
 from optalr.transforms.dense.window import scale_by_window
-from optalr.transforms.shared.rates import length
+from optalr.transforms.shared.lengths import length
 
 # The state of 4096 parameters takes 128 MiB in float32, and a root 20·4096³ = 1.4e12 flops.
 _MAX_SIZE = 4096

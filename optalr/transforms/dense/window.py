@@ -15,7 +15,7 @@ from optalr.linalg import spd
 from optalr.linalg.roots.decompositions import eigh
 from optalr.states import count_up
 from optalr.transforms.dense.second_moment import SecondMoment, working_dtype
-from optalr.transforms.shared.rates import length
+from optalr.transforms.shared.lengths import length
 
 
 class WindowedState(NamedTuple):

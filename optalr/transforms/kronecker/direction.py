@@ -10,7 +10,7 @@ from optalr.arrays import damped_power
 from optalr.transforms.kronecker.leaves import Bias, Elementwise, JointBias, Kernel
 from optalr.transforms.kronecker.memory import LeafMemory, roots_of
 from optalr.transforms.kronecker.rule import Rule
-from optalr.transforms.kronecker.spectra import Spectrum, Step
+from optalr.transforms.kronecker.spectrum import Spectrum, Step
 
 
 def kernel_direction(

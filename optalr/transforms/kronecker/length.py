@@ -14,7 +14,7 @@ from optalr.signals.moments import default_view
 from optalr.states import count_up, settle_like
 from optalr.transforms.kronecker.leaves import Bias, Elementwise, Kernel, Leaf
 from optalr.transforms.kronecker.memory import LeafMemory, factors_of
-from optalr.transforms.kronecker.spectra import Step
+from optalr.transforms.kronecker.spectrum import Step
 
 
 def bound(

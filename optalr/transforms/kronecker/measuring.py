@@ -17,7 +17,7 @@ from optalr.transforms.kronecker.memory import (
     SideMemory,
 )
 from optalr.transforms.kronecker.rule import Rule
-from optalr.transforms.kronecker.spectra import Spectrum, Step
+from optalr.transforms.kronecker.spectrum import Spectrum, Step
 
 
 class Batch(NamedTuple):

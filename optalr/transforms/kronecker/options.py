@@ -16,7 +16,7 @@ from optalr.arguments import (
 from optalr.linalg.roots.inverse_root import METHODS
 from optalr.signals.moments import FactorStorage
 from optalr.transforms.kronecker.rule import DAMPING_FORMS
-from optalr.transforms.kronecker.spectra import SPECTRA
+from optalr.transforms.kronecker.spectrum import SPECTRA
 
 
 @dataclasses.dataclass(frozen=True)

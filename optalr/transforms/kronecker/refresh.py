@@ -17,7 +17,7 @@ from optalr.transforms.kronecker.memory import (
     SideMemory,
     factors_of,
 )
-from optalr.transforms.kronecker.spectra import Decomposition, Spectrum, Step
+from optalr.transforms.kronecker.spectrum import Decomposition, Spectrum, Step
 
 
 class Roots(NamedTuple):

@@ -29,7 +29,7 @@ from optalr.transforms.kronecker.memory import LeafMemory, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import DAMPING_FORMS, Clock, Rule
-from optalr.transforms.kronecker.spectra import SPECTRA, Spectrum, Step
+from optalr.transforms.kronecker.spectrum import SPECTRA, Spectrum, Step
 
 
 class KroneckerState(NamedTuple):

@@ -15,7 +15,7 @@ from optalr.arguments import check_interval, from_fields
 from optalr.arrays import wide_dtype
 from optalr.linalg.minres.linear_solve import MinresResult
 from optalr.linalg.minres.vectors import dot, where
-from optalr.transforms.shared.rates import value_at
+from optalr.transforms.shared.lengths import value_at
 from optalr.transforms.shared.subtrees import embed
 
 

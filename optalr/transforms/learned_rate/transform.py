@@ -32,8 +32,8 @@ from optalr.transforms.learned_rate.rate_rule import (
     refuse_step,
 )
 from optalr.transforms.learned_rate.safeguards import RateSafeguards, resolve_safeguards
+from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
-from optalr.transforms.shared.rates import follow_unless_zero
 
 # The window, in rate updates, of the average that is reported and suggested. Single rates are
 # noisy: each is the best one for one batch.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from optalr.arguments import is_concrete
 from optalr.signals.lipschitz import largest_weight_norm
-from optalr.transforms.lipschitz_rate.measuring import METHOD, Measurement
+from optalr.transforms.lipschitz_rate.observing import METHOD, Measurement
 
 
 class Constants(NamedTuple):

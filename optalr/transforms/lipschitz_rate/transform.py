@@ -20,9 +20,9 @@ from optalr.states import count_up
 from optalr.transforms.lipschitz_rate.averages import Averages, rate_for
 from optalr.transforms.lipschitz_rate.constants import Constants, Epochs
 from optalr.transforms.lipschitz_rate.guards import LipschitzGuards, bound_rate, resolve_guards
-from optalr.transforms.lipschitz_rate.measuring import Gauge, further_norms
+from optalr.transforms.lipschitz_rate.observing import Gauge, further_norms
+from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
-from optalr.transforms.shared.rates import follow_unless_zero
 
 
 class LipschitzRateState(NamedTuple):

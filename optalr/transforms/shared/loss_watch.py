@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_interval
-from optalr.transforms.shared.rates import length
+from optalr.transforms.shared.lengths import length
 
 
 class LossWatch(NamedTuple):

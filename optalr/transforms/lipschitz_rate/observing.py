@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optalr.arguments import require_extra
 from optalr.signals.lipschitz import canonical_loss, lipschitz_constant
 from optalr.signals.moments import LayerMoments, is_moments
-from optalr.transforms.shared.rates import length
+from optalr.transforms.shared.lengths import length
 
 METHOD = "scale_by_lipschitz_rate"
 
