@@ -78,22 +78,22 @@ def test_a_steady_projection_is_taken_at_once(size):
     # A constant gradient: Adam steps by α in every coordinate, so γ = α P / Σ|g|, from the start.
     g = size * jnp.array([1.0, -2.0, 5.0])
     tx = optalr.swats(1e-3)
-    params, state = jnp.zeros(3), tx.init(jnp.zeros(3))
+    params, state, update = jnp.zeros(3), tx.init(jnp.zeros(3)), jax.jit(tx.update)
     for _ in range(2):
         assert float(state.phase) == 0
-        _, state = tx.update(g, state, params)
+        _, state = update(g, state, params)
     assert float(state.phase) == 1
     np.testing.assert_allclose(state.projected_rate, 1e-3 * 3 / (8 * size), rtol=1e-5)
 
 
 def test_without_a_switch_it_is_adam():
     params = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
-    swats, adam = optalr.swats(lambda k: 0.1 / (1 + k), tolerance=0.0), None
+    swats = optalr.swats(lambda k: 0.1 / (1 + k), tolerance=0.0)
     adam = optax.adam(lambda k: 0.1 / (1 + k))
     ours, theirs = params, params
-    state, adam_state = swats.init(params), adam.init(params)
+    state, adam_state, update = swats.init(params), adam.init(params), jax.jit(swats.update)
     for _ in range(10):
-        updates, state = swats.update(jax.tree.map(lambda x: x**3, ours), state, ours)
+        updates, state = update(jax.tree.map(lambda x: x**3, ours), state, ours)
         ours = optax.apply_updates(ours, updates)
         updates, adam_state = adam.update(jax.tree.map(lambda x: x**3, theirs), adam_state)
         theirs = optax.apply_updates(theirs, updates)
@@ -104,9 +104,9 @@ def test_without_a_switch_it_is_adam():
 def test_the_second_phase_has_a_schedule_with_its_own_clock():
     tx = optalr.swats(0.1, second_scale=lambda steps: 0.5**steps)
     g, rates = jnp.array([1.0, 3.0]), []
-    state = tx.init(g)
+    state, update = tx.init(g), jax.jit(tx.update)
     for _ in range(5):
-        _, state = tx.update(g, state)
+        _, state = update(g, state)
         rates.append(round(float(state.learning_rate), 6))
     assert rates == [0.1, 0.1, 0.05, 0.025, 0.0125]
 
@@ -114,9 +114,9 @@ def test_the_second_phase_has_a_schedule_with_its_own_clock():
 def test_a_zero_gradient_moves_nothing_and_never_switches():
     tx = optalr.swats(0.1)
     params = jnp.ones(3)
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(4):
-        updates, state = tx.update(jnp.zeros(3), state, params)
+        updates, state = update(jnp.zeros(3), state, params)
         assert not np.any(updates)
     assert float(state.phase) == 0
     assert np.isfinite(state.projected_rate)

@@ -114,9 +114,9 @@ def test_blend_is_exact_at_both_ends_and_rises_between(shape):
 def test_blend_weighs_two_whole_updates():
     tx = optalr.two_stage(optax.sgd(1.0), optax.sgd(3.0), optalr.blend_between(0, 4))
     params, rates = jnp.ones(2), []
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(6):
-        updates, state = tx.update(params, state, params)
+        updates, state = update(params, state, params)
         rates.append(-float(updates[0]))
     assert rates == [1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
 

@@ -138,10 +138,10 @@ def test_wants_signals_foresees_the_next_update():
     tx = optax.chain(
         optax.clip(1.0), optalr.two_stage(signal_reader(), optax.sgd(1.0), optalr.switch_at(3))
     )
-    state, wishes = tx.init(PARAMS), []
+    state, update, wishes = tx.init(PARAMS), jax.jit(tx.update), []
     for _ in range(5):
         wishes.append(bool(jax.jit(optalr.wants_signals)(state)))
-        _, state = tx.update(GRADS, state, PARAMS)
+        _, state = update(GRADS, state, PARAMS)
     assert wishes == [True, False, True, False, False]
     assert bool(optalr.wants_signals(optalr.set_phase(tx.init(PARAMS), 0.5)))
     assert not bool(optalr.wants_signals(optalr.set_phase(tx.init(PARAMS), 1.0)))
@@ -152,10 +152,10 @@ def test_wants_signals_foresees_the_next_update():
 def test_wants_signals_through_nested_phases_and_ensembles():
     inner = optalr.two_stage(signal_reader(), optax.sgd(1.0), optalr.switch_at(1))
     tx = optalr.two_stage(optax.sgd(1.0), inner, optalr.switch_at(2))
-    state, wishes = tx.init(PARAMS), []
+    state, update, wishes = tx.init(PARAMS), jax.jit(tx.update), []
     for _ in range(4):
         wishes.append(bool(optalr.wants_signals(state)))
-        _, state = tx.update(GRADS, state, PARAMS)
+        _, state = update(GRADS, state, PARAMS)
     assert wishes == [False, False, True, False]
     many = jax.vmap(inner.init)(jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS))
     assert optalr.wants_signals(many).shape == ()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 
 import optalr
 from benchmarks import decay
@@ -121,10 +122,30 @@ def test_small_steps_follow_the_profile(profile, end):
     np.testing.assert_allclose(outputs, expected, atol=2 * time_step * scale)
 
 
-def test_the_decay_is_drawn(tmp_path):
+def test_the_decay_is_drawn(tmp_path, monkeypatch):
+    figures, savefig = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     worst = decay.draw_decay(tmp_path / "decay.png")
     assert worst < 0.03
-    assert (tmp_path / "decay.png").stat().st_size > 10_000
+    assert (tmp_path / "decay.png").exists()
+    (axes,) = figures[0].axes
+    lines = axes.get_lines()
+    profiles = [optalr.exponential_profile, optalr.linear_profile, optalr.power_profile(2.0)]
+    assert len(lines) == 2 * len(profiles)
+    for profile, band, dots in zip(profiles, lines[::2], lines[1::2], strict=True):
+        np.testing.assert_allclose(band.get_ydata(), profile(jnp.asarray(band.get_xdata())))
+        np.testing.assert_allclose(
+            dots.get_ydata(), profile(jnp.asarray(dots.get_xdata())), atol=worst + 1e-6
+        )
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["ρ = exp(−t)", "ρ = 1 − t", "ρ = (1 + t)⁻²"]
+    assert "time" in axes.get_xlabel()
+    assert axes.get_yscale() == "log"
 
 
 def test_bad_arguments_are_named():
