@@ -44,7 +44,8 @@ class RateSafeguards:
         for all others. It depends on the scale of the parameters, which nothing else here does,
         and makes the loss of a quadratic fall more slowly. It needs the extra ``value``. Counted
         as ``bounded_steps``; the rate that is learned stays as it is.
-      max_rise: see ``max_step``, ≥ 0; with 0 the bound holds from the first step on.
+      max_rise: see ``max_step``, ≥ 0. A first loss L below zero may rise to L + (max_rise − 1)|L|.
+        With 0 the bound holds from the first step on.
 
     Raises:
       ValueError: a field is out of range.

@@ -35,7 +35,8 @@ class LipschitzGuards:
       max_step: greatest norm of an update, > 0. It holds from the first step on whose loss is
         above ``max_rise`` times the first loss, or not finite. Infinity or None is the paper's
         rule. It needs the extra ``value``, and does nothing without it.
-      max_rise: see ``max_step``, ≥ 0; with 0 the bound holds from the first step on.
+      max_rise: see ``max_step``, ≥ 0. A first loss L below zero may rise to L + (max_rise − 1)|L|.
+        With 0 the bound holds from the first step on.
 
     Raises:
       ValueError: a field is out of range.

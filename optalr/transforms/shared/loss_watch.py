@@ -17,7 +17,7 @@ class LossWatch(NamedTuple):
     """What is remembered of the loss."""
 
     first_value: jax.Array  # () float32, the loss at the first step; NaN before it
-    risen: jax.Array  # () bool, whether it ever rose above a multiple of that, or was infinite
+    risen: jax.Array  # () bool, whether it ever rose by a share of its size, or was infinite
 
 
 def check_bound(max_step: Any, max_rise: Any) -> None:
@@ -39,8 +39,10 @@ def watch_loss(watch: LossWatch, value: Any, max_rise: float) -> LossWatch:
         return watch
     value = jnp.asarray(value).astype(jnp.float32)
     first = jnp.where(jnp.isnan(watch.first_value), value, watch.first_value)
+    # By a share of its size, so that a loss below zero is watched like one above it.
+    limit = first + (max_rise - 1) * jnp.abs(first)
     # Negated, so that a loss of NaN counts as risen: it compares as false with everything.
-    return LossWatch(first, watch.risen | ~(value <= max_rise * first))
+    return LossWatch(first, watch.risen | ~(value <= limit))
 
 
 def bound_step(
