@@ -150,7 +150,7 @@ def value_grad_and_extras(
 def _measured_entries(assembly: Assembly, flag: bool | jax.Array, slots: dict[int, Dummies]) -> Any:
     """Return the entries of ``extras`` that hold moments."""
     moments = assembly(flag, slots)
-    # A flag known beforehand puts nothing off: whoever asks later gets what is there.
+    # A flag that is known while tracing puts nothing off. Whoever asks later gets what is there.
     later = (_as_they_are, moments) if isinstance(flag, bool) else (assembly, flag, slots)
     return {
         "signals": moments,

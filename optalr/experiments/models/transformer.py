@@ -27,7 +27,7 @@ class Attention(nn.Module):
         query, key, value = split("query"), split("key"), split("value")
         scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) / jnp.sqrt(query.shape[-1])
         earlier = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        # Finite, so that no infinity can reach a gradient. Its softmax is zero all the same.
+        # Finite, so that no infinity can reach a gradient. Its softmax is still zero.
         weights = nn.softmax(jnp.where(earlier, scores, -1e9), axis=-1)
         mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value).reshape(num, length, width)
         return nn.Dense(width, kernel_init=_init, name="out")(mixed)
