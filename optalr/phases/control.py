@@ -146,8 +146,10 @@ def _override(node: Any, phase: float | None) -> Any:
         replaced = node
         value = jnp.full_like(value, phase)
     elif isinstance(schedule, PhaseState):
-        by_hand = jnp.nan if phase is None else phase
-        schedule = schedule._replace(override=jnp.full_like(schedule.override, by_hand))
+        schedule = schedule._replace(
+            override=jnp.full_like(schedule.override, 0 if phase is None else phase),
+            overridden=jnp.full_like(schedule.overridden, phase is not None),
+        )
         replaced = node._replace(hyperparams_states={**node.hyperparams_states, "phase": schedule})
         value = jnp.asarray(schedule.next_phase, value.dtype)
     else:

@@ -16,7 +16,7 @@ class PlateauState(NamedTuple):
 
     Attributes:
       switched: bool scalar, whether the plateau has been reached.
-      best: float32 scalar, the value that a measurement has to beat; infinite before the first.
+      best: float32 scalar, the value that a measurement has to beat; 0 before the first.
       num_bad: int32 scalar, measurements since the last that beat it.
       num_measurements: int32 scalar, measurements so far.
     """
@@ -45,9 +45,10 @@ def switch_on_plateau(
     without progress in a row the phase becomes 1, from the next update on. It stays 1 unless
     ``set_phase`` takes it back.
 
-    Measurements arrive as the extra argument ``validation_value`` of ``update``, a float32 scalar.
-    Pass NaN in steps without a new one (None would compile another program). A run whose validation
-    loss is NaN therefore never switches. An infinite loss counts as no progress.
+    Measurements arrive as the extra argument ``validation_value`` of ``update``: a pair ``(value,
+    is_new)`` of a float32 and a bool scalar, or a float32 scalar alone, which is NaN in steps
+    without a new one. (None would compile another program.) NaN is no measurement, so a run whose
+    validation loss is NaN never switches. An infinite loss counts as no progress.
 
     Args:
       patience: measurements without progress before the switch, at least 1.
@@ -71,11 +72,12 @@ def switch_on_plateau(
       >>> import jax.numpy as jnp, optalr
       >>> schedule = optalr.switch_on_plateau(patience=2)
       >>> state, phases = schedule.init(), []
-      >>> for loss in [-1.0, -2.0, jnp.nan, -1.9, -1.5, jnp.nan]:
-      ...     state = schedule.update(state, validation_value=jnp.float32(loss))
+      >>> for loss, is_new in [(-1, True), (-2, True), (0, False), (-1.9, True), (-1.5, True)]:
+      ...     measured = jnp.float32(loss), jnp.bool_(is_new)
+      ...     state = schedule.update(state, validation_value=measured)
       ...     phases.append(float(schedule(state)))
       >>> phases
-      [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+      [0.0, 0.0, 0.0, 0.0, 1.0]
 
     Reference: Ida, Fujiwara, "Improving Generalization Performance of Adaptive Learning Rate by
       Switching from Block Diagonal Matrix Preconditioning to SGD", 2020, section III-B: "when the
@@ -101,30 +103,25 @@ class _Plateau:
     def init(self) -> PlateauState:
         return PlateauState(
             switched=jnp.zeros((), bool),
-            best=jnp.full((), jnp.inf, jnp.float32),
+            best=jnp.zeros((), jnp.float32),
             num_bad=jnp.zeros((), jnp.int32),
             num_measurements=jnp.zeros((), jnp.int32),
         )
 
     def update(self, state: PlateauState, **extra_args: Any) -> PlateauState:
-        value = require_extra(
-            extra_args,
-            "validation_value",
-            "switch_on_plateau",
-            "Pass tx.update(grads, opt_state, params, **extras, validation_value=loss) with a "
-            "float32 scalar: the new measurement, or NaN in steps that have none.",
-        )
-        value = jnp.asarray(value).astype(jnp.float32)
-        measured = ~jnp.isnan(value)
-        # Infinity minus a share of itself is NaN, which nothing would beat.
+        value, measured = _measurement(extra_args)
+        first = state.num_measurements == 0
+        # An infinite best minus a share of itself is NaN, which nothing would beat.
         margin = jnp.where(jnp.isinf(state.best), 0.0, self.rtol * jnp.abs(state.best))
-        progress = measured & (value < state.best - (margin + self.atol))
+        better = value < state.best - (margin + self.atol)
+        lower = measured & (first | better)
+        progress = lower & jnp.isfinite(value)
         judged = measured & (state.num_measurements >= self.cooldown)
         num_bad = jnp.where(judged, count_up(state.num_bad), state.num_bad)
         num_bad = jnp.where(progress, 0, num_bad)
         return PlateauState(
             switched=state.switched | (num_bad >= self.patience),
-            best=jnp.where(progress, value, state.best),
+            best=jnp.where(lower, value, state.best),
             num_bad=num_bad,
             num_measurements=jnp.where(
                 measured, count_up(state.num_measurements), state.num_measurements
@@ -134,3 +131,17 @@ class _Plateau:
     def __call__(self, state: PlateauState, **extra_args: Any) -> jax.Array:
         del extra_args
         return state.switched
+
+
+def _measurement(extra_args: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Return the validation loss, and whether it is a new one."""
+    given = require_extra(
+        extra_args,
+        "validation_value",
+        "switch_on_plateau",
+        "Pass tx.update(grads, opt_state, params, **extras, validation_value=loss) with a float32 "
+        "scalar that is NaN in steps without a new one, or with a pair (loss, is_new).",
+    )
+    value, is_new = given if isinstance(given, tuple | list) else (given, True)
+    value = jnp.asarray(value).astype(jnp.float32)
+    return value, ~jnp.isnan(value) & jnp.asarray(is_new)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval, is_concrete
-from optalr.arrays import all_finite, wide_dtype
+from optalr.arrays import wide_dtype
 from optalr.states import count_up, update_when
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 
 
 class SwatsState(NamedTuple):
@@ -27,7 +28,8 @@ class SwatsState(NamedTuple):
       learning_rate: float32 scalar, the rate of the last update, Adam's or SGD's.
       phase: float32 scalar, the phase of the next update: 0 Adam, 1 SGD.
       steps_since_switch: int32 scalar, updates by SGD so far.
-      failures: int32 scalar, updates whose gradient was not finite.
+      failures: int32 scalar, gradients that were not finite or out of proportion.
+      gradients: what is remembered of the gradients' lengths.
     """
 
     count: jax.Array
@@ -38,6 +40,7 @@ class SwatsState(NamedTuple):
     phase: jax.Array
     steps_since_switch: jax.Array
     failures: jax.Array
+    gradients: GradientWatch
 
 
 def swats(
@@ -72,7 +75,8 @@ def swats(
 
     Returns:
       A transformation. ``state.learning_rate`` is Λ (times the scale) after the switch. A gradient
-      that is not finite gives a zero update, leaves the state unchanged and counts in ``failures``.
+      that is not finite gives a zero update and leaves the moments unchanged. One more than ten
+      times as long as any of late is shortened to that. Both count in ``failures``.
 
     Raises:
       TypeError: ``second_scale`` is neither a schedule nor None.
@@ -142,17 +146,17 @@ class _Swats:
             phase=jnp.zeros((), jnp.float32),
             steps_since_switch=jnp.zeros((), jnp.int32),
             failures=jnp.zeros((), jnp.int32),
+            gradients=start_gradient_watch(),
         )
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extras: Any
     ) -> tuple[Any, SwatsState]:
         del params, extras
-        usable = all_finite(updates)
-        in_adam = state.phase < 1
-        failures = jnp.where(usable, state.failures, count_up(state.failures))
-        updates = jax.tree.map(lambda u: jnp.where(usable, u, 0), updates)
-        carry = (updates, state._replace(failures=failures))
+        given = admit(updates, state.gradients)
+        usable, in_adam = ~given.bad, state.phase < 1
+        failures = count_up(state.failures, given.failed)
+        carry = given.updates, state._replace(failures=failures, gradients=given.watch)
         carry = update_when(usable & in_adam, self._adam_step, carry, None)
         return update_when(usable & ~in_adam, self._sgd_step, carry, None)
 

@@ -29,18 +29,20 @@ class PhaseState(NamedTuple):
 
     Attributes:
       scheduled: float32 scalar, the phase that the schedule gives the next update.
-      override: float32 scalar, the phase set by ``set_phase`` instead; NaN where none is set.
+      override: float32 scalar, the phase set by ``set_phase`` instead; 0 where none is set.
+      overridden: bool scalar, whether one is set.
       schedule: the schedule's own state.
     """
 
     scheduled: jax.Array
     override: jax.Array
+    overridden: jax.Array
     schedule: Any
 
     @property
     def next_phase(self) -> jax.Array:
         """The phase that the next update will apply."""
-        return jnp.where(jnp.isnan(self.override), self.scheduled, self.override)
+        return jnp.where(self.overridden, self.override, self.scheduled)
 
 
 def next_phase(node: Any) -> jax.Array:
@@ -73,18 +75,16 @@ class PhaseSchedule:
         inner = self._schedule.init()
         return PhaseState(
             scheduled=_as_phase(self._schedule(inner)),
-            override=jnp.full((), jnp.nan, jnp.float32),
+            override=jnp.zeros((), jnp.float32),
+            overridden=jnp.zeros((), bool),
             schedule=inner,
         )
 
     def update(self, state: PhaseState, **extra_args: Any) -> PhaseState:
         """Return the state after an update that received ``extra_args``."""
         inner = self._schedule.update(state.schedule, **extra_args)
-        return PhaseState(
-            scheduled=_as_phase(self._schedule(inner, **extra_args)),
-            override=state.override,
-            schedule=inner,
-        )
+        scheduled = _as_phase(self._schedule(inner, **extra_args))
+        return state._replace(scheduled=scheduled, schedule=inner)
 
     def __call__(self, state: PhaseState, **extra_args: Any) -> jax.Array:
         """Return the phase of the current update."""

@@ -18,6 +18,7 @@ from optalr.arrays import wide_dtype
 from optalr.phases.momentum import hand_over_momentum
 from optalr.phases.switching import phase_schedule
 from optalr.states import count_up, settle, settle_like, update_when
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 
 
 class TwoStageState(NamedTuple):
@@ -28,12 +29,16 @@ class TwoStageState(NamedTuple):
       steps_since_switch: int32 scalar, updates since the phase left 0; 0 while it is 0.
       first: the first stage's state, or ``Released``.
       second: the second stage's state.
+      failures: int32 scalar, gradients that were not finite or out of proportion.
+      gradients: what is remembered of the gradients' lengths, in both stages.
     """
 
     phase: jax.Array
     steps_since_switch: jax.Array
     first: Any
     second: Any
+    failures: jax.Array
+    gradients: GradientWatch
 
 
 class Released(NamedTuple):
@@ -64,6 +69,10 @@ def two_stage(
     nothing at phase 1, and the step count of the second, hence its schedules, starts at the switch.
     For more than two stages let ``second`` be another ``two_stage``; its scheduler starts at the
     switch too.
+
+    A gradient that is not finite reaches both as zeros, and one more than ten times as long as any
+    of late is shortened to that, whatever the stages do themselves. So no momentum and no moment
+    keeps it, before the switch or after. ``failures`` counts both.
 
     Args:
       first: the transformation of phase 0, its learning rate included.
@@ -152,17 +161,24 @@ class _Stages:
             steps_since_switch=jnp.zeros((), jnp.int32),
             first=first,
             second=second,
+            failures=jnp.zeros((), jnp.int32),
+            gradients=start_gradient_watch(),
         )
 
     def update(
         self, updates: Any, state: Any, params: Any = None, **extras: Any
     ) -> tuple[Any, TwoStageState]:
         inputs = (params, extras)
+        given = admit(updates, state.gradients)
+        updates = given.updates
+        state = state._replace(
+            failures=count_up(state.failures, given.failed), gradients=given.watch
+        )
         if isinstance(state.first, Released):
             weight = jnp.ones((), jnp.float32)
             steps = count_up(state.steps_since_switch)
             updates, second = _run(self.second, (updates, state.second), inputs)
-            return updates, TwoStageState(weight, steps, state.first, second)
+            return updates, state._replace(phase=weight, steps_since_switch=steps, second=second)
 
         weight = jnp.asarray(self.phase, jnp.float32)
         steps = jnp.where(weight > 0, count_up(state.steps_since_switch), 0)
@@ -177,7 +193,9 @@ class _Stages:
         updates, second = update_when(
             weight >= 1, partial(_run, self.second), (updates, second), inputs
         )
-        return updates, TwoStageState(weight, steps, first, second)
+        return updates, state._replace(
+            phase=weight, steps_since_switch=steps, first=first, second=second
+        )
 
     def _take_over(self, is_switch: jax.Array, state: TwoStageState) -> Any:
         """Return the second stage's state, at the switch with the momentum that it takes over."""

@@ -75,7 +75,8 @@ def metrics(opt_state: Any) -> dict[str, Any]:
 
       Where several states report one name, each has an entry of its own with the path to it
       (``"first/learning_rate"``). The plain name then holds one value: the learning rate of the
-      stage in charge (in a blend the mean of both, weighted by the phase), the sum of failures, and
+      stage in charge (in a blend the mean of both, weighted by the phase; 0 of a stage whose rate
+      cannot be read), the sum of failures, and
       the largest root age, residual and step. For all other names it is the outermost value.
 
       A rate that exists in a closure only, as in ``optax.sgd(0.1)``, cannot be read.
@@ -176,7 +177,7 @@ def _rate_in_charge(node: Any) -> Any:
         first, second = _rate_in_charge(node.first), _rate_in_charge(node.second)
         if first is None and second is None:
             return None
-        first, second = (jnp.nan if rate is None else rate for rate in (first, second))
+        first, second = (0.0 if rate is None else rate for rate in (first, second))
         share = jnp.where((node.phase > 0) & (node.phase < 1), node.phase, 0.5)
         blend = (1 - share) * first + share * second
         return jnp.where(node.phase <= 0, first, jnp.where(node.phase >= 1, second, blend))

@@ -1,23 +1,31 @@
 """Loading optimizer states that an older release saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optalr.transforms.kronecker.transform import KroneckerState
+# A way to an array: the names on it, as they are written in nested dicts.
+_Names = tuple[str, ...]
 
 # The names of ``KroneckerState.memory``'s parts until 0.1, when each was a field of the state.
 _OLD_SIDES = {"rows": "row", "cols": "col"}
 _OLD_PARTS = {"factor": "factors", "root": "roots", "eigenvalues": "eigenvalues", "basis": "bases"}
+# Fields that states have gained since. They begin with zeros.
+_GAINED = frozenset({"gradients", "watch", "bounded_steps", "failures"})
+# Flags that say what NaN said in another field, which is 0 now.
+_FLAGS = MappingProxyType({"started": "first_value", "overridden": "override"})
+_MARKED = frozenset(_FLAGS.values())
 
 
 def upgrade_state(saved: Any, like: Any) -> Any:
     """Return a state that an older optalr saved, in the form that this one uses.
 
     Choose it where restoring a checkpoint fails because the fields of a state have new names or
-    places. It changes no number: training goes on where it stopped.
+    places. It changes no number: training goes on where it stopped. It compares every array's place
+    and shape, so it is also a loader that refuses the state of other options.
 
     Args:
       saved: the old state as nested dicts and lists, which is what Orbax restores without a target,
@@ -30,7 +38,8 @@ def upgrade_state(saved: Any, like: Any) -> Any:
       A state of the structure of ``like``.
 
     Raises:
-      ValueError: ``saved`` lacks an array, or has one of another shape; the message names it.
+      ValueError: ``saved`` lacks an array, has one of another shape, or has one that ``like`` has
+        no place for (it is of another ``spectrum``, say); the message names it.
 
     Cost: a copy of the state.
 
@@ -43,31 +52,54 @@ def upgrade_state(saved: Any, like: Any) -> Any:
       >>> type(restored) is type(state)
       True
     """
-
-    def is_kronecker(node: Any) -> bool:
-        return isinstance(node, KroneckerState)
-
-    nodes, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_kronecker)
-    upgraded = []
-    for way, node in nodes:
-        if not is_kronecker(node):
-            upgraded.append(_take(saved, way, node))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    upgraded, read = [], set()
+    for way, leaf in leaves:
+        place = next((each for each in _places(way) if _has(saved, each)), None)
+        if place is None:
+            upgraded.append(_gained(saved, way, leaf))
             continue
-        leaves, inner = jax.tree_util.tree_flatten_with_path(node)
-        places = [(way + below, way + _old_place(below), leaf) for below, leaf in leaves]
-        arrays = [_take(saved, new if _has(saved, new) else old, leaf) for new, old, leaf in places]
-        upgraded.append(jax.tree.unflatten(inner, arrays))
+        read.add(_names(place))
+        found = _take(saved, place, leaf)
+        if _name(way[-1]) in _MARKED:
+            found = jnp.where(jnp.isnan(found), 0, found)
+        upgraded.append(found)
+    _refuse_unread(saved, read)
     return jax.tree.unflatten(structure, upgraded)
 
 
+def _places(way: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Yield the paths in today's state and in older ones to what is at the path ``way`` now."""
+    yield tuple(way)
+    names = _names(way)
+    for i, name in enumerate(names):
+        if name == "memory":
+            yield (*way[:i], *_old_place(way[i:]))
+        # A guard has come around what stood bare.
+        if name == "inner_state":
+            yield (*way[:i], *way[i + 1 :])
+
+
 def _old_place(way: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the path in a state of 0.1 to what is at the path ``way`` now."""
-    names = [_name(key) for key in way[:3]]
-    if names[0] != "memory":
-        return tuple(way)
-    if names[1] in _OLD_SIDES:
-        return (_attribute(f"{_OLD_SIDES[names[1]]}_{_OLD_PARTS[names[2]]}"), *way[3:])
+    """Return the path in a ``KroneckerState`` of 0.1 to what is at the path ``way`` now."""
+    side, part = _names(way[1:3]) if len(way) > 2 else ("", "")
+    if side in _OLD_SIDES:
+        return (_attribute(f"{_OLD_SIDES[side]}_{_OLD_PARTS[part]}"), *way[3:])
     return (_attribute("second_moments"), *way[2:])
+
+
+def _gained(saved: Any, way: Sequence[Any], leaf: Any) -> jax.Array:
+    """Return what a field begins with that the saved state does not have yet."""
+    name = _name(way[-1])
+    if name in _FLAGS:
+        marked = next(
+            (p for p in _places((*way[:-1], _attribute(_FLAGS[name]))) if _has(saved, p)), None
+        )
+        if marked is not None:
+            return ~jnp.isnan(jnp.asarray(_find(saved, marked)))
+    if _GAINED.isdisjoint(_names(way)):
+        return _take(saved, way, leaf)  # raises, and names the place
+    return jnp.zeros(jnp.shape(leaf), leaf.dtype)
 
 
 def _attribute(name: str) -> Any:
@@ -77,6 +109,10 @@ def _attribute(name: str) -> Any:
 def _name(key: Any) -> str:
     """Return a key as it is written in nested dicts: field, dict key or position."""
     return jax.tree_util.keystr((key,), simple=True)
+
+
+def _names(way: Sequence[Any]) -> _Names:
+    return tuple(map(_name, way))
 
 
 def _child(node: Any, key: Any) -> Any:
@@ -99,6 +135,18 @@ def _find(saved: Any, way: Sequence[Any]) -> Any:
 
 def _has(saved: Any, way: Sequence[Any]) -> bool:
     return _find(saved, way) is not None
+
+
+def _refuse_unread(saved: Any, read: set[_Names]) -> None:
+    """Raise if ``saved`` has an array that was not read."""
+    for way, leaf in jax.tree_util.tree_leaves_with_path(saved):
+        if _names(way) not in read:
+            raise ValueError(
+                f"saved has {jax.tree_util.keystr(way)} of shape {jnp.shape(leaf)}, for which like "
+                "has no place. It is of other options (another spectrum or root_method, say), of "
+                "another transformation or of other parameters. Pass like=tx.init(params) of those "
+                "that were saved."
+            )
 
 
 def _take(saved: Any, way: Sequence[Any], like: Any) -> jax.Array:

@@ -10,6 +10,7 @@ import optax
 
 from optalr import phases
 from optalr.arguments import check_interval
+from optalr.transforms.guard import guard
 from optalr.transforms.learned_rate.safeguards import RateSafeguards
 from optalr.transforms.learned_rate.transform import LearnedRateState, scale_by_learned_rate
 
@@ -31,7 +32,7 @@ def learned_rate_sgd(
 
     Choose it to train without searching for a rate, above all in the first epochs, or to find a
     rate, as ``optalr.suggest_learning_rate`` does. It is
-    ``optax.chain(optax.trace(momentum), scale_by_learned_rate(initial_rate, ...))``.
+    ``optax.chain(optalr.guard(optax.trace(momentum)), scale_by_learned_rate(initial_rate, ...))``.
 
     Args:
       initial_rate: η₀ > 0.
@@ -85,7 +86,7 @@ def learned_rate_sgd(
     if momentum is None:
         return optax.chain(scale)
     check_interval("momentum", momentum, 0.0, 1.0, open_high=True)
-    return optax.chain(optax.trace(momentum), scale)
+    return optax.chain(guard(optax.trace(momentum)), scale)
 
 
 def learned_rate_then(

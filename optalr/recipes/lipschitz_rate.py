@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from optalr.arguments import check_interval, is_concrete
+from optalr.transforms.guard import guard
 from optalr.transforms.lipschitz_rate.guards import LipschitzGuards
 from optalr.transforms.lipschitz_rate.transform import scale_by_lipschitz_rate
 
@@ -72,7 +73,7 @@ def lipschitz_sgd(
     links = _penalty(weight_decay)
     if momentum is not None:
         check_interval("momentum", momentum, 0.0, 1.0, open_high=True)
-        links.append(optax.ema(momentum, debias=False))
+        links.append(guard(optax.ema(momentum, debias=False)))
     scale = scale_by_lipschitz_rate(
         loss,
         num_classes=num_classes,
@@ -148,7 +149,7 @@ def lipschitz_adam(
         last_layer=last_layer,
         guards=guards,
     )
-    return optax.chain(*links, optax.scale_by_adam(b1, b2), scale)
+    return optax.chain(*links, guard(optax.scale_by_adam(b1, b2)), scale)
 
 
 def _penalty(weight_decay: Any) -> list[optax.GradientTransformation]:

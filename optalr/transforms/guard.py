@@ -7,37 +7,43 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arrays import all_finite, at_least_float32
-from optalr.states import count_up, settle, settle_like, update_when
+from optalr.states import count_up, settle, settle_like
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 
 
 class GuardState(NamedTuple):
     """State of ``guard``."""
 
-    failures: jax.Array  # () int32, gradients that were not finite
+    failures: jax.Array  # () int32, gradients and updates that were not finite or out of proportion
+    gradients: GradientWatch  # what is remembered of the gradients' lengths
     inner_state: Any  # the state of the guarded transformation, in float32 or wider
 
 
 def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Run a transformation in float32, and not at all on a gradient that is not finite.
+    """Run a transformation in float32, and keep broken gradients from it.
 
     Choose it around optax's rules where parameters are bfloat16 or float16, or where one bad batch
     must not end a run. (A decay of 0.999 is 1 in bfloat16, and an eps of 1e-8 is 0 in float16.)
-    With ``g`` the gradient in float32 or wider and ``s`` the state,
+    With ``g`` the gradient in float32 or wider, ``s`` the state, ``n = ‖g‖`` and ``m`` the largest
+    norm of late (0.999 of it is kept from step to step),
 
-        u, s ← inner(g, s)    where g is finite,    else    u = 0
+        u, s ← inner(g · min(1, 10 m / n), s)    where n² and u are finite,    else    u = 0
 
     Args:
       inner: any gradient transformation.
 
     Returns:
-      A transformation whose updates have the dtypes they came in. A gradient that is not finite
-      gives a zero update, leaves the state and is counted in ``failures``.
+      A transformation whose updates have the dtypes they came in. A gradient whose squared norm is
+      not finite gives a zero update and leaves the state. One that is more than ten times as long
+      as any of late is shortened to that. Both count in ``failures``. A first gradient that is too
+      long cannot be told, nor can a loss that has really become a thousand times as large; ``m``
+      follows that in three steps.
 
     Raises:
       TypeError: ``inner`` is not a gradient transformation.
 
-    Cost: that of ``inner`` and one pass over the gradient. The state of ``inner`` is in float32, so
-      it takes twice the memory where parameters are in half precision.
+    Cost: that of ``inner`` and two passes over the gradient. The state of ``inner`` is in float32,
+      so it takes twice the memory where parameters are in half precision.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
@@ -53,26 +59,20 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
-        return GuardState(jnp.zeros((), jnp.int32), settle(inner.init(at_least_float32(params))))
+        inner_state = settle(inner.init(at_least_float32(params)))
+        return GuardState(jnp.zeros((), jnp.int32), start_gradient_watch(), inner_state)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
-        usable = all_finite(updates)
-
-        def run(carry: Any, inputs: Any) -> Any:
-            wide, inner_state = carry
-            # optax lets dtypes drift (a float32 rate on bfloat16); a loop's carry may not.
-            new_updates, new_state = inner.update(wide, inner_state, inputs[0], **inputs[1])
-            return settle_like(new_updates, wide), settle_like(new_state, inner_state)
-
-        # A bad gradient does not run inner at all. So no NaN arises inside it, and a donated state
-        # stays where it is.
-        inputs = (at_least_float32(params), extras)
-        carry = (at_least_float32(updates), state.inner_state)
-        new_updates, inner_state = update_when(usable, run, carry, inputs)
-        new_updates = jax.tree.map(
-            lambda new, old: jnp.where(usable, new, 0).astype(old.dtype), new_updates, updates
-        )
-        failures = jnp.where(usable, state.failures, count_up(state.failures))
-        return new_updates, GuardState(failures, inner_state)
+        given = admit(at_least_float32(updates), state.gradients)
+        wide_params = at_least_float32(params)
+        # Zeros stand for a bad gradient, so no NaN arises inside; what comes of them is dropped.
+        new, after = inner.update(given.updates, state.inner_state, wide_params, **extras)
+        good = ~given.bad & all_finite(new)
+        # optax lets dtypes drift (a float32 rate on bfloat16); a state may not.
+        after = settle_like(after, state.inner_state)
+        after = jax.tree.map(lambda x, old: jnp.where(good, x, old), after, state.inner_state)
+        new = jax.tree.map(lambda u, g: jnp.where(good, u, 0).astype(g.dtype), new, updates)
+        failures = count_up(state.failures, given.failed | ~good)
+        return new, GuardState(failures, given.watch, after)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

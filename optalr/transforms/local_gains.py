@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval
-from optalr.arrays import all_finite, wide_dtype
+from optalr.arrays import wide_dtype
 from optalr.states import count_up
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 
 
 class LocalGainsState(NamedTuple):
@@ -17,8 +18,8 @@ class LocalGainsState(NamedTuple):
     # every update
     gains: Any  # float32 (float64 of such leaves), the gain of each weight
     signs: Any  # int8, the signs of the previous gradient; 0 before the first
-    # where a gradient is not finite
-    failures: jax.Array  # () int32, updates with such a gradient
+    failures: jax.Array  # () int32, gradients that were not finite or out of proportion
+    gradients: GradientWatch  # what is remembered of the gradients' lengths
 
 
 def scale_by_local_gains(
@@ -43,8 +44,9 @@ def scale_by_local_gains(
       max_gain: upper bound of the gains, at least 1; ``float("inf")`` for none.
 
     Returns:
-      A transformation. A gradient that is not finite gives a zero update, leaves the gains as they
-      are and is counted in ``failures``.
+      A transformation. A gradient that is not finite gives a zero update and leaves the gains as
+      they are. One more than ten times as long as any of late is shortened to that. Both count in
+      ``failures``.
 
     Raises:
       ValueError: an argument lies outside its range.
@@ -74,11 +76,13 @@ def scale_by_local_gains(
             gains=jax.tree.map(lambda p: jnp.ones(p.shape, wide_dtype(p)), params),
             signs=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int8), params),
             failures=jnp.zeros((), jnp.int32),
+            gradients=start_gradient_watch(),
         )
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras
-        usable = all_finite(updates)
+        given = admit(updates, state.gradients, squares=False)
+        updates, usable = given.updates, ~given.bad
 
         def next_gain(g: jax.Array, gain: jax.Array, sign: jax.Array) -> jax.Array:
             # By signs, because the product of two tiny gradients underflows to zero.
@@ -95,7 +99,8 @@ def scale_by_local_gains(
 
         gains = jax.tree.map(next_gain, updates, state.gains, state.signs)
         signs = jax.tree.map(next_sign, updates, state.signs)
-        failures = jnp.where(usable, state.failures, count_up(state.failures))
-        return jax.tree.map(scaled, updates, gains), LocalGainsState(gains, signs, failures)
+        failures = count_up(state.failures, given.failed)
+        new_state = LocalGainsState(gains, signs, failures, given.watch)
+        return jax.tree.map(scaled, updates, gains), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_interval
-from optalr.arrays import all_finite, wide_dtype
+from optalr.arrays import wide_dtype
 from optalr.states import count_up
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 
 
 class NesterovFlowState(NamedTuple):
     """State of ``accelerate_by_nesterov_flow``."""
 
     count: jax.Array  # () int32, updates taken so far; those that were dropped do not count
-    failures: jax.Array  # () int32, updates that were not finite, and dropped
+    failures: jax.Array  # () int32, updates that were not finite (dropped) or too long (shortened)
     velocity: Any  # like the parameters, float32 or wider: w_k − w_{k−1}
+    gradients: GradientWatch  # what is remembered of the updates' lengths
 
 
 def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransformationExtraArgs:
@@ -60,7 +62,8 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
       2.25
 
     Reference: Su, Boyd & Candès, "A differential equation for modeling Nesterov's accelerated
-      gradient method", 2014, eq. 1 and 3. Dropping what is not finite is ours.
+      gradient method", 2014, eq. 1 and 3. Dropping what is not finite,
+      and shortening what is out of proportion, is ours.
     """
     check_interval("friction", friction, 0.0, open_low=True, open_high=True)
 
@@ -74,12 +77,14 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
             return jnp.zeros(jnp.shape(p), wide_dtype(p))
 
         velocity = jax.tree.map(zeros, params)
-        return NesterovFlowState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), velocity)
+        count, failures = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return NesterovFlowState(count, failures, velocity, start_gradient_watch())
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         del params, extras
         before, now = weight(state.count), weight(count_up(state.count))
-        finite = all_finite(updates)
+        given = admit(updates, state.gradients, squares=False)
+        updates, finite = given.updates, ~given.bad
 
         # w_k − w_{k−1} = u_k + (y_{k−1} − w_{k−1}), and the bracket was added by the last update.
         def next_velocity(m: jax.Array, u: jax.Array) -> jax.Array:
@@ -89,8 +94,9 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
             return jnp.where(finite, u.astype(m.dtype) + now * m, 0.0).astype(u.dtype)
 
         velocity = jax.tree.map(next_velocity, state.velocity, updates)
-        failures = count_up(state.failures, ~finite)
+        failures = count_up(state.failures, given.failed)
         count = jnp.where(finite, count_up(state.count), state.count)
-        return jax.tree.map(moved, updates, velocity), NesterovFlowState(count, failures, velocity)
+        new_state = NesterovFlowState(count, failures, velocity, given.watch)
+        return jax.tree.map(moved, updates, velocity), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -14,6 +14,7 @@ import optax
 from optalr.arguments import check_count
 from optalr.arrays import wide_dtype
 from optalr.transforms.dense.second_moment import Memory, SecondMoment, precondition
+from optalr.transforms.shared.gradient_watch import GradientWatch, start_gradient_watch
 from optalr.transforms.shared.lengths import length
 
 
@@ -24,7 +25,9 @@ class BlockDiagonalState(NamedTuple):
     count: jax.Array  # () int32
     weight: jax.Array  # () float32, sum of the moving average's weights
     root_age: jax.Array  # () int32, updates since roots were last due, whether taken or kept back
-    failures: jax.Array  # () int32, roots kept back and updates not finite
+    failures: jax.Array  # () int32, roots kept back, gradients not finite or out of proportion
+    bounded_steps: jax.Array  # () int32, updates shortened because their root was out of date
+    gradients: GradientWatch  # what is remembered of the gradients' lengths
     damping: jax.Array  # () float32, λ as it was given
     update_norm: jax.Array  # () float32, of all leaves together
     moments: Any  # (k, k) float32 (float64 of such leaves) for a leaf of k numbers
@@ -110,6 +113,8 @@ def scale_by_block_diagonal(
             weight=memory.weight,
             root_age=memory.root_age,
             failures=memory.failures,
+            bounded_steps=memory.bounded_steps,
+            gradients=memory.gradients,
             damping=jnp.asarray(damping, jnp.float32),
             update_norm=length(new),
             moments=structure.unflatten(memory.moments),
@@ -127,6 +132,8 @@ def _first_state(params: Any, damping: Any) -> BlockDiagonalState:
         weight=jnp.zeros([], jnp.float32),
         root_age=jnp.zeros([], jnp.int32),
         failures=jnp.zeros([], jnp.int32),
+        bounded_steps=jnp.zeros([], jnp.int32),
+        gradients=start_gradient_watch(),
         damping=jnp.array(damping, jnp.float32),
         update_norm=jnp.zeros([], jnp.float32),
         moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),
@@ -142,6 +149,8 @@ def _memory(state: BlockDiagonalState) -> Memory:
         weight=state.weight,
         root_age=state.root_age,
         failures=state.failures,
+        bounded_steps=state.bounded_steps,
+        gradients=state.gradients,
         moments=jax.tree.leaves(state.moments),
         root_residual=state.root_residual,
         roots=jax.tree.leaves(state.roots),

@@ -18,6 +18,7 @@ from optalr.transforms.dense.second_moment import (
     working_dtype,
 )
 from optalr.transforms.dense.window import scale_by_window
+from optalr.transforms.shared.gradient_watch import GradientWatch, start_gradient_watch
 from optalr.transforms.shared.lengths import length
 
 # The state of 4096 parameters takes 128 MiB in float32, and a root 20·4096³ = 1.4e12 flops.
@@ -33,7 +34,9 @@ class FullMatrixState(NamedTuple):
     count: jax.Array  # () int32, updates so far
     weight: jax.Array  # () float32, sum of the moving average's weights
     root_age: jax.Array  # () int32, updates since a root was last due, whether taken or kept back
-    failures: jax.Array  # () int32, roots kept back and updates not finite
+    failures: jax.Array  # () int32, roots kept back, gradients not finite or out of proportion
+    bounded_steps: jax.Array  # () int32, updates shortened because their root was out of date
+    gradients: GradientWatch  # what is remembered of the gradients' lengths
     damping: jax.Array  # () float32, λ as it was given
     update_norm: jax.Array  # () float32, of all leaves together
     moment: jax.Array  # (P, P) float32, or float64 where a leaf is
@@ -129,6 +132,8 @@ def _whole(
             weight=jnp.zeros([], jnp.float32),
             root_age=jnp.zeros([], jnp.int32),
             failures=jnp.zeros([], jnp.int32),
+            bounded_steps=jnp.zeros([], jnp.int32),
+            gradients=start_gradient_watch(),
             damping=jnp.array(rule.damping, jnp.float32),
             update_norm=jnp.zeros([], jnp.float32),
             moment=jnp.zeros((size, size), dtype),
@@ -149,6 +154,8 @@ def _whole(
             weight=memory.weight,
             root_age=memory.root_age,
             failures=memory.failures,
+            bounded_steps=memory.bounded_steps,
+            gradients=memory.gradients,
             damping=jnp.asarray(rule.damping, jnp.float32),
             update_norm=length(new),
             moment=memory.moments[0],
@@ -166,6 +173,8 @@ def _memory(state: FullMatrixState) -> Memory:
         weight=state.weight,
         root_age=state.root_age,
         failures=state.failures,
+        bounded_steps=state.bounded_steps,
+        gradients=state.gradients,
         moments=[state.moment],
         root_residual=state.root_residual,
         roots=[state.root],

@@ -15,6 +15,10 @@ from optalr.arguments import check_choice, check_interval, is_concrete
 from optalr.arrays import all_finite, wide_dtype
 from optalr.linalg import inverse_roots, mean_eigenvalue, spd
 from optalr.states import count_up, update_when
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit
+
+# By how much a root's rounding may exceed a bound.
+_ROUNDING = 1.05
 
 
 def _absolute(damping: jax.Array, mean_eigenvalue: jax.Array) -> jax.Array:
@@ -69,6 +73,23 @@ class SecondMoment:
         damping = jnp.asarray(self.damping, mean_eigenvalue.dtype)
         return DAMPING_FORMS[self.damping_form](damping, mean_eigenvalue)
 
+    def limit(self, vector: jax.Array, moment: jax.Array, weight: jax.Array) -> jax.Array:
+        """Return a bound on ``‖(F + λI)^p g‖`` for any F that holds g with its weight s.
+
+        With q = −p it is ``‖g‖^{1−2q} s^{−q}`` for q ≤ 1/2, and ``λ^{1/2−q} s^{−1/2}`` beyond,
+        because F is at least s g gᵀ.
+        """
+        dtype = vector.dtype
+        weight = jnp.where(weight > 0, weight, 1).astype(dtype)
+        share = (1 if self.decay is None else 1 - jnp.asarray(self.decay, dtype)) / weight
+        mean = jnp.trace(moment) / (weight * max(1, vector.size))
+        q, added = -jnp.asarray(self.power, dtype), self.added(mean)
+        norm = jnp.sqrt(jnp.sum(jnp.square(vector)))
+        gentle = jnp.power(norm, jnp.maximum(1 - 2 * q, 0)) * jnp.power(share, -jnp.minimum(q, 0.5))
+        damped = jnp.where(added > 0, added, 1)
+        steep = jnp.where(added > 0, jnp.power(damped, jnp.minimum(0.5 - q, 0)), jnp.inf)
+        return jnp.where(q > 0.5, steep * jnp.power(share, -0.5), gentle)
+
 
 class Memory(NamedTuple):
     """What is remembered between updates: one moment and one root per vector, in their order."""
@@ -76,7 +97,9 @@ class Memory(NamedTuple):
     count: jax.Array  # () int32, updates so far
     weight: jax.Array  # () float32, sum of the moving average's weights
     root_age: jax.Array  # () int32, updates since roots were last due
-    failures: jax.Array  # () int32, roots kept back and updates not finite
+    failures: jax.Array  # () int32, roots kept back, gradients not finite or out of proportion
+    bounded_steps: jax.Array  # () int32, updates shortened because their root was out of date
+    gradients: GradientWatch  # what is remembered of the gradients' lengths
     moments: Sequence[jax.Array]  # (k, k) for a vector of k numbers
     root_residual: jax.Array  # () float32, the worst among the roots in use
     roots: Sequence[jax.Array]  # (k, k), as the moments
@@ -87,6 +110,9 @@ def precondition(
 ) -> tuple[list[jax.Array], Memory]:
     """Return each vector under its root, or all zeros, and the memory after this update.
 
+    A root that is a few updates old has not seen this gradient, and may make it longer than any
+    fresh root would. The update is shortened to what a fresh one could make of it.
+
     Args:
       rule: how moments are accumulated.
       memory: what was known before this update.
@@ -94,7 +120,9 @@ def precondition(
       update_every: updates between roots.
     """
     # Measure.
-    moments, weight, good = _fold_vectors(rule, memory, vectors)
+    given = admit(list(vectors), memory.gradients)
+    vectors = given.updates
+    moments, weight, good = _fold_vectors(rule, memory, vectors, usable=~given.bad)
 
     # Refresh.
     age = count_up(memory.root_age)
@@ -104,14 +132,33 @@ def precondition(
 
     # Apply.
     new = [spd.matmul(root, vector) for root, vector in zip(roots, vectors, strict=True)]
+    limits = [rule.limit(g, moment, weight) for g, moment in zip(vectors, moments, strict=True)]
+    new, cut = _shortened(new, limits)
     safe = good & all_finite(new)
+    failed = given.failed | ~safe
     return [jnp.where(safe, u, 0) for u in new], memory._replace(
         count=count_up(memory.count),
         root_age=jnp.where(due, 0, age),
-        failures=count_up(count_up(memory.failures, kept_back), ~safe),
+        failures=count_up(count_up(memory.failures, kept_back), failed),
+        bounded_steps=count_up(memory.bounded_steps, cut & safe),
+        gradients=given.watch,
         root_residual=residual,
         roots=roots,
     )
+
+
+def _shortened(
+    updates: Sequence[jax.Array], limits: Sequence[jax.Array]
+) -> tuple[list[jax.Array], jax.Array]:
+    """Return updates within their limits, and whether any was cut."""
+    kept, cut = [], jnp.zeros((), bool)
+    for update, limit in zip(updates, limits, strict=True):
+        norm = jnp.sqrt(jnp.sum(jnp.square(update)))
+        # A fresh root may reach the limit itself, up to its rounding.
+        over = jnp.isfinite(norm) & (norm > _ROUNDING * limit)
+        kept.append(jnp.where(over, update * (limit / jnp.where(over, norm, 1)), update))
+        cut |= over
+    return kept, cut
 
 
 def working_dtype(leaves: Sequence[Any]) -> Any:
@@ -129,7 +176,7 @@ def _is_due(count: jax.Array, root_age: jax.Array, update_every: Any) -> jax.Arr
 
 
 def _fold_vectors(
-    rule: SecondMoment, memory: Memory, vectors: Sequence[jax.Array]
+    rule: SecondMoment, memory: Memory, vectors: Sequence[jax.Array], *, usable: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """Fold the outer product of each vector into its moment.
 
@@ -141,7 +188,8 @@ def _fold_vectors(
         for moment, vector in zip(memory.moments, vectors, strict=True)
     ]
     # No entry of a sum of outer products exceeds its trace, and damping divides by that.
-    good = all_finite([jnp.trace(moment) / after.astype(moment.dtype) for moment in folded])
+    means = [jnp.trace(moment) / after.astype(moment.dtype) for moment in folded]
+    good = usable & all_finite(means)
     kept = [jnp.where(good, new, old) for new, old in zip(folded, memory.moments, strict=True)]
     return kept, jnp.where(good, after, memory.weight), good
 

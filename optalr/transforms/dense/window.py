@@ -15,6 +15,7 @@ from optalr.linalg import spd
 from optalr.linalg.roots.decompositions import eigh
 from optalr.states import count_up
 from optalr.transforms.dense.second_moment import SecondMoment, working_dtype
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 from optalr.transforms.shared.lengths import length
 
 
@@ -24,7 +25,8 @@ class WindowedState(NamedTuple):
     # every update
     count: jax.Array  # () int32, updates so far
     num_gradients: jax.Array  # () int32, gradients taken in so far
-    failures: jax.Array  # () int32, updates not finite
+    failures: jax.Array  # () int32, gradients not finite or out of proportion
+    watch: GradientWatch  # what is remembered of the gradients' lengths
     damping: jax.Array  # () float32, λ as it was given
     update_norm: jax.Array  # () float32, of all leaves together
     gram: jax.Array  # (r, r) float32, or float64 where a leaf is: products of the gradients kept
@@ -54,12 +56,13 @@ def scale_by_window(
         updates: Any, state: Any, params: Any = None, **extras: Any
     ) -> tuple[Any, WindowedState]:
         del params, extras
-        leaves, structure = jax.tree.flatten(updates)
+        given = admit(updates, state.watch)
+        leaves, structure = jax.tree.flatten(given.updates)
         kept = jax.tree.leaves(state.gradients)
         grads = [x.astype(k.dtype) for x, k in zip(leaves, kept, strict=True)]
 
         # Measure.
-        window = _take_in(state, kept, grads)
+        window = _take_in(state, kept, grads, usable=~given.bad)
 
         # Refresh.
         scales = jnp.sqrt(_weights(rule, window.taken, window.gram))
@@ -76,7 +79,8 @@ def scale_by_window(
         return structure.unflatten(new), WindowedState(
             count=count_up(state.count),
             num_gradients=window.taken,
-            failures=count_up(state.failures, ~safe),
+            failures=count_up(state.failures, given.failed | ~safe),
+            watch=given.watch,
             damping=jnp.asarray(rule.damping, jnp.float32),
             update_norm=length(new),
             gram=window.gram,
@@ -92,6 +96,7 @@ def _first_state(params: Any, size: int, damping: Any) -> WindowedState:
         count=jnp.zeros([], jnp.int32),
         num_gradients=jnp.zeros([], jnp.int32),
         failures=jnp.zeros([], jnp.int32),
+        watch=start_gradient_watch(),
         damping=jnp.array(damping, jnp.float32),
         update_norm=jnp.zeros([], jnp.float32),
         gram=jnp.zeros((size, size), working_dtype(jax.tree.leaves(params))),
@@ -99,14 +104,16 @@ def _first_state(params: Any, size: int, damping: Any) -> WindowedState:
     )
 
 
-def _take_in(state: WindowedState, kept: list[jax.Array], grads: list[jax.Array]) -> Window:
+def _take_in(
+    state: WindowedState, kept: list[jax.Array], grads: list[jax.Array], *, usable: jax.Array
+) -> Window:
     """Return the window after one more gradient, which takes the place of the oldest."""
     row = state.num_gradients % state.gram.shape[0]
     filled = [k.at[row].set(g) for k, g in zip(kept, grads, strict=True)]
     products = _inner_products(filled, grads, state.gram)
     gram = state.gram.at[row].set(products).at[:, row].set(products)
     # No inner product exceeds the trace, the sum of all squares.
-    good = jnp.isfinite(jnp.trace(gram))
+    good = usable & jnp.isfinite(jnp.trace(gram))
     return Window(
         gradients=[jnp.where(good, new, old) for new, old in zip(filled, kept, strict=True)],
         gram=jnp.where(good, gram, state.gram),

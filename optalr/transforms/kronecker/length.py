@@ -106,6 +106,7 @@ def graft(
     updates: Any,
     params: Any,
     extras: Mapping[str, Any],
+    usable: jax.Array,
 ) -> tuple[list[jax.Array], Any]:
     """Return updates with the norms of another method's; before the first roots, that method's own.
 
@@ -115,9 +116,8 @@ def graft(
     wide, wide_params = at_least_float32(updates), at_least_float32(params)
     others, after = other.update(wide, state.graft, wide_params, **extras)
     after = settle_like(after, state.graft)
-    # A bad gradient must not spoil the other method's moments either: they would never recover.
-    finite = all_finite(updates)
-    after = jax.tree.map(lambda x, old: jnp.where(finite, x, old), after, state.graft)
+    # A bad gradient, of which only zeros are left, must not move the other method's moments.
+    after = jax.tree.map(lambda x, old: jnp.where(usable, x, old), after, state.graft)
     started = state.num_refreshes > 0
     others = [x.astype(u.dtype) for x, u in zip(jax.tree.leaves(others), new, strict=True)]
     grafted = _take_norms(new, others)

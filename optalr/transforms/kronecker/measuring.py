@@ -16,24 +16,47 @@ from optalr.transforms.kronecker.memory import (
     LeafMemory,
     SideMemory,
 )
+from optalr.transforms.kronecker.proportion import (
+    Measurement,
+    in_proportion,
+    share_in_proportion,
+)
 from optalr.transforms.kronecker.rule import Rule
 from optalr.transforms.kronecker.spectrum import Spectrum, Step
+from optalr.transforms.shared.rescaling import leaf_scales
+
+
+class Arrived(NamedTuple):
+    """The gradient that an update got."""
+
+    grads: Sequence[jax.Array]  # of all leaves, in float32 or wider
+    updates: Any  # the same as a tree
+    original: Any  # the gradient as the loss gave it, or None
+    usable: jax.Array  # () bool, whether it was finite
 
 
 class Batch(NamedTuple):
     """What a batch adds to the statistics, beside the moments of its layers."""
 
     grads: Sequence[jax.Array]  # of all leaves, in float32 or wider
+    scales: Sequence[jax.Array]  # of all leaves, what their gradient was multiplied by
     num_examples: jax.Array  # () float32
     started: jax.Array  # () bool, whether there are roots
+    weight: jax.Array  # () float32, the sum of the averages' weights before this batch
 
 
-class Measurement(NamedTuple):
-    """The statistics of one kernel in one batch."""
+class Folded(NamedTuple):
+    """The statistics after a batch.
 
-    rows: Structured
-    cols: Structured
-    second_moment: Any  # where one is kept
+    Attributes:
+      memories: of all leaves.
+      good: () bool, whether all of the batch was finite.
+      bounded: () bool, whether some of it was out of proportion, and was scaled down.
+    """
+
+    memories: list[LeafMemory]
+    good: jax.Array
+    bounded: jax.Array
 
 
 def init_leaf(spectrum: Spectrum, leaf: Leaf, dtype: Any) -> LeafMemory:
@@ -47,29 +70,32 @@ def init_leaf(spectrum: Spectrum, leaf: Leaf, dtype: Any) -> LeafMemory:
 
 
 def measure(
-    step: Step, memories: Sequence[LeafMemory], state: Any, *, grads: Sequence[jax.Array]
+    step: Step, memories: Sequence[LeafMemory], state: Any, *, arrived: Arrived
 ) -> tuple[list[LeafMemory], Any]:
     """Fold this batch into the statistics, where that is due and something was captured."""
     nodes = [node for node in jax.tree.leaves(step.signals, is_leaf=is_moments) if is_moments(node)]
     num_examples = jnp.float32(1)
     if nodes:  # every count is the batch's size, or 0 where nothing was captured
         num_examples = jnp.max(jnp.stack([jnp.asarray(n.count, jnp.float32) for n in nodes]))
-    due = step.clock.measures(state.signal_age, state.count) & (num_examples > 0)
+    due = step.clock.measures(state.signal_age, state.count) & (num_examples > 0) & arrived.usable
 
-    def fold(carry: Any, inputs: Any) -> Any:
-        batch, (signals, measure) = inputs
+    def fold(carry: Folded, inputs: Any) -> Folded:
+        batch, (updates, original), (signals, measure) = inputs
+        batch = batch._replace(scales=leaf_scales(updates, original))
         leaves = with_signals(step.plans, signals if measure is None else measure())
-        return fold_batch(step.spectrum, leaves, carry[0], batch=batch)
+        return fold_batch(step.spectrum, leaves, carry.memories, batch=batch)
 
-    batch = Batch(grads, num_examples, started=state.num_refreshes > 0)
-    inputs = batch, (step.signals, step.measure)
-    memories, good = update_when(due, fold, (list(memories), jnp.bool_(True)), inputs)
-    measured = due & good
+    started = state.num_refreshes > 0
+    batch = Batch(arrived.grads, (), num_examples, started, weight=state.weight)
+    inputs = batch, (arrived.updates, arrived.original), (step.signals, step.measure)
+    carry = Folded(list(memories), jnp.bool_(True), jnp.bool_(False))
+    folded = update_when(due, fold, carry, inputs)
+    measured = due & folded.good
     decay = jnp.asarray(step.spectrum.rule.decay, jnp.float32)
     samples = samples_a_dimension(step.leaves)
-    return list(memories), state._replace(
+    return list(folded.memories), state._replace(
         signal_age=jnp.where(due, 1, count_up(state.signal_age)),
-        failures=count_up(state.failures, ~good),
+        failures=count_up(state.failures, ~folded.good | folded.bounded),
         measurements=count_up(state.measurements, measured),
         samples=state.samples + jnp.where(measured, samples, 0),
         weight=jnp.where(measured, decay * state.weight + (1 - decay), state.weight),
@@ -78,8 +104,8 @@ def measure(
 
 def fold_batch(
     spectrum: Spectrum, leaves: Sequence[Leaf], memories: Sequence[LeafMemory], *, batch: Batch
-) -> tuple[list[LeafMemory], jax.Array]:
-    """Return what is remembered after one batch, and whether all of the batch was finite.
+) -> Folded:
+    """Return what is remembered after one batch.
 
     One number that is not finite leaves the memory of every leaf as it was.
     """
@@ -89,18 +115,23 @@ def fold_batch(
             measured[i] = _measure_kernel(spectrum, leaf, memory, index=i, batch=batch)
         elif isinstance(leaf, Elementwise):
             measured[i] = batch.num_examples * jnp.square(batch.grads[i])
-    good = all_finite(measured)
+    good, bounded = all_finite(measured), jnp.bool_(False)
     folded = list(memories)
     for i, new in measured.items():
         leaf, memory = leaves[i], memories[i]
         if isinstance(leaf, Kernel):
             seen = good if leaf.moments is None else good & (leaf.moments.count > 0)
-            folded[i] = _fold_kernel(spectrum.rule, leaf, memory, new=new, keep=seen)
+            tame, over = in_proportion(new, leaf, memory, weight=batch.weight)
+            folded[i] = _fold_kernel(spectrum.rule, leaf, memory, new=tame, keep=seen)
+            bounded |= over & seen
         else:
             old = memory.second_moment
-            average = moving_average(old, new, spectrum.rule.decay)
+            before = jnp.mean(old) / jnp.where(batch.weight > 0, batch.weight, 1).astype(old.dtype)
+            share, over = share_in_proportion(jnp.mean(new), before)
+            average = moving_average(old, share * new, spectrum.rule.decay)
             folded[i] = LeafMemory(second_moment=jnp.where(good, average, old))
-    return folded, good
+            bounded |= over & good
+    return Folded(folded, good, bounded)
 
 
 def _measure_kernel(
@@ -108,7 +139,7 @@ def _measure_kernel(
 ) -> Measurement:
     matrix = leaf.to_matrix(batch.grads, index)
     if leaf.moments is not None:
-        rows, cols = _grams_of_signals(leaf, leaf.moments)
+        rows, cols = _grams_of_signals(leaf, leaf.moments, batch.scales[index])
     elif spectrum.rule.share == 1:  # a leaf without a layer among captured ones
         rows, cols = _normalized_grams(leaf, matrix, batch.num_examples)
     else:
@@ -123,14 +154,22 @@ def _measure_kernel(
     return Measurement(rows, cols, jax.tree.map(second_moment, squares))
 
 
-def _grams_of_signals(leaf: Kernel, moments: LayerMoments) -> tuple[Structured, Structured]:
-    """Return the two factors of one captured layer, a joint bias included."""
+def _grams_of_signals(
+    leaf: Kernel, moments: LayerMoments, scale: jax.Array
+) -> tuple[Structured, Structured]:
+    """Return the two factors of one captured layer, a joint bias included.
+
+    The signals are as large as the loss made them. ``scale`` is what the gradient was multiplied by
+    since.
+    """
     rows, cols = moments.rows, moments.cols
     if leaf.joint_bias is not None and moments.row_mean is not None:
         rows = _with_ones(rows, moments.row_mean)
     elif leaf.joint_bias is not None and moments.col_mean is not None:
         cols = _with_ones(cols, moments.col_mean)
-    return leaf.rows.of_gram(rows), leaf.cols.of_gram(cols)
+    sides = [leaf.rows.of_gram(rows), leaf.cols.of_gram(cols)]
+    sides[leaf.output_side] = sides[leaf.output_side].scaled(jnp.square(scale))
+    return sides[0], sides[1]
 
 
 def _with_ones(gram: jax.Array, mean: jax.Array) -> jax.Array:

@@ -20,16 +20,17 @@ import optax
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.arrays import at_least_float32, wide_dtype
 from optalr.signals.coverage import Coverage
-from optalr.states import settle
+from optalr.states import count_up, settle
 from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves, with_signals
 from optalr.transforms.kronecker.length import bound, finish, graft
-from optalr.transforms.kronecker.measuring import init_leaf, measure
+from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
 from optalr.transforms.kronecker.memory import LeafMemory, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import DAMPING_FORMS, Clock, Rule
 from optalr.transforms.kronecker.spectrum import SPECTRA, Spectrum, Step
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 
 
 class KroneckerState(NamedTuple):
@@ -45,10 +46,12 @@ class KroneckerState(NamedTuple):
     signal_age: jax.Array  # () int32, updates from the last measurement to the next update
     root_age: jax.Array  # () int32, updates since roots were last due (or since the start)
     wants_signals: jax.Array  # () bool, will the next update read signals?
-    failures: jax.Array  # () int32, roots kept back, measurements and updates not finite
+    # () int32, roots kept back; gradients, measurements and updates not finite or out of proportion
+    failures: jax.Array
     update_norm: jax.Array  # () float32, global norm of the last update
     damping: jax.Array  # () float32, as applied in the last update
     graft: Any  # state of options.graft
+    gradients: GradientWatch  # what is remembered of the gradients' lengths
     # every measurement
     measurements: jax.Array  # () int32, batches measured
     samples: jax.Array  # () float32, samples per dimension of the factor that has the fewest
@@ -112,8 +115,15 @@ def scale_by_kronecker(
     ``‖U‖² tr(A)/m <= max_update² n``. (Leaves without a layer: ``‖U‖² <= max_update² max(m, n)``.)
 
     *What can go wrong.* If a root misses its residual on either side, the last good pair stays in
-    place. Moments that are not finite are not folded in. An update that is not finite becomes zero.
+    place. A gradient that is not finite gives a zero update, and its moments are not folded in. One
+    more than ten times as long as any of late is shortened to that. Moments with more than 30 times
+    the mean eigenvalue of their average are scaled down to that: one batch in twenty then lengthens
+    or shortens steps by a factor of 2.5 at most, and is forgotten within two refresh intervals.
     ``failures`` counts each of these.
+
+    *Scale.* A gradient that was multiplied by c since the loss gave it (clipping, loss scaling)
+    finds B multiplied by c², leaf by leaf, if the extra ``grad`` is there. So the direction is that
+    of the loss times c, and the order in the chain does not matter.
 
     Args:
       power: p, in [−1, 0]. It may be a schedule under ``inject_hyperparams``; roots in use keep the
@@ -226,6 +236,7 @@ class _Kronecker:
             update_norm=jnp.zeros([], jnp.float32),
             damping=jnp.array(self.damping, jnp.float32),
             graft=settle(other.init(at_least_float32(params))) if other else optax.EmptyState(),
+            gradients=start_gradient_watch(),
             measurements=jnp.zeros([], jnp.int32),
             samples=jnp.zeros([], jnp.float32),
             weight=jnp.zeros([], jnp.float32),
@@ -235,17 +246,21 @@ class _Kronecker:
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        given = admit(updates, state.gradients, squares=False)
+        updates, failures = given.updates, count_up(state.failures, given.failed)
+        state = state._replace(gradients=given.watch, failures=failures)
         step = self._step(updates, extras)
         structure = jax.tree.structure(updates)
         grads = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
         memories = from_trees(state.memory, structure)
 
-        memories, state = measure(step, memories, state, grads=grads)
+        arrived = Arrived(grads, updates, extras.get("grad"), usable=~given.bad)
+        memories, state = measure(step, memories, state, arrived=arrived)
         memories, state = refresh(step, memories, state)
         new = directions(step, memories, state, grads=grads)
         if self.options.graft is not None:
-            given = {"updates": updates, "params": params, "extras": extras}
-            new, state = graft(self.options.graft, new, state, **given)
+            inputs = {"updates": updates, "params": params, "extras": extras}
+            new, state = graft(self.options.graft, new, state, usable=~given.bad, **inputs)
         if self.options.max_update is not None:
             limits = {"weight": state.weight, "max_update": self.options.max_update}
             new = bound(step.leaves, memories, new, **limits)

@@ -16,6 +16,7 @@ from optalr.arrays import wide_dtype
 from optalr.linalg.minres.linear_solve import MinresResult
 from optalr.linalg.minres.vectors import dot, where
 from optalr.transforms.shared.lengths import value_at
+from optalr.transforms.shared.loss_watch import LossWatch, watch_loss
 from optalr.transforms.shared.subtrees import embed
 
 
@@ -24,7 +25,9 @@ class LevenbergMarquardt(NamedTuple):
 
     After each step the actual decrease ``L(w) − L(w − s v)`` is divided by the predicted one,
     ``s ∇ᵀv − s²/2 vᵀAv``. Below ``low`` (or where the loss is not finite, or curvature was not
-    positive) the next λ is ``grow`` times larger, above ``high`` ``shrink`` times.
+    positive) the next λ is ``grow`` times larger, above ``high`` ``shrink`` times. The ratio judges
+    a step by its own batch. Where steps that fit one batch each make the loss rise, above
+    ``max_rise`` times the first one, λ never falls below ``initial`` again.
 
     Choose it in full-batch fitting, where the right λ changes during the fit. The rule sets the
     next λ only: a step that raises the loss is still taken, unless ``reject`` is set. The step that
@@ -44,6 +47,8 @@ class LevenbergMarquardt(NamedTuple):
       largest: λ never rises above it; at least ``smallest``.
       reject: whether a step whose actual decrease is not positive (or not finite) becomes a zero
         update while λ grows. Near a minimum, where decreases drown in rounding, nothing moves then.
+      max_rise: see above, ≥ 0; infinity for never. A first loss L below zero may rise to
+        L + (max_rise − 1)|L|. ``bounded_steps`` counts the updates whose λ it has held.
 
     A method that takes the rule raises a ValueError for a field out of range.
 
@@ -75,6 +80,7 @@ class LevenbergMarquardt(NamedTuple):
     smallest: float = 1e-8
     largest: float = 1e8
     reject: bool = False
+    max_rise: float = 1.5
 
 
 class Trial(NamedTuple):
@@ -85,6 +91,7 @@ class Trial(NamedTuple):
     direction: Any  # the step without its length, of the same structure
     descends: jax.Array  # () bool, whether the solve ended in a direction of descent
     damping: jax.Array  # () float32, λ of the solve
+    scale: jax.Array  # () float32, what the gradient was multiplied by since the loss gave it
 
 
 class Outlook(NamedTuple):
@@ -92,6 +99,7 @@ class Outlook(NamedTuple):
 
     next_damping: jax.Array  # () float32, λ of the next solve
     reduction_ratio: jax.Array  # () float32, actual over predicted decrease, or 0 if meaningless
+    watch: LossWatch  # what is remembered of the loss
 
 
 class Verdict(NamedTuple):
@@ -100,6 +108,7 @@ class Verdict(NamedTuple):
     direction: Any  # the direction, or zeros where the step is refused
     outlook: Outlook
     rejected: jax.Array  # () bool, whether the step is refused
+    bounded: jax.Array  # () bool, whether λ is held at its initial value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +137,8 @@ class PowerOfNorm:
     def judge(self, trial: Trial, last: Outlook, extras: dict[str, Any]) -> Verdict:
         """Return the verdict that changes nothing."""
         del extras
-        return Verdict(trial.direction, last, jnp.zeros((), bool))
+        no = jnp.zeros((), bool)
+        return Verdict(trial.direction, last, no, no)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +171,10 @@ class JudgedDamping:
         ratio = jnp.where(trusted, ratio, 0.0).astype(jnp.float32)
         shrunk = jnp.where(ratio > rule.high, rule.shrink, 1.0)
         factor = jnp.where(ratio < rule.low, rule.grow, shrunk)
+        watch = watch_loss(last.watch, extras["value"], rule.max_rise)
         following = jnp.clip(trial.damping * factor, rule.smallest, rule.largest)
+        too_small = watch.risen & (following < rule.initial)
+        following = jnp.where(too_small, rule.initial, following)
         # Negated, so that a decrease of NaN is refused too.
         refused = ~(actual > 0) if rule.reject else jnp.asarray(False)
         zeros = jax.tree.map(jnp.zeros_like, trial.direction)
@@ -169,8 +182,10 @@ class JudgedDamping:
         outlook = Outlook(
             next_damping=jnp.where(still, trial.damping, following).astype(jnp.float32),
             reduction_ratio=jnp.where(still, last.reduction_ratio, ratio),
+            watch=watch,
         )
-        return Verdict(where(refused, zeros, trial.direction), outlook, refused & ~still)
+        taken = where(refused, zeros, trial.direction)
+        return Verdict(taken, outlook, refused & ~still, bounded=too_small & ~still)
 
     def _decreases(self, trial: Trial, extras: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         """Return the actual decrease of the loss along the step, and the predicted one."""
@@ -184,7 +199,8 @@ class JudgedDamping:
         # vᵀ(A + λI)v = vᵀ(∇ − r), without a further product.
         damped = slope - dot(direction, trial.solved.residual)
         curved = damped - trial.damping * dot(direction, direction)
-        return extras["value"] - extras["value_fn"](moved), step * slope - 0.5 * step**2 * curved
+        predicted = (step * slope - 0.5 * step**2 * curved) / trial.scale
+        return extras["value"] - extras["value_fn"](moved), predicted
 
 
 Damping = PowerOfNorm | JudgedDamping
@@ -229,3 +245,4 @@ def _check_rule(rule: LevenbergMarquardt) -> None:
     check_interval("damping.step_size", rule.step_size, 0.0, open_low=True)
     check_interval("damping.smallest", rule.smallest, 0.0, open_low=True)
     check_interval("damping.largest", rule.largest, rule.smallest)
+    check_interval("damping.max_rise", rule.max_rise, 0.0)

@@ -24,7 +24,7 @@ from optalr.arguments import (
 )
 from optalr.arrays import wide_dtype
 from optalr.linalg.minres.linear_solve import MinresResult
-from optalr.linalg.minres.vectors import divide, dot, largest
+from optalr.linalg.minres.vectors import divide, dot, largest, multiply
 from optalr.states import count_up
 from optalr.transforms.krylov_flow.damping import (
     Damping,
@@ -36,6 +36,9 @@ from optalr.transforms.krylov_flow.damping import (
     resolve_damping,
 )
 from optalr.transforms.krylov_flow.minres_steps import ENDINGS, KrylovSolver, checked_steps
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.loss_watch import LossWatch, start_watch
+from optalr.transforms.shared.rescaling import tree_scale
 from optalr.transforms.shared.subtrees import restrict
 
 _NAME = "scale_by_krylov_flow"
@@ -64,9 +67,12 @@ class KrylovFlowState(NamedTuple):
     reduction_ratio: jax.Array
     negative_curvature: jax.Array  # () int32, updates that met nonpositive curvature
     rejections: jax.Array  # () int32, steps that the rule turned into zero updates
-    # () int32, updates in which the gradient, a product or λ was not finite; in place of such a λ
-    # the last one is used
+    bounded_steps: jax.Array  # () int32, updates whose λ was held at its initial value
+    watch: LossWatch  # what the rule remembers of the loss
+    # () int32, updates in which the gradient, a product or λ was not finite (in place of such a λ
+    # the last one is used), or the gradient was out of proportion
     failures: jax.Array
+    gradients: GradientWatch  # what is remembered of the gradients' lengths
 
 
 def scale_by_krylov_flow(
@@ -88,7 +94,8 @@ def scale_by_krylov_flow(
         (A + λI) v = ∇,        λ = a ‖∇‖^b.
 
     It is an ascent direction: a learning rate (1 for the undamped flow), a learned rate, momentum
-    or clipping may follow.
+    or clipping may follow. A gradient that was multiplied by c since the loss gave it (clipping,
+    loss scaling) is solved against c A, if the extra ``grad`` is there.
 
     Args:
       curvature: ``"gauss_newton"`` (type G; the loss must be an ``optalr.composite_loss``) or
@@ -167,17 +174,18 @@ def scale_by_krylov_flow(
         extras["point"] = point
         if not jax.tree.leaves(updates):
             return updates, _idle(state, rule)
+        gradient, state = _admitted(updates, state)
 
         # Measure the gradient, which sets the damping.
-        gradient = jax.tree.map(lambda u: u.astype(wide_dtype(u)), updates)
         wanted = rule.value(state.count, _norm_in_range(gradient), state.next_damping)
         shift = jnp.where(jnp.isfinite(wanted), wanted, state.damping)
 
         # Refresh the direction, and judge it.
-        matvec = restrict(product, updates, point)
+        scale = tree_scale(gradient, extras.get("grad"))
+        matvec = _scaled(restrict(product, updates, point), scale)
         solved = solver.solve(matvec, gradient, shift=shift, extras=extras)
-        trial = Trial(solved, gradient, *solver.end(solved, gradient), shift)
-        last = Outlook(state.next_damping, state.reduction_ratio)
+        trial = Trial(solved, gradient, *solver.end(solved, gradient), shift, scale)
+        last = Outlook(state.next_damping, state.reduction_ratio, state.watch)
         verdict = rule.judge(trial, last, extras)
 
         # Apply it.
@@ -185,6 +193,27 @@ def scale_by_krylov_flow(
         return jax.tree.map(lambda v, u: v.astype(u.dtype), verdict.direction, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _admitted(updates: Any, state: KrylovFlowState) -> tuple[Any, KrylovFlowState]:
+    """Return the gradient in float32 or wider, shortened where it is too long.
+
+    One that is not finite stays so: the solve refuses it, and counts it.
+    """
+    given = admit(updates, state.gradients, squares=False)
+    failures = count_up(state.failures, given.failed & ~given.bad)
+    gradient = jax.tree.map(
+        lambda u, g: jnp.where(given.bad, u, g).astype(wide_dtype(u)), updates, given.updates
+    )
+    return gradient, state._replace(gradients=given.watch, failures=failures)
+
+
+def _scaled(product: Callable[[Any], Any], scale: jax.Array) -> Callable[[Any], Any]:
+    """Return a product times a number.
+
+    Curvature is that of the loss. A gradient that was multiplied by c since wants c A.
+    """
+    return lambda v: multiply(product(v), scale)
 
 
 def _required(extras: dict[str, Any], curvature: str, rule: Damping) -> Callable[[Any], Any]:
@@ -208,7 +237,10 @@ def _first_state(rule: Damping, *, wants_signals: bool) -> KrylovFlowState:
         reduction_ratio=jnp.ones((), jnp.float32),
         negative_curvature=jnp.zeros((), jnp.int32),
         rejections=jnp.zeros((), jnp.int32),
+        bounded_steps=jnp.zeros((), jnp.int32),
+        watch=start_watch(),
         failures=jnp.zeros((), jnp.int32),
+        gradients=start_gradient_watch(),
     )
 
 
@@ -241,6 +273,8 @@ def _after(
         reduction_ratio=verdict.outlook.reduction_ratio,
         negative_curvature=count_up(state.negative_curvature, met_negative),
         rejections=count_up(state.rejections, verdict.rejected),
+        bounded_steps=count_up(state.bounded_steps, verdict.bounded),
+        watch=verdict.outlook.watch,
         failures=count_up(state.failures, solved.failed | failed),
     )
 

@@ -170,6 +170,13 @@ class GradientComparison:
         return Reading(zero, slope, zero, zero, zero)
 
 
+def reader_of(derivatives: Derivatives, probe: str, **how: Any) -> Probe | GradientComparison:
+    """Return what takes the derivatives; ``how`` goes to ``Probe``."""
+    if isinstance(derivatives, SuccessiveGradients):
+        return GradientComparison()
+    return Probe(derivatives, probe, **how)
+
+
 def resolve_derivatives(given: str | Mapping[str, Any] | Derivatives, order: Any) -> Derivatives:
     """Return the configured derivatives; raise if they do not fit the order.
 

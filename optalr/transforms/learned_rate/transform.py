@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count, check_interval
-from optalr.arrays import all_finite
 from optalr.states import count_up
 from optalr.transforms.learned_rate.probing import (
     Derivatives,
-    GradientComparison,
-    Probe,
     SuccessiveGradients,
     UpdateInputs,
+    reader_of,
     resolve_derivatives,
 )
 from optalr.transforms.learned_rate.rate_rule import (
@@ -32,6 +30,12 @@ from optalr.transforms.learned_rate.rate_rule import (
     refuse_step,
 )
 from optalr.transforms.learned_rate.safeguards import RateSafeguards, resolve_safeguards
+from optalr.transforms.shared.gradient_watch import (
+    Admitted,
+    GradientWatch,
+    admit,
+    start_gradient_watch,
+)
 from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
 
@@ -57,8 +61,10 @@ class LearnedRateState(NamedTuple):
     runaway_steps: jax.Array  # () int32, steps cut: the loss would have risen out of proportion
     clipped_rates: jax.Array  # () int32, rates brought back to the floor or the ceiling
     bounded_steps: jax.Array  # () int32, steps cut to the safeguards' max_step
-    failures: jax.Array  # () int32, probes or directions that were not finite
+    # () int32, probes or directions that were not finite, and directions out of proportion
+    failures: jax.Array
     watch: LossWatch  # what max_step remembers of the loss
+    gradients: GradientWatch  # what is remembered of the directions' lengths
     # every update, with SuccessiveGradients
     direction: Any  # the last direction, like the parameters; else empty
 
@@ -149,18 +155,20 @@ def scale_by_learned_rate(
     check_interval("rate_momentum", rate_momentum, 0.0, 1.0, open_high=True)
     check_count("every", every)
     safeguards = resolve_safeguards(safeguards)
-    if isinstance(derivatives, SuccessiveGradients):
-        reader = GradientComparison()
-        lag = False  # the gradient comes a step late: the rate that it moves is applied at once
-    else:
-        compares = safeguards.runaway is not None
-        reader = Probe(derivatives, probe, order=order, every=every, compares=compares)
+    # A comparison of gradients comes a step late: the rate that it moves is applied at once.
+    lag = lag and not isinstance(derivatives, SuccessiveGradients)
+    compares = safeguards.runaway is not None
+    reader = reader_of(derivatives, probe, order=order, every=every, compares=compares)
     rule = RateRule(order, meta_rate, rate_momentum, lag, safeguards)
 
     def init_fn(params: Any) -> LearnedRateState:
         return _first_state(initial_rate, reader.init_direction(params))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        given = admit(updates, state.gradients, squares=False)
+        if safeguards.nonfinite is not None:
+            updates = given.updates
+
         # Measure the loss along the ray, where it is due.
         inputs = UpdateInputs(updates, state.direction, params, extras)
         due = state.count % jnp.asarray(every, jnp.int32) == 0
@@ -170,15 +178,21 @@ def scale_by_learned_rate(
         memory = RateMemory(state.next_rate, state.velocity, state.average_rate)
         outcome = rule.decide(reading, memory).unless(~due, keep_rate(memory))
         if safeguards.nonfinite is not None:
-            outcome = outcome.unless(~all_finite(updates), refuse_step(memory))
+            outcome = _after_fault(outcome, memory, given)
         outcome, state = _bound(outcome, state, inputs, safeguards=safeguards)
 
         # Apply it.
         state = _advance(state, outcome, reading, due=due, every=every)
-        state = state._replace(direction=reader.next_direction(inputs))
+        state = state._replace(direction=reader.next_direction(inputs), gradients=given.watch)
         return follow_unless_zero(updates, outcome.applied), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _after_fault(outcome: Outcome, memory: RateMemory, given: Admitted) -> Outcome:
+    """Return the outcome unless the direction was broken, which says nothing of the rate."""
+    outcome = outcome.unless(given.failed, keep_rate(memory)._replace(failed=given.failed))
+    return outcome.unless(given.bad, refuse_step(memory))
 
 
 def _bound(
@@ -221,6 +235,7 @@ def _first_state(initial_rate: Any, direction: Any) -> LearnedRateState:
         bounded_steps=counter(),
         failures=counter(),
         watch=start_watch(),
+        gradients=start_gradient_watch(),
         direction=direction,
     )
 

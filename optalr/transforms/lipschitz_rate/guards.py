@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_count, check_interval
+from optalr.transforms.lipschitz_rate.constants import Constants
 from optalr.transforms.shared.loss_watch import check_bound
 from optalr.transforms.shared.presets import resolve_preset
 
@@ -34,7 +35,9 @@ class LipschitzGuards:
         measured.
       max_step: greatest norm of an update, > 0. It holds from the first step on whose loss is
         above ``max_rise`` times the first loss, or not finite. Infinity or None is the paper's
-        rule. It needs the extra ``value``, and does nothing without it.
+        rule. It needs the extra ``value``, and does nothing without it. Unless it is None, a
+        direction more than ten times as long as any of late is shortened to that from the first
+        step on, and counted in ``failures``.
       max_rise: see ``max_step``, ≥ 0. A first loss L below zero may rise to L + (max_rise − 1)|L|.
         With 0 the bound holds from the first step on.
 
@@ -82,7 +85,7 @@ def resolve_guards(given: LipschitzGuards | Mapping[str, Any] | str | None) -> L
 
 
 def bound_rate(
-    rate: jax.Array, guards: LipschitzGuards, *, count: jax.Array, measured: jax.Array
+    rate: jax.Array, guards: LipschitzGuards, *, count: jax.Array, known: Constants
 ) -> tuple[jax.Array, jax.Array]:
     """Return the rate within its bounds, float32, and whether a guard decided it.
 
@@ -90,9 +93,9 @@ def bound_rate(
       rate: what the constant gives; anything where none was measured.
       guards: the bounds.
       count: updates so far.
-      measured: whether there is a constant.
+      known: the constants, of which the first is 0 before a measurement.
     """
     # The bounds hold for the warm-up rate too.
-    early = (count < guards.warmup_steps) | ~measured
+    early = (count < guards.warmup_steps) | ~(known.lipschitz_constant > 0)
     bounded = jnp.clip(jnp.where(early, guards.warmup_rate, rate), guards.min_rate, guards.max_rate)
     return bounded.astype(jnp.float32), early | (bounded != rate)

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count, check_interval
-from optalr.arrays import all_finite
 from optalr.signals.lipschitz import lipschitz_scale
 from optalr.states import count_up
 from optalr.transforms.lipschitz_rate.averages import Averages, rate_for
 from optalr.transforms.lipschitz_rate.constants import Constants, Epochs
 from optalr.transforms.lipschitz_rate.guards import LipschitzGuards, bound_rate, resolve_guards
 from optalr.transforms.lipschitz_rate.observing import Gauge, further_norms
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
 
@@ -43,7 +43,9 @@ class LipschitzRateState(NamedTuple):
     # where something is out of bounds
     watch: LossWatch  # what max_step remembers of the loss
     guarded_rates: jax.Array  # () int32, updates whose rate a guard decided
-    failures: jax.Array  # () int32, measurements or directions that were not finite
+    gradients: GradientWatch  # what is remembered of the directions' lengths
+    # () int32, measurements or directions that were not finite, and directions out of proportion
+    failures: jax.Array
     # never
     wants_signals: jax.Array  # () bool, always True: every update reads the last layer's moments
 
@@ -146,25 +148,24 @@ def scale_by_lipschitz_rate(
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         # Measure.
         measured = gauge.measure(extras)
-        finite = all_finite(updates)
+        given = admit(updates, state.gradients, squares=False)
+        updates = updates if guards.max_step is None else given.updates
 
         # Refresh the constant and its rate.
         weights = extras.get("point", params)
         known = epochs.advance(_known(state), measured, count=state.count, weights=weights)
         averaged = rate_of.advance(Averages(state.average, state.square_average), known)
         raw = rate_of.rate(averaged, known, state.count)
+        rate, guarded = bound_rate(raw, guards, count=state.count, known=known)
         watch = watch_loss(state.watch, extras.get("value"), guards.max_rise)
-        is_known = known.lipschitz_constant > 0
-        rate, guarded = bound_rate(raw, guards, count=state.count, measured=is_known)
-        if guards.max_step is not None:
-            rate, cut = bound_step(rate, updates, max_step=guards.max_step, watch=watch)
-            guarded |= cut
+        rate, cut = bound_step(rate, updates, max_step=guards.max_step, watch=watch)
 
         # Apply. A direction that is not finite is not followed.
-        rate = jnp.where(finite, rate, 0)
+        rate = jnp.where(given.bad, 0, rate)
         state = state._replace(**known._asdict(), **averaged._asdict(), watch=watch)
-        state = _count(state, rate, guarded=guarded, failed=measured.failed | ~finite)
-        return follow_unless_zero(updates, rate), state
+        failed = measured.failed | given.failed
+        state = _count(state, rate, guarded=guarded | cut, failed=failed)
+        return follow_unless_zero(updates, rate), state._replace(gradients=given.watch)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -212,6 +213,7 @@ def _first_state(rate: float) -> LipschitzRateState:
         average=number(),
         square_average=number(),
         watch=start_watch(),
+        gradients=start_gradient_watch(),
         guarded_rates=counter(),
         failures=counter(),
         wants_signals=jnp.ones((), bool),

@@ -16,8 +16,9 @@ from optalr.transforms.shared.lengths import length
 class LossWatch(NamedTuple):
     """What is remembered of the loss."""
 
-    first_value: jax.Array  # () float32, the loss at the first step; NaN before it
-    risen: jax.Array  # () bool, whether it ever rose by a share of its size, or was infinite
+    first_value: jax.Array  # () float32, the first loss that was finite; 0 before
+    started: jax.Array  # () bool, whether there was one
+    risen: jax.Array  # () bool, whether it ever rose by a share of its size, or was not finite
 
 
 def check_bound(max_step: Any, max_rise: Any) -> None:
@@ -30,7 +31,7 @@ def check_bound(max_step: Any, max_rise: Any) -> None:
 
 def start_watch() -> LossWatch:
     """Return the memory before the first step."""
-    return LossWatch(jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), bool))
+    return LossWatch(jnp.zeros((), jnp.float32), jnp.zeros((), bool), jnp.zeros((), bool))
 
 
 def watch_loss(watch: LossWatch, value: Any, max_rise: float) -> LossWatch:
@@ -38,17 +39,25 @@ def watch_loss(watch: LossWatch, value: Any, max_rise: float) -> LossWatch:
     if value is None:
         return watch
     value = jnp.asarray(value).astype(jnp.float32)
-    first = jnp.where(jnp.isnan(watch.first_value), value, watch.first_value)
+    # A loss that is not finite is nothing to compare with.
+    begins = ~watch.started & jnp.isfinite(value)
+    first = jnp.where(begins, value, watch.first_value)
     # By a share of its size, so that a loss below zero is watched like one above it.
     limit = first + (max_rise - 1) * jnp.abs(first)
     # Negated, so that a loss of NaN counts as risen: it compares as false with everything.
-    return LossWatch(first, watch.risen | ~(value <= limit))
+    risen = watch.risen | ~(value <= limit)
+    return LossWatch(first, watch.started | begins, risen)
 
 
 def bound_step(
-    rate: jax.Array, direction: Any, *, max_step: float, watch: LossWatch
+    rate: jax.Array, direction: Any, *, max_step: float | None, watch: LossWatch
 ) -> tuple[jax.Array, jax.Array]:
-    """Return a rate at which no step is longer than ``max_step``, and whether it was lowered."""
+    """Return a rate at which no step is longer than ``max_step``, and whether it was lowered.
+
+    None is no bound.
+    """
+    if max_step is None:
+        return rate, jnp.zeros((), bool)
     norm = length(direction)
     too_long = watch.risen & (rate * norm > max_step)
-    return jnp.where(too_long, max_step / norm, rate), too_long
+    return jnp.where(too_long, max_step / jnp.where(too_long, norm, 1), rate), too_long

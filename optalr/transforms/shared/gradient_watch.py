@@ -1,0 +1,104 @@
+"""Faults in a gradient: numbers that are not finite, and a length out of all proportion.
+
+One batch in a million is broken: a corrupt record, an overflow in half precision, a loss that
+divides by almost nothing. Its gradient must not reach a momentum, a moment or a parameter, where it
+would stay for hundreds of steps. Whatever is large is judged by the largest gradient of late, which
+needs no scale from the user:
+
+    m ← max(min(n, 10 m), 0.999 m),    g ← g · min(1, 10 m / n),    n = ‖g‖.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optalr.arrays import wide_dtype
+
+# A step ten times as long as any of late is unusual, and still does little harm.
+_PROPORTION = 10.0
+# The largest norm is forgotten over some thousand steps. A mean would forget the hard examples of a
+# well fitted set, which come once in a hundred batches with a thousand times the usual gradient.
+_MEMORY = 0.999
+# A number whose square times 2^±128 is in range where its own square is not.
+_UNIT = 2.0**-64
+
+
+class GradientWatch(NamedTuple):
+    """What is remembered of the gradients' lengths."""
+
+    largest_norm: jax.Array  # () float32, m; 0 before the first gradient that is not zero
+
+
+class Admitted(NamedTuple):
+    """A gradient that may be used.
+
+    Attributes:
+      updates: the gradient; zeros in place of a bad one, a shorter one in place of one too long.
+      watch: the memory after it.
+      bad: () bool, whether it was not finite, or so large that its square is not.
+      failed: () bool, whether it was bad or too long.
+    """
+
+    updates: Any
+    watch: GradientWatch
+    bad: jax.Array
+    failed: jax.Array
+
+
+def start_gradient_watch() -> GradientWatch:
+    """Return the memory before the first gradient."""
+    return GradientWatch(jnp.zeros((), jnp.float32))
+
+
+def admit(updates: Any, watch: GradientWatch, *, squares: bool = True) -> Admitted:
+    """Return what may be used of a gradient, in the dtypes that it came in.
+
+    Args:
+      updates: the gradient.
+      watch: the memory so far.
+      squares: whether squares are taken of it, so that they must be finite too.
+    """
+    norm, total = _norm(updates)
+    # The norm of anything not finite is not finite either. A square that overflows would end every
+    # moment of squares.
+    bad = ~jnp.isfinite(total if squares else norm)
+    limit = _PROPORTION * watch.largest_norm
+    # A first gradient has nothing to be judged by, and zeros say nothing of the scale.
+    long = ~bad & (watch.largest_norm > 0) & (norm > limit)
+    share = jnp.where(long, limit / jnp.where(long, norm, 1), 1)
+    seen = jnp.maximum(
+        jnp.minimum(norm, jnp.where(long, limit, norm)), _MEMORY * watch.largest_norm
+    )
+    largest = jnp.where(bad | (norm == 0), watch.largest_norm, seen).astype(jnp.float32)
+
+    def tame(leaf: jax.Array) -> jax.Array:
+        wide = leaf.astype(wide_dtype(leaf))
+        shorter = (wide * share.astype(_real(wide))).astype(leaf.dtype)
+        return jnp.where(bad, jnp.zeros_like(leaf), jnp.where(long, shorter, leaf))
+
+    return Admitted(jax.tree.map(tame, updates), GradientWatch(largest), bad, bad | long)
+
+
+def _norm(updates: Any) -> tuple[jax.Array, jax.Array]:
+    """Return the 2-norm of all numbers together, and its square, in float32 or wider.
+
+    The square may be out of range where the norm is not.
+    """
+    leaves = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
+
+    def total(unit: float) -> jax.Array:
+        # A barrier, because XLA would turn (x u)² into x² u², which is out of range again.
+        factor = jax.lax.optimization_barrier(jnp.float32(unit))
+        parts = [jnp.sum(jnp.square(jnp.abs(leaf) * factor.astype(_real(leaf)))) for leaf in leaves]
+        return sum(parts, start=jnp.float32(0))
+
+    # Three sums in one pass over the numbers: as they are, and for those too large or too small.
+    plain, of_large, of_small = total(1.0), total(_UNIT), total(1 / _UNIT)
+    norm = jnp.where(jnp.isfinite(plain), jnp.sqrt(plain), jnp.sqrt(of_large) / _UNIT)
+    return jnp.where(plain < _UNIT, jnp.sqrt(of_small) * _UNIT, norm), plain
+
+
+def _real(array: jax.Array) -> Any:
+    """Return the dtype of an array's real part."""
+    return jnp.finfo(array.dtype).dtype
