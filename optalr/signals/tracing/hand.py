@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from optalr.signals.tracing.pieces import check_scales
 from optalr.signals.tracing.site import Operands, Product, Sampling, Signals, Site, features, sample
 from optalr.signals.tracing.views import (
     Atom,
@@ -187,6 +188,7 @@ def take_hand_tap(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
         return [seen[0]]
     shape = walk.findings.leaf_shapes[view.source]
     try:
+        check_scales(view)
         site = _hand_site(Product(spot.jaxpr, spot.equation, 2, view, shape))
     except NotALayer as reason:
         walk.findings.note(view, str(reason))
