@@ -161,6 +161,7 @@ def test_flax_linen(state, examples):
         assert leaf.reason == UNFELT
 
 
+@pytest.mark.skipif(not hasattr(nnx, "SpectralNorm"), reason="this Flax has no nnx.SpectralNorm")
 def test_flax_nnx():
     class Net(nnx.Module):
         def __init__(self):

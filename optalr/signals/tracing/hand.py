@@ -60,7 +60,7 @@ def tap_layer(
     """Declare, inside a loss, that ``outputs`` come from ``inputs`` through ``kernel``.
 
     Choose it if ``optalr.coverage`` reports a fallback for a kernel that does have a layer: one
-    inside a ``custom_vjp`` (a fused or quantized product), a kernel that is masked or normalized
+    inside a ``custom_vjp`` (a fused or quantized product), a kernel that is masked or standardized
     before its product, a layer computed without a product. It is the identity on ``outputs``. Only
     ``value_grad_and_extras`` and ``coverage`` see it, and for this kernel they then measure what is
     declared here and nothing else:
