@@ -116,7 +116,7 @@ def coverage(
     """
     problem = Problem.of(loss_fn, params, args, has_aux=None)
     traced = trace(problem, params, None)
-    layers = find_layers(traced.closed, traced.leaf_shapes)
+    layers = find_layers(traced.closed, traced.leaf_shapes, num_outputs=1)
     storage = FactorStorage() if options is None else options
     leaves = range(traced.num_leaves)
     report = Coverage(tuple(_treatment(leaf, layers, traced, storage=storage) for leaf in leaves))

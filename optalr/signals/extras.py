@@ -124,7 +124,7 @@ def value_grad_and_extras(
     def evaluate(params: Any, *args: Any, signals: Any = True, key: jax.Array | None = None):
         problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
         traced = trace(problem, params, axis_name)
-        layers = find_layers(traced.closed, traced.leaf_shapes)
+        layers = find_layers(traced.closed, traced.leaf_shapes, num_outputs=1)
         tapped = Tapped(traced, layers, _static_flag(signals), sampling)
         if drawn is None:
             outputs, grad_leaves, slots = tapped.differentiate()

@@ -177,14 +177,21 @@ class Recorder:
         }
         for index, nested in plan.nested.items():
             replacements[index] = functools.partial(self._enter, nested)
-        return replay(closed, args, replacements)
+        also_reads = {
+            index: [scale.var for site in sites for scale in site.view.scales]
+            for index, sites in plan.taps.items()
+        }
+        return replay(closed, args, replacements, also_reads=also_reads)
 
     def _enter(self, nested: Nested, values: list[Any]) -> Sequence[Any]:
         return self.rebuild(nested, values, self)
 
     def _tap(self, sites: tuple[Site, ...], values: list[Any]) -> list[jax.Array]:
         """Evaluate a product by its twin; it is a site of each leaf that its kernel holds."""
-        data, kernel = sites[0].operands(values)
+        num_inputs = len(sites[0].equation.invars)
+        data, kernel = sites[0].operands(values[:num_inputs])
+        numbers = iter(values[num_inputs:])
+        gains = tuple(site.gain(numbers) for site in sites)
         if sites[0].by_hand:  # its value does not depend on the declared inputs
             data = jax.lax.stop_gradient(data)
         dummies = tuple(self.slots[self.slot_of(site)] for site in sites)
@@ -197,7 +204,7 @@ class Recorder:
             _hand_on if isinstance(own, Operands) else Gauge(site, self.sampling, own).read_if
             for site, own in zip(sites, like, strict=True)
         ]
-        return [_twin(sites[0], measures)((data, kernel), dummies, self.flag)]
+        return [_twin(sites[0], measures)((data, kernel), dummies, (self.flag, gains))]
 
 
 # What a twin's backward pass puts into a slot, given the flag and the two sides of the product.
@@ -214,24 +221,32 @@ def _twin(site: Site, measures: Sequence[_Measure]) -> Callable[..., jax.Array]:
     """Return a site's product; its backward pass also fills the dummies."""
     product = site.product()
 
-    # The flag is an argument rather than a closure, because a custom_vjp must not close over
+    # Flag and gains are arguments rather than closures, because a custom_vjp must not close over
     # tracers of the transformations around it.
     @jax.custom_vjp
-    def twin(operands, dummies, flag):
-        del dummies, flag
+    def twin(operands, dummies, given):
+        del dummies, given
         return product(*operands)
 
-    def forward(operands, dummies, flag):
+    def forward(operands, dummies, given):
         del dummies
-        return product(*operands), (operands, flag)
+        return product(*operands), (operands, given)
 
     def backward(residuals, cotangent):
-        (data, kernel), flag = residuals
+        (data, kernel), (flag, gains) = residuals
         # All sites of one product share its equation; the first one speaks for all.
         operands_bar = site.pull_back(data, kernel, cotangent)
-        both = Operands(data, cotangent)
-        measured = tuple(measure(flag, both) for measure in measures)
+        measured = tuple(
+            measure(flag, Operands(data, _amplify(cotangent, gain)))
+            for measure, gain in zip(measures, gains, strict=True)
+        )
         return operands_bar, measured, None
 
     twin.defvjp(forward, backward)
     return twin
+
+
+def _amplify(cotangent: jax.Array, gain: jax.Array | None) -> jax.Array:
+    """Return the cotangent of what a product would be with the leaf itself for its kernel."""
+    # The leaf W enters as cW, and a change of W moves the output by c times as much.
+    return cotangent if gain is None else (cotangent * gain).astype(cotangent.dtype)

@@ -65,6 +65,12 @@ class _Axes(NamedTuple):
 class DotSite(Site):
     """A ``dot_general`` of data and a kernel."""
 
+    @property
+    def sees_one_vector(self) -> bool:
+        """Whether the data has no free dimension of more than one entry, on all devices."""
+        shape, free = self.origin.data.shape, _Axes.of(self.origin).free
+        return self.num_examples == 1 and all(shape[axis] == 1 for axis in free)
+
     def output_view(self) -> View:
         """Return the output as a view: the kernel's free dimensions are the features."""
         axes = _Axes.of(self.origin)

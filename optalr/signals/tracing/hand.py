@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from optalr.signals.tracing.pieces import check_scales
 from optalr.signals.tracing.site import Operands, Product, Sampling, Signals, Site, features, sample
 from optalr.signals.tracing.views import (
     Atom,
@@ -59,7 +60,7 @@ def tap_layer(
     """Declare, inside a loss, that ``outputs`` come from ``inputs`` through ``kernel``.
 
     Choose it if ``optalr.coverage`` reports a fallback for a kernel that does have a layer: one
-    inside a ``custom_vjp`` (a fused or quantized product), a kernel that is masked or normalized
+    inside a ``custom_vjp`` (a fused or quantized product), a kernel that is masked or standardized
     before its product, a layer computed without a product. It is the identity on ``outputs``. Only
     ``value_grad_and_extras`` and ``coverage`` see it, and for this kernel they then measure what is
     declared here and nothing else:
@@ -187,6 +188,7 @@ def take_hand_tap(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
         return [seen[0]]
     shape = walk.findings.leaf_shapes[view.source]
     try:
+        check_scales(view)
         site = _hand_site(Product(spot.jaxpr, spot.equation, 2, view, shape))
     except NotALayer as reason:
         walk.findings.note(view, str(reason))

@@ -12,11 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.extend import core as jex_core
 
 from optalr.signals.tracing.hand import MARK, take_hand_tap
-from optalr.signals.tracing.jaxprs import extract, is_literal, variables
+from optalr.signals.tracing.jaxprs import (
+    extract,
+    has_tangent,
+    is_literal,
+    open_jaxpr,
+    variables,
+)
 from optalr.signals.tracing.views import Seen, View, parts_of
 from optalr.signals.tracing.walk import Nested, Spot, Walk, give_up
 
@@ -84,14 +88,14 @@ def enter_call(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     """Walk an inner ``jit``, or take the layer that one of ours declares."""
     if spot.params.get("name", "").startswith(MARK):
         return take_hand_tap(walk, spot, seen)
-    plan, outputs = walk(_open_jaxpr(spot.params["jaxpr"]), seen)
+    plan, outputs = walk(open_jaxpr(spot.params["jaxpr"]), seen)
     _add_nested(spot, Call(spot.equation, (plan,)))
     return outputs
 
 
 def enter_remat(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     """Walk the inside of a ``jax.checkpoint``."""
-    plan, outputs = walk(_open_jaxpr(spot.params["jaxpr"]), seen)
+    plan, outputs = walk(open_jaxpr(spot.params["jaxpr"]), seen)
     _add_nested(spot, Remat(spot.equation, (plan,)))
     return outputs
 
@@ -99,7 +103,7 @@ def enter_remat(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
 def enter_branches(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     """Walk the branches of a ``cond``; its first input chooses among them."""
     inputs = [_parameter_or_none(look) for look in seen[1:]]
-    plans = [walk(_open_jaxpr(branch), inputs)[0] for branch in spot.params["branches"]]
+    plans = [walk(open_jaxpr(branch), inputs)[0] for branch in spot.params["branches"]]
     _add_nested(spot, Branches(spot.equation, plans))
     return []
 
@@ -113,7 +117,7 @@ def enter_shard_map(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
             walk.findings.note(inputs[i], "sharded over devices inside shard_map")
             inputs[i] = None
     inside = dataclasses.replace(walk, mesh_sizes={**walk.mesh_sizes, **spot.params["mesh"].shape})
-    plan, _ = inside(_open_jaxpr(spot.params["jaxpr"]), inputs)
+    plan, _ = inside(open_jaxpr(spot.params["jaxpr"]), inputs)
     _add_nested(spot, ShardMap(spot.equation, (plan,)))
     return []
 
@@ -123,7 +127,7 @@ def enter_scan(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     kept = [_parameter_or_none(look) for look in seen]
     num_consts, num_carry = scan_arity(spot.equation)
     first_scanned = num_consts + num_carry
-    body = _open_jaxpr(spot.params["jaxpr"])
+    body = open_jaxpr(spot.params["jaxpr"])
     outputs: list[Seen] = []
     for i in range(num_consts, first_scanned):
         # A fori_loop carries even what it only reads. The body then returns the very variable that
@@ -174,8 +178,8 @@ def _trace_derivative(spot: Spot) -> list[Derivative]:
     equation = spot.equation
     read = variables(equation)
     function = extract(spot.jaxpr, [equation], inputs=read, outputs=equation.outvars)
-    inputs = tuple(i for i, var in enumerate(read) if _has_tangent(var))
-    outputs = tuple(i for i, var in enumerate(equation.outvars) if _has_tangent(var))
+    inputs = tuple(i for i, var in enumerate(read) if has_tangent(var))
+    outputs = tuple(i for i, var in enumerate(equation.outvars) if has_tangent(var))
     if not inputs or not outputs:
         return []
 
@@ -190,10 +194,6 @@ def _trace_derivative(spot: Spot) -> list[Derivative]:
     shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in read]
     closed = jax.make_jaxpr(tangents_of)(shapes, [shapes[i] for i in inputs])
     return [Derivative(function, tuple(read), inputs, outputs, closed)]
-
-
-def _has_tangent(var: Any) -> bool:
-    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
 def _scan_slice(view: View) -> View | None:
@@ -214,16 +214,11 @@ def _parameter_or_none(seen: Seen) -> Seen:
     return seen if seen is not None and seen.is_parameter else None
 
 
-def _open_jaxpr(jaxpr: Any) -> Any:
-    """Return the open jaxpr of a closed one, or the jaxpr itself."""
-    return jaxpr.jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jaxpr
-
-
 def scan_arity(equation: Any) -> tuple[int, int]:
     """Return how many constants and carries a scan has."""
     # Releases differ in the parameters that say so. The shapes say it in all of them: what is
     # scanned or stacked has one more axis outside than inside, and nothing else has.
-    body = _open_jaxpr(equation.params["jaxpr"])
+    body = open_jaxpr(equation.params["jaxpr"])
 
     def rank(var):
         return len(var.aval.shape)

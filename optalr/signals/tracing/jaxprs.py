@@ -5,12 +5,15 @@ functions, or its value with some equations evaluated in another way (``replay``
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-# Evaluates one equation in a way of its own: the values of its inputs in, those of its outputs out.
+# Evaluates one equation in a way of its own: the values of its inputs in, and of what it reads
+# besides; those of its outputs out.
 Replacement = Callable[[list[Any]], Sequence[Any]]
 
 
@@ -23,6 +26,16 @@ def variables(equation: Any) -> list[Any]:
     """Return the distinct variables that an equation reads, in order."""
     # A dict, unlike a set, keeps the order. Variables compare by identity.
     return list(dict.fromkeys(var for var in equation.invars if not is_literal(var)))
+
+
+def has_tangent(var: Any) -> bool:
+    """Return whether one can differentiate by a variable: whether it holds floating numbers."""
+    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """Return the open jaxpr of a closed one, or the jaxpr itself."""
+    return jaxpr.jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jaxpr
 
 
 def extract(
@@ -41,13 +54,20 @@ def extract(
     return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(part, ()))
 
 
-def replay(closed: Any, args: Sequence[Any], replacements: Mapping[int, Replacement]) -> list[Any]:
+def replay(
+    closed: Any,
+    args: Sequence[Any],
+    replacements: Mapping[int, Replacement],
+    *,
+    also_reads: Mapping[int, Sequence[Any]] = MappingProxyType({}),
+) -> list[Any]:
     """Evaluate a jaxpr, with some of its equations evaluated in another way.
 
     Args:
       closed: the ``ClosedJaxpr``.
       args: its flat inputs.
       replacements: by equation index, what to do in place of the equation.
+      also_reads: by equation index, variables that its replacement is given after its inputs.
 
     Returns:
       The flat outputs.
@@ -55,7 +75,7 @@ def replay(closed: Any, args: Sequence[Any], replacements: Mapping[int, Replacem
     jaxpr = closed.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
-    last_reads = _last_reads(jaxpr)
+    last_reads = _last_reads(jaxpr, also_reads)
 
     def read(var: Any) -> Any:
         return var.val if is_literal(var) else values[var]
@@ -79,16 +99,20 @@ def replay(closed: Any, args: Sequence[Any], replacements: Mapping[int, Replacem
     for index in sorted(replacements):
         run_stretch(start, index)
         equation = jaxpr.eqns[index]
-        results = replacements[index]([read(var) for var in equation.invars])
+        reads = (*equation.invars, *also_reads.get(index, ()))
+        results = replacements[index]([read(var) for var in reads])
         values.update(zip(equation.outvars, results, strict=True))
         start = index + 1
     run_stretch(start, len(jaxpr.eqns))
     return [read(var) for var in jaxpr.outvars]
 
 
-def _last_reads(jaxpr: Any) -> dict[Any, int]:
+def _last_reads(jaxpr: Any, also_reads: Mapping[int, Sequence[Any]]) -> dict[Any, int]:
     """Return the index of the last equation that reads each variable; for outputs, the end."""
-    last = {var: i for i, equation in enumerate(jaxpr.eqns) for var in variables(equation)}
+    last: dict[Any, int] = {}
+    for index, equation in enumerate(jaxpr.eqns):
+        others = [var for var in also_reads.get(index, ()) if not is_literal(var)]
+        last.update(dict.fromkeys((*variables(equation), *others), index))
     return last | {var: len(jaxpr.eqns) for var in jaxpr.outvars if not is_literal(var)}
 
 

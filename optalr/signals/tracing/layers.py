@@ -16,6 +16,7 @@ from typing import Any
 from optalr.signals.tracing import inner, pieces
 from optalr.signals.tracing.convolutions import conv_site
 from optalr.signals.tracing.dots import dot_site
+from optalr.signals.tracing.reach.verdicts import no_layers
 from optalr.signals.tracing.site import Product, Site
 from optalr.signals.tracing.views import (
     REARRANGEMENTS,
@@ -46,12 +47,15 @@ _SITE_MAKERS: Mapping[str, Callable[[Product], Site]] = MappingProxyType(
 )
 
 
-def find_layers(closed: Any, leaf_shapes: Sequence[tuple[int, ...]]) -> Layers:
+def find_layers(
+    closed: Any, leaf_shapes: Sequence[tuple[int, ...]], *, num_outputs: int | None = None
+) -> Layers:
     """Find the layers of a traced loss.
 
     Args:
       closed: the ``ClosedJaxpr`` of the loss; its first inputs are the parameter leaves.
       leaf_shapes: the leaves' shapes.
+      num_outputs: how many of its first outputs are differentiated; None for all.
 
     Returns:
       The plan and what it covers.
@@ -61,6 +65,7 @@ def find_layers(closed: Any, leaf_shapes: Sequence[tuple[int, ...]]) -> Layers:
         inputs[leaf] = identity_view(leaf, shape)
     walk = Walk(Findings(leaf_shapes), _RULES, mesh_sizes={})
     plan, _ = walk(closed.jaxpr, inputs)
+    walk.findings.drop(no_layers(closed.jaxpr, plan, (len(leaf_shapes), num_outputs)))
     return walk.findings.settle(plan)
 
 
@@ -110,6 +115,7 @@ def _pass_product(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
     for part, window in _windows(seen[kernel]):
         shape = walk.findings.leaf_shapes[part.source]
         try:
+            pieces.check_scales(part)
             site = make(Product(spot.jaxpr, spot.equation, kernel, part, shape, window))
             if part.cut is not None:
                 pieces.check_cut(part.cut, site)
@@ -164,7 +170,8 @@ def _is_bias(output: View, parameter: View, leaf_shape: tuple[int, ...]) -> bool
     """Return whether ``parameter`` has one entry for each feature of the layer's ``output``."""
     offset = len(output.dims) - len(parameter.dims)
     # Part of a bias, or a bias of part of a layer, has no factor that fits it.
-    if parameter.cut is not None or output.source.view.cut is not None:
+    # So has one that is scaled: its gradients are as many times those of the layer's outputs.
+    if parameter.scales or parameter.cut is not None or output.source.view.cut is not None:
         return False
     # Layers that a scan stacks along their leading axes need biases stacked in the same way.
     if offset < 0 or parameter.scanned != tuple(range(len(output.source.view.scanned))):
@@ -195,6 +202,7 @@ _RULES: Mapping[str, FollowRule] = MappingProxyType({
     "concatenate": pieces.pass_concatenation,
     "slice": pieces.pass_slice,
     "split": pieces.pass_split,
+    **dict.fromkeys(("mul", "div"), pieces.pass_scaling),
     **dict.fromkeys(("add", "add_any"), _pass_addition),
     **dict.fromkeys(_SITE_MAKERS, _pass_product),
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), inner.enter_call),

@@ -1,14 +1,28 @@
-"""Primitives that cut a parameter apart, or join several into one array.
+"""Primitives that cut a parameter apart, join several into one array, or scale one.
 
 In: what the equation's inputs look at. Out: what its outputs look at.
 """
 
 import dataclasses
-from typing import TypeGuard
+import math
+from typing import Any, TypeGuard
 
 from optalr.signals.tracing.site import Site
-from optalr.signals.tracing.views import Atom, Joined, NotALayer, Seen, Stretch, View
-from optalr.signals.tracing.walk import Spot, Walk, give_up
+from optalr.signals.tracing.views import (
+    Atom,
+    Joined,
+    NotALayer,
+    Scale,
+    Seen,
+    Stretch,
+    View,
+    change_scales,
+    parts_of,
+)
+from optalr.signals.tracing.walk import Scaling, Spot, Walk, give_up
+
+# Primitives whose output has no entries but those of their first input.
+_REPEATS = frozenset({"broadcast_in_dim", "reshape", "convert_element_type", "copy"})
 
 
 def pass_concatenation(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
@@ -49,6 +63,32 @@ def pass_split(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
     return give_up(walk, spot, seen) if None in parts else parts
 
 
+def pass_scaling(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
+    """Follow a parameter that is multiplied or divided by one number, as W/σ is."""
+    divides = spot.equation.primitive.name == "div"
+    for kernel in (0,) if divides else (0, 1):
+        look, number = seen[kernel], _one_number(spot, 1 - kernel)
+        # Next to a scalar parameter any number would look like a scale.
+        if look is None or not look.is_parameter or number is None or math.prod(look.shape) == 1:
+            continue
+        walk.findings.note(seen[1 - kernel], f"used by {spot.equation.primitive.name}")
+        leaves = frozenset(part.source for part in parts_of(look))
+        spot.plan.scalings[spot.index] = Scaling(1 - kernel, leaves)
+        scale = (Scale(number, divides),)
+        return [change_scales(look, lambda own, scale=scale: own + scale)]
+    return give_up(walk, spot, seen)
+
+
+def check_scales(view: View) -> None:
+    """Check that an equation that reads a scaled parameter can read its scales as well.
+
+    Raises:
+      NotALayer: it cannot.
+    """
+    if any(scale.var is None for scale in view.scales):
+        raise NotALayer("scaled outside the function or loop that holds its product")
+
+
 def check_cut(cut: Stretch, site: Site) -> None:
     """Check that a part cut out of a leaf is one block of one side's Gram matrix.
 
@@ -60,6 +100,19 @@ def check_cut(cut: Stretch, site: Site) -> None:
         if cut.axis in side and all(shape[axis] == 1 for axis in side if axis != cut.axis):
             return
     raise NotALayer("cut along one of several axes on a side of its product")
+
+
+def _one_number(spot: Spot, operand: int) -> Any:
+    """Return the variable with one entry that fills an operand, or None."""
+    var = spot.equation.invars[operand]
+    for equation in reversed(spot.jaxpr.eqns[: spot.index]):
+        if math.prod(var.aval.shape) == 1:
+            return var
+        if any(var is made for made in equation.outvars):
+            if equation.primitive.name not in _REPEATS:
+                return None
+            var = equation.invars[0]
+    return var if math.prod(var.aval.shape) == 1 else None
 
 
 def _is_plain_parameter(seen: Seen) -> TypeGuard[View]:

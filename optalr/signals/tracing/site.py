@@ -9,7 +9,7 @@ that follow are the same for every layer.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -155,6 +155,11 @@ class Site:
         """The index of the parameter leaf."""
         return self.view.source
 
+    @property
+    def sees_one_vector(self) -> bool:
+        """Whether there is one vector of inputs in all, and not a batch of them."""
+        return False
+
     def operands(self, values: Sequence[Any]) -> tuple[Any, Any]:
         """Return data and kernel among the equation's inputs."""
         return values[1 - self.kernel], values[self.kernel]
@@ -187,6 +192,14 @@ class Site:
         (data_bar,) = jax.linear_transpose(lambda x: product(x, kernel), data)(cotangent)
         (kernel_bar,) = jax.linear_transpose(lambda w: product(data, w), kernel)(cotangent)
         return data_bar, kernel_bar
+
+    def gain(self, numbers: Iterator[Any]) -> jax.Array | None:
+        """Return the product of the leaf's scales, whose values come next; None if it has none."""
+        gain = None
+        for scale, number in zip(self.view.scales, numbers, strict=False):
+            factor = jnp.reshape(1 / number if scale.divides else number, ())
+            gain = factor if gain is None else gain * factor
+        return gain
 
     def output_view(self) -> View:
         """Return the site's output as a view, with the leaf's axes at the feature dimensions."""

@@ -46,6 +46,22 @@ class Stretch(NamedTuple):
     size: int
 
 
+class Scale(NamedTuple):
+    """A number by which a parameter was multiplied, or divided, on its way.
+
+    Fields:
+      var: the variable, with one entry, or literal that holds it; None if it belongs to another
+        jaxpr than the array, where no equation can read it.
+      divides: whether the parameter was divided by it.
+    """
+
+    var: Any
+    divides: bool
+
+
+Scales = tuple[Scale, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """An intermediate array that holds the entries of one source, rearranged.
@@ -56,6 +72,7 @@ class View:
       dims: for each dimension the atoms it holds, major first; none for a dimension of size 1.
       scanned: leaf axes that an enclosing scan slices, outermost first.
       cut: the part of the source that this is, or None for all of it.
+      scales: the numbers by which the entries were scaled, all of them alike.
     """
 
     source: Any
@@ -63,6 +80,7 @@ class View:
     dims: Dims
     scanned: tuple[int, ...] = ()
     cut: Stretch | None = None
+    scales: Scales = ()
 
     @property
     def is_parameter(self) -> bool:
@@ -129,6 +147,12 @@ def parts_of(seen: Seen) -> tuple[View, ...]:
     if seen is None:
         return ()
     return seen.parts if isinstance(seen, Joined) else (seen,)
+
+
+def change_scales(seen: View | Joined, change: Callable[[Scales], Scales]) -> View | Joined:
+    """Return ``seen`` with the scales of each view in it changed."""
+    parts = tuple(dataclasses.replace(x, scales=change(x.scales)) for x in parts_of(seen))
+    return Joined(parts, seen.axis) if isinstance(seen, Joined) else parts[0]
 
 
 Params = Mapping[str, Any]

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from optalr.signals.moments import LeafView
 from optalr.signals.tracing.jaxprs import is_literal, varying_axes
 from optalr.signals.tracing.site import Site
-from optalr.signals.tracing.views import Joined, Seen, View, parts_of
+from optalr.signals.tracing.views import Scales, Seen, change_scales, parts_of
 
 
 @dataclasses.dataclass
@@ -29,10 +29,12 @@ class Plan:
     Attributes:
       taps: sites by equation index; several if the equation's kernel joins several leaves.
       nested: by equation index, equations that hold jaxprs with something to tap.
+      scalings: by equation index, equations that scale parameters by one number.
     """
 
     taps: dict[int, tuple[Site, ...]] = dataclasses.field(default_factory=dict)
     nested: dict[int, "Nested"] = dataclasses.field(default_factory=dict)
+    scalings: dict[int, "Scaling"] = dataclasses.field(default_factory=dict)
 
     def sites_run_once(self) -> Iterator[Site]:
         """Iterate over the sites outside loops, branches and remat."""
@@ -51,6 +53,13 @@ class Plan:
         for nested in self.nested.values():
             for inner in nested.plans:
                 inner.keep(accepted)
+
+
+class Scaling(NamedTuple):
+    """Which input of an equation is a number, and which leaves it scales."""
+
+    operand: int
+    leaves: frozenset[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +143,12 @@ class Findings:
         for part in parts_of(seen):
             if part.is_parameter and text not in self.notes[part.source]:
                 self.notes[part.source].append(text)
+
+    def drop(self, reasons: Mapping[Site, str]) -> None:
+        """Take back sites that turned out to be no layers, each with its reason."""
+        self.sites = [site for site in self.sites if site not in reasons]
+        for site, reason in reasons.items():
+            self.note(site.view, reason)
 
     def settle(self, plan: Plan) -> Layers:
         """Keep the sites that agree on their leaf's view, and pair biases."""
@@ -221,8 +236,10 @@ class Walk:
         """Walk one jaxpr whose inputs look at the sources as ``inputs`` say."""
         plan = Plan()
         # Only what looks at something is stored, so that a missing variable reads as None.
-        looks: dict[Any, View | Joined] = {
-            var: seen for var, seen in zip(jaxpr.invars, inputs, strict=True) if seen is not None
+        looks: dict[Any, Seen] = {
+            var: _across_border(seen)
+            for var, seen in zip(jaxpr.invars, inputs, strict=True)
+            if seen is not None
         }
 
         def look(var: Any) -> Seen:
@@ -239,7 +256,7 @@ class Walk:
             for var, view in zip(equation.outvars, outputs, strict=False):
                 if view is not None:
                     looks[var] = view
-        return plan, [look(var) for var in jaxpr.outvars]
+        return plan, [_across_border(look(var)) for var in jaxpr.outvars]
 
     def tap(self, spot: Spot, sites: list[Site]) -> list[Site]:
         """Enter the sites of an equation into its plan and the findings; return them as entered."""
@@ -268,3 +285,12 @@ def give_up(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
     for each in seen:
         walk.findings.note(each, _REASONS.get(name, f"used by {name}"))
     return []
+
+
+def _across_border(seen: Seen) -> Seen:
+    """Return ``seen`` as another jaxpr has it, whose equations cannot read this one's variables."""
+
+    def known_there(scales: Scales) -> Scales:
+        return tuple(s if is_literal(s.var) else s._replace(var=None) for s in scales)
+
+    return None if seen is None else change_scales(seen, known_there)
