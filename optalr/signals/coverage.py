@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from optalr.linalg.structured import Blocks, Diagonal
+from optalr.linalg.blocks import Blocks
+from optalr.linalg.structured import Diagonal
 from optalr.signals.loss import Problem, Traced, trace
 from optalr.signals.moments import FactorStorage, Form, LeafView
 from optalr.signals.tracing.layers import find_layers

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arrays import all_finite, moving_average
+from optalr.linalg import spd
 from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
 from optalr.states import count_up, update_when
-from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf, with_signals
+from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf, sides_of, with_signals
 from optalr.transforms.kronecker.memory import (
     LeafMemory,
     SideMemory,
@@ -57,12 +58,14 @@ def measure(
     due = step.clock.measures(state.signal_age, state.count) & (num_examples > 0)
 
     def fold(carry: Any, inputs: Any) -> Any:
-        batch, (signals, measure) = inputs
-        leaves = with_signals(step.plans, signals if measure is None else measure())
+        batch, signals = inputs
+        if step.measure is not None:  # then ``signals`` is a function
+            signals = signals(sides_of(step.leaves))
+        leaves = with_signals(step.plans, signals)
         return fold_batch(step.spectrum, leaves, carry[0], batch=batch)
 
     batch = Batch(grads, num_examples, started=state.num_refreshes > 0)
-    inputs = batch, (step.signals, step.measure)
+    inputs = batch, step.signals if step.measure is None else step.measure
     memories, good = update_when(due, fold, (list(memories), jnp.bool_(True)), inputs)
     measured = due & good
     decay = jnp.asarray(step.spectrum.rule.decay, jnp.float32)
@@ -125,19 +128,18 @@ def _measure_kernel(
 
 def _grams_of_signals(leaf: Kernel, moments: LayerMoments) -> tuple[Structured, Structured]:
     """Return the two factors of one captured layer, a joint bias included."""
-    rows, cols = moments.rows, moments.cols
-    if leaf.joint_bias is not None and moments.row_mean is not None:
-        rows = _with_ones(rows, moments.row_mean)
-    elif leaf.joint_bias is not None and moments.col_mean is not None:
-        cols = _with_ones(cols, moments.col_mean)
-    return leaf.rows.of_gram(rows), leaf.cols.of_gram(cols)
 
+    def factor(form: Structured, gram: Any, mean: jax.Array | None) -> Structured:
+        if isinstance(gram, Structured):  # measured in this form, a joint bias included
+            return gram
+        if leaf.joint_bias is not None and mean is not None:
+            gram = spd.with_ones(gram, mean)
+        return form.of_gram(gram)
 
-def _with_ones(gram: jax.Array, mean: jax.Array) -> jax.Array:
-    """Return the Gram matrix of inputs with a 1 appended, which is what a joint bias multiplies."""
-    top = jnp.concatenate([gram, mean[..., :, None]], -1)
-    bottom = jnp.concatenate([mean, jnp.ones_like(mean[..., :1])], -1)
-    return jnp.concatenate([top, bottom[..., None, :]], -2)
+    return (
+        factor(leaf.rows, moments.rows, moments.row_mean),
+        factor(leaf.cols, moments.cols, moments.col_mean),
+    )
 
 
 def _normalized_grams(
