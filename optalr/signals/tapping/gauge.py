@@ -118,13 +118,13 @@ class Gauge:
         # with no key to pass. Of absolute values: a softmax's cotangents sum to zero.
         size = jnp.sum(jnp.abs(operands.cotangent.astype(jnp.float32)))
         seed = spread(jax.lax.bitcast_convert_type(size, jnp.uint32))
-        total = self.site.add_up(lambda part: self._sums(part, seed), operands, self.sampling)
+        total = self.site.add_up(lambda part: self.sums(part, seed), operands, self.sampling)
         axes = varying_axes(jax.typeof(operands.cotangent))
         placed = self._place_in_leaf(total)
         # A site stacks the layers of a vmap in one axis. The leaf may have several, or none.
         return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), placed, self.like)
 
-    def _sums(self, piece: Operands, seed: jax.Array) -> Sums:
+    def sums(self, piece: Operands, seed: jax.Array) -> Sums:
         """Compute the sums over all examples, or over a piece of them."""
         dtype = self.like.total.dtype
         inputs, outputs, scale = self.site.signals(piece, (self.sampling, seed))
