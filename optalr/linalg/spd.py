@@ -64,6 +64,13 @@ def column(a: jax.Array) -> jax.Array:
     return a[..., None, None]
 
 
+def with_ones(gram: jax.Array, mean: jax.Array) -> jax.Array:
+    """Return the mean of ``x xᵀ`` for vectors with a 1 appended, from theirs and their mean."""
+    top = jnp.concatenate([gram, mean[..., :, None]], -1)
+    bottom = jnp.concatenate([mean, jnp.ones_like(mean[..., :1])], -1)
+    return jnp.concatenate([top, bottom[..., None, :]], -2)
+
+
 def align(flag: jax.Array, array: jax.Array) -> jax.Array:
     """Give a stack of flags trailing axes of size one, as many as ``array`` has."""
     return flag.reshape(flag.shape + (1,) * (array.ndim - flag.ndim))

@@ -9,7 +9,7 @@ or its diagonal stand for it. No other module needs to know which form a side ha
 
 A form without an array is a description: it knows shapes and makes arrays. ``A.holding(array)`` is
 a view of an array that is kept elsewhere, such as in an optimizer's state. Arrays may have leading
-stack axes, those of independent layers.
+stack axes, those of independent layers. ``Blocks`` has a file of its own, ``blocks``.
 """
 
 import dataclasses
@@ -64,6 +64,16 @@ class Structured:
     def nbytes(self) -> int:
         """Bytes of the stored array."""
         return self.stored.size * self.stored.dtype.itemsize
+
+    @property
+    def label(self) -> str:
+        """The form's name and size, for messages."""
+        return f"{type(self).__name__}({self.size})"
+
+    def is_like(self, other: "Structured") -> bool:
+        """Return whether two forms keep the same part of a matrix of the same size."""
+        mine, others = (self.size, self.shape), (other.size, other.shape)
+        return type(self) is type(other) and mine == others
 
     def holding(self, stored: Any) -> Self:
         """Return a view of ``stored`` in this form."""
@@ -145,9 +155,6 @@ class Matrices(Structured):
         # The sum makes an array of its own, because a broadcast one shares its buffer.
         return self.holding(jnp.broadcast_to(eye, (*stack, *self.shape)) + 0)
 
-    def gram(self, matrix: jax.Array) -> Self:  # noqa: D102
-        return self.of_gram(spd.matmul(matrix, spd.transpose(matrix)))
-
     def diagonal(self) -> jax.Array:  # noqa: D102
         return jnp.diagonal(self.stored, axis1=-2, axis2=-1)
 
@@ -187,6 +194,9 @@ class Full(Matrices):
     def block(self) -> int:  # noqa: D102
         return self.size
 
+    def gram(self, matrix: jax.Array) -> Self:  # noqa: D102
+        return self.holding(spd.matmul(matrix, spd.transpose(matrix)))
+
     def of_gram(self, gram: jax.Array) -> Self:  # noqa: D102
         return self.holding(gram)
 
@@ -198,56 +208,6 @@ class Full(Matrices):
 
     def eigenvalues(self) -> np.ndarray:  # noqa: D102
         return np.linalg.eigvalsh(np.asarray(self.stored, np.float64))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Blocks(Matrices):
-    """Diagonal blocks of equal size; the last one is padded where they don't divide the rows.
-
-    Padded rows of a Gram matrix get the mean eigenvalue: they stay apart from the others and change
-    neither the mean nor the condition. The matrices that blocks are applied to are padded too, so
-    that coordinates in the eigenbasis of a padded block lose nothing.
-
-    Attributes:
-      num_blocks: how many.
-    """
-
-    num_blocks: int = 1
-    rank: ClassVar[int] = 3
-
-    @property
-    def block(self) -> int:  # noqa: D102
-        return math.ceil(self.size / self.num_blocks)
-
-    @property
-    def padded_size(self) -> int:  # noqa: D102
-        return self.num_blocks * self.block
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # noqa: D102
-        return (self.num_blocks, self.block, self.block)
-
-    def of_gram(self, gram: jax.Array) -> Self:  # noqa: D102
-        extra = self.padded_size - self.size
-        widths = [(0, 0)] * (gram.ndim - 2) + [(0, extra), (0, extra)]
-        mean = jnp.trace(gram, axis1=-2, axis2=-1) / self.size
-        is_padding = (jnp.arange(self.padded_size) >= self.size).astype(gram.dtype)
-        corner = jnp.broadcast_to(jnp.diag(is_padding), (*mean.shape, *(self.padded_size,) * 2))
-        padded = jnp.pad(gram, widths) + spd.column(mean) * corner
-        blocks = padded.reshape(*gram.shape[:-2], *(self.num_blocks, self.block) * 2)
-        return self.holding(jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3))
-
-    def __matmul__(self, matrix: jax.Array) -> jax.Array:
-        parts = matrix.reshape(*matrix.shape[:-2], self.num_blocks, self.block, matrix.shape[-1])
-        return spd.matmul(self.stored, parts).reshape(matrix.shape)
-
-    def eigenvalues(self) -> np.ndarray:
-        """Return the eigenvalues of all blocks, rising, but not those of the padding."""
-        stored, parts = np.asarray(self.stored, np.float64), []
-        for i in range(self.num_blocks):
-            filled = min(self.block, self.size - i * self.block)
-            parts.append(np.linalg.eigvalsh(stored[..., i, :filled, :filled]))
-        return np.sort(np.concatenate(parts, -1), -1)
 
 
 class Diagonal(Structured):
@@ -291,8 +251,8 @@ class Diagonal(Structured):
         return np.sort(np.asarray(self.stored, np.float64), -1)
 
 
-for _form, _described in ((Full, ["size"]), (Blocks, ["size", "num_blocks"]), (Diagonal, ["size"])):
-    jax.tree_util.register_dataclass(_form, data_fields=["stored"], meta_fields=_described)
+for _form in (Full, Diagonal):
+    jax.tree_util.register_dataclass(_form, data_fields=["stored"], meta_fields=["size"])
 
 
 def as_structured(matrix: Any) -> Structured:

@@ -2,16 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from optalr.linalg.structured import Blocks, Diagonal
-from optalr.signals.loss import Problem, Traced, trace
-from optalr.signals.moments import FactorStorage, Form, LeafView
+from optalr.linalg.blocks import Blocks
+from optalr.linalg.structured import Diagonal, Full
+from optalr.signals.extras import check_storage, checked_sampling
+from optalr.signals.loss import Problem, trace
+from optalr.signals.moments import FactorStorage, Form, LeafView, Sides
+from optalr.signals.tapping.capture import Tapped
+from optalr.signals.tapping.gauge import Kept
+from optalr.signals.tapping.memory import measuring_bytes
 from optalr.signals.tracing.layers import find_layers
-from optalr.signals.tracing.walk import Layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,8 @@ class LeafTreatment:
       state_bytes: bytes that ``scale_by_kronecker`` keeps for the leaf, given the report as its
         ``layout`` and the same options.
       reason: why no layer was found, or why a factor is not kept whole; empty otherwise.
+      measuring_bytes: bytes that measuring the layer takes meanwhile: inputs and cotangents laid
+        out in rows (of a convolution its patches), and sums in the shapes that are kept.
     """
 
     path: str
@@ -35,6 +41,7 @@ class LeafTreatment:
     view: LeafView | None
     state_bytes: int
     reason: str = ""
+    measuring_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Coverage:
     """What ``optalr.coverage`` returns: a printable report, and the ``layout=`` of a method.
 
     Attributes:
-      leaves: one ``LeafTreatment`` a leaf, in the order of ``jax.tree_util.tree_leaves``.
+      leaves: one ``LeafTreatment`` a leaf, in the order of ``jax.tree_util.tree_leaves``. The total
+        of their measuring bytes is what measuring all layers at once takes.
     """
 
     leaves: tuple[LeafTreatment, ...]
@@ -59,13 +67,21 @@ class Coverage:
         raise KeyError(path)
 
     def __str__(self) -> str:
-        header = ("leaf", "shape", "treatment", "state bytes", "reason")
+        header = ("leaf", "shape", "treatment", "state bytes", "measuring bytes", "reason")
         rows = [
-            (leaf.path, str(leaf.shape), leaf.treatment, f"{leaf.state_bytes:,}", leaf.reason)
+            (
+                leaf.path,
+                str(leaf.shape),
+                leaf.treatment,
+                f"{leaf.state_bytes:,}",
+                f"{leaf.measuring_bytes:,}",
+                leaf.reason,
+            )
             for leaf in self.leaves
         ]
-        total = sum(leaf.state_bytes for leaf in self.leaves)
-        rows.append(("total", "", "", f"{total:,}", ""))
+        state = sum(leaf.state_bytes for leaf in self.leaves)
+        measuring = sum(leaf.measuring_bytes for leaf in self.leaves)
+        rows.append(("total", "", "", f"{state:,}", f"{measuring:,}", ""))
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -82,6 +98,9 @@ def coverage(
     *args: Any,
     strict: bool = False,
     options: FactorStorage | None = None,
+    every: int = 1,
+    max_positions: int | None = None,
+    storage: FactorStorage | None = None,
 ) -> Coverage:
     """Report, leaf by leaf, how a Kronecker-factored method will treat a model.
 
@@ -97,6 +116,9 @@ def coverage(
       options: the method's ``KroneckerOptions``, if they are not the defaults. The table then shows
         blocks, size limits and joint biases, and the bytes that
         ``scale_by_kronecker(layout=..., options=options)`` allocates for each leaf.
+      every: as passed to ``value_grad_and_extras``; it decides what measuring takes.
+      max_positions: likewise.
+      storage: likewise.
 
     Returns:
       A ``Coverage``: printable, ``.treatment`` maps a leaf's key path to ``"kronecker"``,
@@ -104,6 +126,8 @@ def coverage(
 
     Raises:
       ValueError: with ``strict``, a leaf has no layer; the message lists each with its reason.
+        ``every`` or ``max_positions`` is out of range.
+      TypeError: ``options`` or ``storage`` says nothing of what is kept.
 
     Cost: one trace of the loss.
 
@@ -114,12 +138,14 @@ def coverage(
       >>> coverage(loss_fn, params, jnp.ones((4, 3))).treatment
       {"['b']": 'bias', "['w']": 'kronecker'}
     """
+    check_storage("options", options)
+    check_storage("storage", storage)
     problem = Problem.of(loss_fn, params, args, has_aux=None)
     traced = trace(problem, params, None)
     layers = find_layers(traced.closed, traced.leaf_shapes, num_outputs=1)
-    storage = FactorStorage() if options is None else options
-    leaves = range(traced.num_leaves)
-    report = Coverage(tuple(_treatment(leaf, layers, traced, storage=storage) for leaf in leaves))
+    tapped = Tapped(traced, layers, True, checked_sampling(every, max_positions), storage)
+    treat = _Treating.by(tapped, FactorStorage() if options is None else options)
+    report = Coverage(tuple(treat(leaf) for leaf in range(traced.num_leaves)))
     missed = [leaf for leaf in report.leaves if leaf.treatment == "diagonal"]
     if strict and missed:
         listed = "; ".join(f"{leaf.path} ({leaf.reason})" for leaf in missed)
@@ -131,29 +157,66 @@ def coverage(
     return report
 
 
-def _treatment(
-    leaf: int, layers: Layers, traced: Traced, *, storage: FactorStorage
-) -> LeafTreatment:
-    path, shape, reasons = traced.paths[leaf], traced.leaf_shapes[leaf], layers.notes[leaf]
-    # Factors of half-precision leaves are float32.
-    itemsize = max(4, jnp.dtype(traced.leaves[leaf].dtype).itemsize)
-    missed = [f"not in the moments: {'; '.join(reasons)}"] if reasons else []
-    if leaf in layers.views:
-        bias = traced.paths[layers.biases[leaf]] if leaf in layers.biases else None
-        view = dataclasses.replace(layers.views[leaf], bias=bias)
-        stack, m, n = view.matrix_shape(shape)
-        if bias is not None and storage.joint_bias:
-            m, n = (m + 1, n) if view.input_side == "rows" else (m, n + 1)
-        sides = storage.side(m), storage.side(n)
-        state_bytes = itemsize * _count_numbers(storage, stack, sides)
-        reason = "; ".join(_storage_notes(storage, sides) + missed)
-        return LeafTreatment(path, shape, "kronecker", view, state_bytes, reason)
-    if leaf in layers.biases.values():
-        kernel = next(k for k, bias in layers.biases.items() if bias == leaf)
-        joint = [f"one more row of {traced.paths[kernel]}"] if storage.joint_bias else []
-        return LeafTreatment(path, shape, "bias", None, 0, "; ".join(joint + missed))
-    reason = "; ".join(reasons) or "not used by the loss"
-    return LeafTreatment(path, shape, "diagonal", None, itemsize * math.prod(shape), reason)
+@dataclasses.dataclass(frozen=True)
+class _Treating:
+    """From a leaf to what a method does with it.
+
+    Attributes:
+      tapped: the loss and its layers.
+      options: what the method keeps.
+      views: the matrix view of each captured leaf, with its bias.
+      measuring: the bytes that measuring it takes.
+      summed: what is kept of each leaf whose Gram matrices are summed up in the backward pass.
+    """
+
+    tapped: Tapped
+    options: FactorStorage
+    views: Mapping[int, LeafView]
+    measuring: Mapping[int, int]
+    summed: Mapping[int, Kept]
+
+    @classmethod
+    def by(cls, tapped: Tapped, options: FactorStorage) -> "_Treating":
+        """Look at all layers of a loss."""
+        shapes, found = tapped.traced.leaf_shapes, tapped.layers.views.items()
+        views = {leaf: dataclasses.replace(view, bias=tapped.bias_of(leaf)) for leaf, view in found}
+        sides = {leaf: options.sides(view, shapes[leaf]) for leaf, view in views.items()}
+        late = tapped.measured_late()
+        summed = {leaf: kept for leaf, kept in tapped.kept().items() if leaf not in late}
+        return cls(tapped, options, views, measuring_bytes(tapped, sides), summed)
+
+    def __call__(self, leaf: int) -> LeafTreatment:
+        traced, layers = self.tapped.traced, self.tapped.layers
+        path, shape, reasons = traced.paths[leaf], traced.leaf_shapes[leaf], layers.notes[leaf]
+        missed = [f"not in the moments: {'; '.join(reasons)}"] if reasons else []
+        # Factors of half-precision leaves are float32.
+        itemsize = max(4, jnp.dtype(traced.leaves[leaf].dtype).itemsize)
+        if leaf in self.views:
+            view = self.views[leaf]
+            sides = self.options.sides(view, shape)
+            stack, *_ = view.matrix_shape(shape)
+            state_bytes = itemsize * _count_numbers(self.options, stack, sides)
+            notes = _storage_notes(self.options, sides) + self._measuring_notes(leaf, sides)
+            reason, taken = "; ".join(notes + missed), self.measuring[leaf]
+            return LeafTreatment(path, shape, "kronecker", view, state_bytes, reason, taken)
+        if leaf in layers.biases.values():
+            kernel = next(k for k, bias in layers.biases.items() if bias == leaf)
+            joint = [f"one more row of {traced.paths[kernel]}"] if self.options.joint_bias else []
+            return LeafTreatment(path, shape, "bias", None, 0, "; ".join(joint + missed))
+        reason = "; ".join(reasons) or "not used by the loss"
+        return LeafTreatment(path, shape, "diagonal", None, itemsize * math.prod(shape), reason)
+
+    def _measuring_notes(self, leaf: int, sides: Sides) -> list[str]:
+        """Return which sides are summed up whole in the backward pass, though a part is kept."""
+        if leaf not in self.summed:
+            return []
+        kept = self.summed[leaf]
+        held = kept if self.views[leaf].input_side == "rows" else reversed(kept)
+        return [
+            f"{name} measured whole (pass storage= to value_grad_and_extras)"
+            for name, form, wanted in zip(("rows", "cols"), held, sides, strict=True)
+            if isinstance(form, Full) and not isinstance(wanted, Full)
+        ]
 
 
 def _count_numbers(storage: FactorStorage, stack: Sequence[int], sides: Sequence[Form]) -> int:

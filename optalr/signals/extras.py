@@ -20,9 +20,11 @@ from jax.tree_util import Partial
 
 from optalr import arguments
 from optalr.signals.loss import Problem, trace
-from optalr.signals.tapping.capture import Assembly, Tapped
+from optalr.signals.moments import FactorStorage
+from optalr.signals.tapping.assembly import Assembly
+from optalr.signals.tapping.capture import Tapped
 from optalr.signals.tapping.fisher import true_fisher
-from optalr.signals.tapping.taps import Dummies
+from optalr.signals.tapping.gauge import Dummies
 from optalr.signals.tracing.layers import find_layers
 from optalr.signals.tracing.site import Sampling
 
@@ -37,6 +39,7 @@ def value_grad_and_extras(
     axis_name: str | None = None,
     fisher: str = "empirical",
     likelihood: str | None = None,
+    storage: FactorStorage | None = None,
 ) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
     """Return a function that evaluates a loss, its gradient, and what else methods may read.
 
@@ -65,6 +68,10 @@ def value_grad_and_extras(
       likelihood: what the outputs parametrize, with ``fisher="true"``: ``"softmax"`` (class
         scores), ``"bernoulli"`` (logits) or ``"gaussian"`` (means of unit variance). The loss is
         taken to be a mean over all axes of the outputs but the last.
+      storage: the method's ``KroneckerOptions``, for layers that are summed up in the backward pass
+        (used several times, in a loop or a remat, or of more examples and positions than features).
+        Of sides that the method keeps as blocks or a diagonal, no more is then measured there, and
+        ``signals`` hold these. ``optalr.coverage`` says which layers need it.
 
     Returns:
       ``evaluate(params, *args, signals=True, key=None)``, which returns ``(value, grads,
@@ -76,10 +83,13 @@ def value_grad_and_extras(
       * ``point``: the parameters;
       * ``signals``: the structure of ``params``, with a ``LayerMoments`` at each captured kernel
         and None elsewhere; its ``count`` is 0 if ``signals`` was off;
-      * ``measure``: ``() -> signals``, for a method that reads them inside a branch of its own.
-        With a traced flag, layers whose inputs and cotangents take less memory than their moments
-        are measured there, and if it is not called nothing is written;
+      * ``measure``: ``(keep=None) -> signals``, for a method that reads them inside a branch of its
+        own, or needs part of them. Layers whose inputs and cotangents take less memory than their
+        moments are measured there, and if it is not called nothing is written. ``keep`` maps key
+        paths to what is wanted of rows and columns, forms of ``optalr.linalg.structured``. Of
+        ``Blocks`` and ``Diagonal`` such a layer measures no more, and they come back as forms;
       * ``head``: the moments of the layer that is executed last, or None;
+      * ``measure_head``: ``(keep=None) -> head``, likewise, with ``keep`` its rows' and columns';
       * ``hessian``: the matvec ``v -> H v`` at ``params``;
       * ``outputs``, ``gauss_newton``: for a ``composite_loss``, its outputs and ``v -> G v``.
 
@@ -114,18 +124,17 @@ def value_grad_and_extras(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {loss_fn!r}.")
-    arguments.check_count("every", every)
-    for name, count in (("num_examples", num_examples), ("max_positions", max_positions)):
-        if count is not None:
-            arguments.check_count(name, count)
+    check_storage("storage", storage)
+    sampling = checked_sampling(every, max_positions)
+    if num_examples is not None:
+        arguments.check_count("num_examples", num_examples)
     drawn = true_fisher(loss_fn, fisher, likelihood)
-    sampling = Sampling(every, max_positions)
 
     def evaluate(params: Any, *args: Any, signals: Any = True, key: jax.Array | None = None):
         problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
         traced = trace(problem, params, axis_name)
         layers = find_layers(traced.closed, traced.leaf_shapes, num_outputs=1)
-        tapped = Tapped(traced, layers, _static_flag(signals), sampling)
+        tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage)
         if drawn is None:
             outputs, grad_leaves, slots = tapped.differentiate()
         else:
@@ -147,20 +156,30 @@ def value_grad_and_extras(
     return evaluate
 
 
+def check_storage(name: str, storage: Any) -> None:
+    """Check that an argument is None or says what a method keeps."""
+    if storage is not None and not isinstance(storage, FactorStorage):
+        raise TypeError(f"{name} must be the method's KroneckerOptions, got {storage!r}.")
+
+
+def checked_sampling(every: int, max_positions: int | None) -> Sampling:
+    """Check the two arguments that say how much of a batch is measured, and return both."""
+    arguments.check_count("every", every)
+    if max_positions is not None:
+        arguments.check_count("max_positions", max_positions)
+    return Sampling(every, max_positions)
+
+
 def _measured_entries(assembly: Assembly, flag: bool | jax.Array, slots: dict[int, Dummies]) -> Any:
     """Return the entries of ``extras`` that hold moments."""
-    moments = assembly(flag, slots)
-    # A flag that is known while tracing puts nothing off. Whoever asks later gets what is there.
-    later = (_as_they_are, moments) if isinstance(flag, bool) else (assembly, flag, slots)
+    # A flag that is known while tracing is no argument of a compiled program.
+    traced = None if isinstance(flag, bool) else flag
     return {
-        "signals": moments,
-        "measure": Partial(*later),
-        "head": assembly.head_moments(flag, slots),
+        "signals": assembly(traced, slots),
+        "measure": Partial(assembly, traced, slots),
+        "head": assembly.head_moments(traced, slots),
+        "measure_head": Partial(assembly.head_moments, traced, slots),
     }
-
-
-def _as_they_are(moments: Any) -> Any:
-    return moments
 
 
 def _static_flag(signals: Any) -> Any:

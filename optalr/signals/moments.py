@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg.structured import Blocks, Diagonal, Full
+from optalr.linalg.blocks import Blocks
+from optalr.linalg.structured import Diagonal, Full
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +29,9 @@ class LayerMoments:
 
     Attributes:
       rows: ``(*stack, m, m)`` float32, the Gram matrix of the rows' side of the leaf's matrix view
-        ``(m, n)``: A for a kernel applied as ``x @ W``, B for one applied as ``W @ x``.
-      cols: ``(*stack, n, n)`` float32, the Gram matrix of the columns' side.
+        ``(m, n)``: A for a kernel applied as ``x @ W``, B for one applied as ``W @ x``. Where only
+        blocks or a diagonal were asked for, these, as a form that holds its array.
+      cols: ``(*stack, n, n)`` float32, the Gram matrix of the columns' side, or what was asked for.
       row_mean: ``(*stack, m)`` float32, the mean input, if the rows are the input's side.
       col_mean: ``(*stack, n)`` float32, the mean input, if the columns are the input's side.
       count: float32 scalar, N, the examples measured; 0 where capture was off, and then
@@ -39,8 +41,8 @@ class LayerMoments:
         None. Static.
     """
 
-    rows: jax.Array
-    cols: jax.Array
+    rows: Any
+    cols: Any
     row_mean: jax.Array | None
     col_mean: jax.Array | None
     count: jax.Array
@@ -105,8 +107,9 @@ def default_view(shape: tuple[int, ...]) -> LeafView | None:
     return LeafView((), tuple(range(len(shape) - 1)), (len(shape) - 1,))
 
 
-# What a side stores.
+# What a side stores, and what both sides of a leaf do, rows first.
 Form = Full | Blocks | Diagonal
+Sides = tuple[Form, Form]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,13 @@ class FactorStorage:
         if size > self.max_factor_size:
             return Diagonal(size)
         return Full(size)
+
+    def sides(self, view: LeafView, shape: tuple[int, ...]) -> Sides:
+        """Return how both factors of a leaf are stored; a joint bias is one more row of one."""
+        _, m, n = view.matrix_shape(shape)
+        if self.joint_bias and view.bias is not None:
+            m, n = (m + 1, n) if view.input_side == "rows" else (m, n + 1)
+        return self.side(m), self.side(n)
 
 
 def is_moments(node: Any) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from optalr.arguments import check_interval, require_extra
 from optalr.linalg.kronecker import apply_eigenbasis_power, mean_eigenvalue
 from optalr.linalg.roots.bases import EigenBasis, eigenbasis
+from optalr.linalg.structured import Structured
 from optalr.signals.coverage import Coverage
 from optalr.signals.moments import LayerMoments, LeafView, default_view, is_moments
 
@@ -34,7 +35,7 @@ def kronecker_preconditioner(
 
     Raises:
       TypeError: when built without ``signals`` among the extras.
-      ValueError: a factor does not fit its leaf.
+      ValueError: a factor does not fit its leaf, or is not whole.
 
     Cost: two eigendecompositions a layer to build, four matrix products a layer to apply.
 
@@ -61,6 +62,7 @@ def kronecker_preconditioner(
             if not is_moments(node):
                 continue
             name = jax.tree_util.keystr(path)
+            _check_whole(name, node)
             layers[name] = _Layer(node, eigenbasis(node.rows), eigenbasis(node.cols))
             if node.bias is not None:
                 biases[node.bias] = layers[name]
@@ -121,6 +123,15 @@ def _curvature_elsewhere(layers: Sequence[_Layer], damping: Any, relative: float
     captured = jnp.any(jnp.stack([jnp.max(layer.moments.count) > 0 for layer in layers]))
     typical = jnp.mean(jnp.stack([jnp.mean(layer.mean_curvature()) for layer in layers]))
     return jnp.where(captured, damping + (1 + relative) * typical, 1.0)
+
+
+def _check_whole(name: str, moments: LayerMoments) -> None:
+    for gram in (moments.rows, moments.cols):
+        if isinstance(gram, Structured):
+            raise ValueError(
+                f"signals hold a {gram.label} of {name}, but a preconditioner needs whole Gram "
+                "matrices. Call optalr.value_grad_and_extras without storage=."
+            )
 
 
 def _checked(

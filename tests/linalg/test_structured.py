@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from optalr import linalg
-from optalr.linalg.structured import Blocks, Diagonal, Full, as_structured
+from optalr.linalg.blocks import Blocks
+from optalr.linalg.structured import Diagonal, Full, as_structured
 from tests.references import random_spd
 
 SIZE, COLUMNS = 7, 3

@@ -82,7 +82,11 @@ def test_the_report_says_what_is_not_kept_whole():
     assert report["['w']"].treatment == "kronecker"
     assert report["['w']"].reason.startswith("rows in 3 blocks of 5 (13 > block_size=5); cols in 2")
     assert report["['b']"].reason == "one more row of ['w']"
-    assert report["['split']"].reason == "cols in 3 blocks of 4 (12 > block_size=5)"
+    notes = "cols in 3 blocks of 4 (12 > block_size=5)", "cols measured whole (pass storage= to"
+    assert report["['split']"].reason.split("; ")[0] == notes[0]
+    assert report["['split']"].reason.split("; ")[1].startswith(notes[1])
+    report = optalr.coverage(loss_fn, PARAMS, TOKENS, options=options, storage=options)
+    assert report["['split']"].reason == notes[0]
 
 
 def drifting_problem():

@@ -21,7 +21,7 @@ from optalr import arguments
 from optalr.signals.composite import CompositeLoss
 from optalr.signals.loss import Problem, predictions, trace_flat
 from optalr.signals.tapping.capture import Tapped
-from optalr.signals.tapping.taps import Dummies
+from optalr.signals.tapping.gauge import Dummies
 from optalr.signals.tracing.layers import find_layers
 
 

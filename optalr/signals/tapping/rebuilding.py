@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from optalr.signals.tapping.taps import Dummies, Recorder
+from optalr.signals.tapping.gauge import Dummies
+from optalr.signals.tapping.taps import Recorder
 from optalr.signals.tracing.inner import (
     Branches,
     Call,

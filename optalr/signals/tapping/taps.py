@@ -17,139 +17,15 @@ inner functions, with no bookkeeping of ours.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from optalr.signals.tapping.gauge import Dummies, Gauge, Kept
 from optalr.signals.tracing.jaxprs import Replacement, replay, vary, varying_axes
-from optalr.signals.tracing.site import Operands, Sampling, Site, Sums, spread
+from optalr.signals.tracing.site import Operands, Sampling, Site
 from optalr.signals.tracing.walk import Nested, Plan
-
-# What a slot holds: zeros before the backward pass, then what was measured or is to be.
-Dummies = Sums | Operands
-
-
-def sums_like(site: Site, dtype: Any) -> Sums:
-    """Return the shapes of what is summed for the leaf that ``site`` taps, with this dtype."""
-    view = site.leaf_view
-    stack, m, n = view.matrix_shape(site.origin.leaf_shape)
-    if view.input_side == "cols":
-        m, n = n, m
-    shapes = ((*stack, m, m), (*stack, n, n), (*stack, m), stack)
-    return Sums(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
-
-
-def zeros_of(like: Any) -> Any:
-    """Return zeros in place of shapes and dtypes."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-
-
-def operands_are_smaller(site: Site) -> bool:
-    """Return whether a product's two sides have fewer entries than their Gram matrices."""
-    data, cotangent = site.operand_types()
-    # Cotangents of integers have a dtype of their own, and operands that differ between devices
-    # cannot leave the shard_map by a dummy that is the same on all of them.
-    if not jnp.issubdtype(data.dtype, jnp.floating) or varying_axes(data):
-        return False
-    stack, m, n = site.leaf_view.matrix_shape(site.origin.leaf_shape)
-    return data.size + cotangent.size < math.prod(stack) * (m * m + n * n)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gauge:
-    """How one site is measured.
-
-    Attributes:
-      site: the layer's product.
-      sampling: which examples and positions to look at.
-      like: arrays, or shapes and dtypes, of the sums.
-    """
-
-    site: Site
-    sampling: Sampling
-    like: Sums
-
-    def read_if(self, flag: jax.Array | None, operands: Operands) -> Sums:
-        """Measure, or return zeros where a traced ``flag`` is off; None measures always."""
-        if flag is None:
-            return self.read(operands)
-        axes = varying_axes(jax.typeof(operands.cotangent))
-
-        def skip(operands: Operands) -> Sums:
-            del operands
-            # Both branches of a cond must vary over the same mesh axes.
-            return jax.tree.map(lambda zero: vary(zero, axes), zeros_of(self.like))
-
-        # Nothing but the Gram products sits in the cond. On a CPU, XLA runs the gradient of a
-        # convolution inside a cond (or a loop) many times slower than outside.
-        return jax.lax.cond(flag, self.read, skip, operands)
-
-    def read(self, operands: Operands) -> Sums:
-        """Return the site's four sums, each an estimate of the sum over all positions."""
-        operands = _refuse_derivatives(operands)
-        # Where a sample starts is hashed from the cotangent, so that it varies from step to step
-        # with no key to pass. Of absolute values: a softmax's cotangents sum to zero.
-        size = jnp.sum(jnp.abs(operands.cotangent.astype(jnp.float32)))
-        seed = spread(jax.lax.bitcast_convert_type(size, jnp.uint32))
-        total = self.site.add_up(lambda part: self._sums(part, seed), operands, self.sampling)
-        axes = varying_axes(jax.typeof(operands.cotangent))
-        placed = self._place_in_leaf(total)
-        # A site stacks the layers of a vmap in one axis. The leaf may have several, or none.
-        return jax.tree.map(lambda x, shape: vary(x.reshape(shape.shape), axes), placed, self.like)
-
-    def _sums(self, piece: Operands, seed: jax.Array) -> Sums:
-        """Compute the sums over all examples, or over a piece of them."""
-        dtype = self.like.total.dtype
-        inputs, outputs, scale = self.site.signals(piece, (self.sampling, seed))
-        inputs, outputs = inputs.astype(dtype), outputs.astype(dtype)
-        # Groups of a convolution are further rows of the inputs, but no further positions.
-        per_group = scale / self.site.groups
-        return Sums(
-            _gram(inputs) * per_group,
-            _gram(outputs) * scale,
-            jnp.sum(inputs, axis=1) * per_group,
-            jnp.full(inputs.shape[0], outputs.shape[1] * scale, dtype),
-        )
-
-    def _place_in_leaf(self, sums: Sums) -> Sums:
-        """Place the sums of a part that was cut out of its leaf; the rest of the leaf saw zeros."""
-        cut = self.site.view.cut
-        if cut is None:
-            return sums
-        view = self.site.leaf_view
-        on_inputs = cut.axis in (view.rows if view.input_side == "rows" else view.cols)
-        whole = (self.like.inputs if on_inputs else self.like.outputs).shape[-1]
-        room = (cut.start, whole - cut.start - cut.size)  # what comes before the part, and after
-        if on_inputs:
-            return sums._replace(
-                inputs=jnp.pad(sums.inputs, ((0, 0), room, room)),
-                mean=jnp.pad(sums.mean, ((0, 0), room)),
-            )
-        return sums._replace(outputs=jnp.pad(sums.outputs, ((0, 0), room, room)))
-
-
-def _gram(rows: jax.Array) -> jax.Array:
-    """Return ``Σ_r x_r x_rᵀ`` of ``(S, R, d)``, in full precision also where TF32 is default."""
-    return jnp.einsum("srd,sre->sde", rows, rows, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_jvp
-def _refuse_derivatives(signals):
-    """Pass signals on, and refuse to be differentiated: the sums are quadratic in them."""
-    return signals
-
-
-@_refuse_derivatives.defjvp
-def _refuse(primals, tangents):
-    raise TypeError(
-        "value_grad_and_extras cannot be differentiated while it captures signals: their Gram "
-        "matrices are quadratic in the cotangent, so a second derivative through them would be "
-        "wrong. Pass signals=False, or use the matvecs extras['hessian'] and "
-        "extras['gauss_newton']."
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +35,7 @@ class Recorder:
     Attributes:
       slots: the dummies of each slot.
       slot_of: maps a site to its slot.
+      kept: what is kept of the Gram matrices of each leaf.
       flag: None to measure always, else a traced bool.
       sampling: which examples and positions to look at.
       rebuild: evaluates an equation that holds jaxprs, with the layers inside them tapped.
@@ -166,6 +43,7 @@ class Recorder:
 
     slots: dict[int, Dummies]
     slot_of: Callable[[Site], int]
+    kept: Mapping[int, Kept]
     flag: jax.Array | None
     sampling: Sampling
     rebuild: Callable[[Nested, list[Any], "Recorder"], Sequence[Any]]
@@ -200,11 +78,14 @@ class Recorder:
         axes = varying_axes(jax.typeof(data)) | varying_axes(jax.typeof(kernel))
         dummies = jax.tree.map(lambda dummy: vary(dummy, axes), dummies)
         like = jax.tree.map(lambda dummy: jax.ShapeDtypeStruct(dummy.shape, dummy.dtype), dummies)
-        measures = [
-            _hand_on if isinstance(own, Operands) else Gauge(site, self.sampling, own).read_if
-            for site, own in zip(sites, like, strict=True)
-        ]
+        measures = [self._measure_of(site, own) for site, own in zip(sites, like, strict=True)]
         return [_twin(sites[0], measures)((data, kernel), dummies, (self.flag, gains))]
+
+    def _measure_of(self, site: Site, like: Dummies) -> "_Measure":
+        """Return what a site's backward pass does to fill a slot of this kind."""
+        if isinstance(like, Operands):
+            return _hand_on
+        return Gauge(site, self.sampling, like, self.kept[site.leaf]).read_if
 
 
 # What a twin's backward pass puts into a slot, given the flag and the two sides of the product.

@@ -71,7 +71,7 @@ class ConvSite(Site):
             # A piece must wait for the one before, or a scheduler lays them all out at once (the
             # CPU's does, and drops barriers first). Entries of a Gram diagonal are not negative,
             # so the start stays what it is, but not so that the compiler could tell.
-            begin = start + (total.inputs[0, 0, 0] < 0)
+            begin = start + (total.inputs[(0,) * total.inputs.ndim] < 0)
             piece = measure(self._piece(operands, begin, end - start))
             total = jax.tree.map(jnp.add, total, piece)
         return measure(operands) if total is None else total

@@ -236,6 +236,12 @@ def _with_moments(plan: Leaf, moments: Mapping[str, LayerMoments]) -> Leaf:
     return plan
 
 
+def sides_of(leaves: Sequence[Leaf]) -> dict[str, Any]:
+    """Map the key path of each kernel that has moments to the forms of its rows and columns."""
+    kernels = [leaf for leaf in leaves if isinstance(leaf, Kernel) and leaf.moments is not None]
+    return {leaf.path: leaf.sides for leaf in kernels}
+
+
 def _is_bias_of(bias: Leaf, kernel: Leaf) -> bool:
     """Return whether a leaf can take the output side's factor of a kernel."""
     if isinstance(bias, Bias) or not isinstance(kernel, Kernel) or kernel.joint_bias is not None:
@@ -258,9 +264,19 @@ def _missing(plan: Kernel, moments: Mapping[str, LayerMoments]) -> str:
 
 def _check_fit(plan: Kernel, moments: LayerMoments) -> None:
     """Raise unless the moments' Gram matrices are those of the leaf's matrix view."""
+    for side, measured in zip(plan.sides, (moments.rows, moments.cols), strict=True):
+        if isinstance(measured, Structured) and not measured.is_like(side):
+            raise ValueError(
+                f"The signals of leaf {plan.path} hold a {measured.label}, but its state a "
+                f"{side.label}. Pass the method's options to value_grad_and_extras(..., storage=)."
+            )
     stack, m, n = plan.view.matrix_shape(plan.shape)
     wanted = ((*stack, m, m), (*stack, n, n))
-    got = (tuple(moments.rows.shape), tuple(moments.cols.shape))
+    # What was measured in the form of the state fits it.
+    got = tuple(
+        expected if isinstance(measured, Structured) else tuple(measured.shape)
+        for expected, measured in zip(wanted, (moments.rows, moments.cols), strict=True)
+    )
     if wanted != got:
         raise ValueError(
             f"The signals of leaf {plan.path} (shape {plan.shape}) have Gram matrices of shapes "

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arrays import all_finite, moving_average
+from optalr.linalg import spd
 from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
 from optalr.states import count_up, update_when
-from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf, with_signals
+from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf, sides_of, with_signals
 from optalr.transforms.kronecker.memory import (
     LeafMemory,
     SideMemory,
@@ -80,14 +81,17 @@ def measure(
     due = step.clock.measures(state.signal_age, state.count) & (num_examples > 0) & arrived.usable
 
     def fold(carry: Folded, inputs: Any) -> Folded:
-        batch, (updates, original), (signals, measure) = inputs
+        batch, (updates, original), signals = inputs
         batch = batch._replace(scales=leaf_scales(updates, original))
-        leaves = with_signals(step.plans, signals if measure is None else measure())
+        if step.measure is not None:  # then ``signals`` is a function
+            signals = signals(sides_of(step.leaves))
+        leaves = with_signals(step.plans, signals)
         return fold_batch(step.spectrum, leaves, carry.memories, batch=batch)
 
     started = state.num_refreshes > 0
     batch = Batch(arrived.grads, (), num_examples, started, weight=state.weight)
-    inputs = batch, (arrived.updates, arrived.original), (step.signals, step.measure)
+    signals = step.signals if step.measure is None else step.measure
+    inputs = batch, (arrived.updates, arrived.original), signals
     carry = Folded(list(memories), jnp.bool_(True), jnp.bool_(False))
     folded = update_when(due, fold, carry, inputs)
     measured = due & folded.good
@@ -162,21 +166,20 @@ def _grams_of_signals(
     The signals are as large as the loss made them. ``scale`` is what the gradient was multiplied by
     since.
     """
-    rows, cols = moments.rows, moments.cols
-    if leaf.joint_bias is not None and moments.row_mean is not None:
-        rows = _with_ones(rows, moments.row_mean)
-    elif leaf.joint_bias is not None and moments.col_mean is not None:
-        cols = _with_ones(cols, moments.col_mean)
-    sides = [leaf.rows.of_gram(rows), leaf.cols.of_gram(cols)]
+
+    def factor(form: Structured, gram: Any, mean: jax.Array | None) -> Structured:
+        if isinstance(gram, Structured):  # measured in this form, a joint bias included
+            return gram
+        if leaf.joint_bias is not None and mean is not None:
+            gram = spd.with_ones(gram, mean)
+        return form.of_gram(gram)
+
+    sides = [
+        factor(leaf.rows, moments.rows, moments.row_mean),
+        factor(leaf.cols, moments.cols, moments.col_mean),
+    ]
     sides[leaf.output_side] = sides[leaf.output_side].scaled(jnp.square(scale))
     return sides[0], sides[1]
-
-
-def _with_ones(gram: jax.Array, mean: jax.Array) -> jax.Array:
-    """Return the Gram matrix of inputs with a 1 appended, which is what a joint bias multiplies."""
-    top = jnp.concatenate([gram, mean[..., :, None]], -1)
-    bottom = jnp.concatenate([mean, jnp.ones_like(mean[..., :1])], -1)
-    return jnp.concatenate([top, bottom[..., None, :]], -2)
 
 
 def _normalized_grams(

@@ -257,7 +257,8 @@ class Step(NamedTuple):
       leaves: the same with what this batch's signals say.
       clock: when to measure and when to take roots.
       signals: all signals of this batch; None where the gradient must do.
-      measure: returns the signals' moments, measured where it is called; None where they are ready.
+      measure: given what is kept of each leaf, returns the signals' moments, measured where it is
+        called; None where they are ready.
     """
 
     spectrum: Spectrum
@@ -265,4 +266,4 @@ class Step(NamedTuple):
     leaves: Sequence[Leaf]
     clock: Clock
     signals: Any
-    measure: Callable[[], Any] | None
+    measure: Callable[[Mapping[str, Any]], Any] | None

@@ -141,7 +141,8 @@ def scale_by_kronecker(
       options: a ``KroneckerOptions``, or a mapping of its fields.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` that reads the extra ``signals``.
+      An ``optax.GradientTransformationExtraArgs`` that reads the extra ``signals``, and has
+      ``measure`` take what it keeps of them.
 
     Raises:
       ValueError: an argument is out of range, or ``options.root_method`` cannot take roots of this

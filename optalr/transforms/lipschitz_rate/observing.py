@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import require_extra
+from optalr.linalg.structured import Diagonal, Structured, as_structured
 from optalr.signals.lipschitz import canonical_loss, lipschitz_constant
-from optalr.signals.moments import LayerMoments, is_moments
+from optalr.signals.moments import LayerMoments, Sides, is_moments
 from optalr.transforms.shared.lengths import length
 
 METHOD = "scale_by_lipschitz_rate"
@@ -47,8 +48,7 @@ class Gauge:
     def measure(self, extras: dict[str, Any]) -> Measurement:
         """Return what this minibatch says."""
         moments = _last_layer(self.last_layer, extras)
-        second_moment = moments.rows if moments.input_side == "rows" else moments.cols
-        energies = jnp.diagonal(second_moment, axis1=-2, axis2=-1)
+        energies = _diagonal_of_inputs(moments)
         rows = moments.count * moments.positions
         # The moments of a step that captured nothing are zeros, which is no measurement.
         present = rows > 0
@@ -103,16 +103,46 @@ def _norm_of_squares(extras: dict[str, Any], rows: jax.Array, energies: jax.Arra
 
 
 def _last_layer(name: str | None, extras: dict[str, Any]) -> LayerMoments:
-    """Return the moments of the layer executed last, or of the one with this key path."""
+    """Return the moments of the layer executed last, or of the one with this key path.
+
+    Where it can be, the diagonal of the input's Gram matrix is measured alone.
+    """
     if name is None:
         remedy = "" if "head" not in extras else "No layer was found in the loss: see coverage."
-        return require_extra(extras, "head", METHOD, remedy)
+        head = require_extra(extras, "head", METHOD, remedy)
+        measure = extras.get("measure_head")
+        keep = _diagonals(head)
+        return head if measure is None or keep is None else measure(keep)
     signals = require_extra(extras, "signals", METHOD)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(signals, is_leaf=is_moments)
-    layers = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if is_moments(leaf)}
+    layers = _layers(signals)
     if name not in layers:
         raise ValueError(
             f"last_layer must be the key path of a captured kernel, one of {', '.join(layers)}; "
             f"got {name!r}."
         )
-    return layers[name]
+    measure, keep = extras.get("measure"), _diagonals(layers[name])
+    return layers[name] if measure is None or keep is None else _layers(measure({name: keep}))[name]
+
+
+def _layers(signals: Any) -> dict[str, LayerMoments]:
+    """Return the moments of all layers by their key paths."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(signals, is_leaf=is_moments)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if is_moments(leaf)}
+
+
+def _diagonals(moments: LayerMoments) -> Sides | None:
+    """Return what to measure of a layer, or None where less than all is measured already."""
+    if isinstance(moments.rows, Structured) or isinstance(moments.cols, Structured):
+        return None
+    return Diagonal(moments.rows.shape[-1]), Diagonal(moments.cols.shape[-1])
+
+
+def _diagonal_of_inputs(moments: LayerMoments) -> jax.Array:
+    """Return the mean squares of a layer's inputs, ``(*stack, m)``."""
+    on_rows = moments.input_side == "rows"
+    second_moment = as_structured(moments.rows if on_rows else moments.cols)
+    mean = moments.row_mean if on_rows else moments.col_mean
+    diagonal = second_moment.diagonal()
+    # Blocks have padded rows, and a joint bias has a row.
+    flat = diagonal.reshape(*second_moment.stack, -1)
+    return flat if mean is None else flat[..., : mean.shape[-1]]
