@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from optalr.transforms.kronecker.transform import KroneckerState
 
+# A way to an array: the names on it, as they are written in nested dicts.
+_Names = tuple[str, ...]
+
 # The names of ``KroneckerState.memory``'s parts until 0.1, when each was a field of the state.
 _OLD_SIDES = {"rows": "row", "cols": "col"}
 _OLD_PARTS = {"factor": "factors", "root": "roots", "eigenvalues": "eigenvalues", "basis": "bases"}
@@ -17,7 +20,8 @@ def upgrade_state(saved: Any, like: Any) -> Any:
     """Return a state that an older optalr saved, in the form that this one uses.
 
     Choose it where restoring a checkpoint fails because the fields of a state have new names or
-    places. It changes no number: training goes on where it stopped.
+    places. It changes no number: training goes on where it stopped. It compares every array's place
+    and shape, so it is also a loader that refuses the state of other options.
 
     Args:
       saved: the old state as nested dicts and lists, which is what Orbax restores without a target,
@@ -30,7 +34,8 @@ def upgrade_state(saved: Any, like: Any) -> Any:
       A state of the structure of ``like``.
 
     Raises:
-      ValueError: ``saved`` lacks an array, or has one of another shape; the message names it.
+      ValueError: ``saved`` lacks an array, has one of another shape, or has one that ``like`` has
+        no place for (it is of another ``spectrum``, say); the message names it.
 
     Cost: a copy of the state.
 
@@ -48,15 +53,21 @@ def upgrade_state(saved: Any, like: Any) -> Any:
         return isinstance(node, KroneckerState)
 
     nodes, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_kronecker)
-    upgraded = []
+    upgraded, read = [], set()
+
+    def take(way: Sequence[Any], leaf: Any) -> jax.Array:
+        read.add(_names(way))
+        return _take(saved, way, leaf)
+
     for way, node in nodes:
         if not is_kronecker(node):
-            upgraded.append(_take(saved, way, node))
+            upgraded.append(take(way, node))
             continue
         leaves, inner = jax.tree_util.tree_flatten_with_path(node)
         places = [(way + below, way + _old_place(below), leaf) for below, leaf in leaves]
-        arrays = [_take(saved, new if _has(saved, new) else old, leaf) for new, old, leaf in places]
+        arrays = [take(old if _is_old(saved, new, old) else new, leaf) for new, old, leaf in places]
         upgraded.append(jax.tree.unflatten(inner, arrays))
+    _refuse_unread(saved, read)
     return jax.tree.unflatten(structure, upgraded)
 
 
@@ -79,6 +90,10 @@ def _name(key: Any) -> str:
     return jax.tree_util.keystr((key,), simple=True)
 
 
+def _names(way: Sequence[Any]) -> _Names:
+    return tuple(map(_name, way))
+
+
 def _child(node: Any, key: Any) -> Any:
     """Return the child of a node of any kind, or None."""
     name = _name(key)
@@ -97,8 +112,21 @@ def _find(saved: Any, way: Sequence[Any]) -> Any:
     return saved
 
 
-def _has(saved: Any, way: Sequence[Any]) -> bool:
-    return _find(saved, way) is not None
+def _is_old(saved: Any, new: Sequence[Any], old: Sequence[Any]) -> bool:
+    """Return whether ``saved`` has an array at its old place only."""
+    return _find(saved, new) is None and _find(saved, old) is not None
+
+
+def _refuse_unread(saved: Any, read: set[_Names]) -> None:
+    """Raise if ``saved`` has an array that was not read."""
+    for way, leaf in jax.tree_util.tree_leaves_with_path(saved):
+        if _names(way) not in read:
+            raise ValueError(
+                f"saved has {jax.tree_util.keystr(way)} of shape {jnp.shape(leaf)}, for which like "
+                "has no place. It is of other options (another spectrum or root_method, say), of "
+                "another transformation or of other parameters. Pass like=tx.init(params) of those "
+                "that were saved."
+            )
 
 
 def _take(saved: Any, way: Sequence[Any], like: Any) -> jax.Array:
@@ -106,12 +134,13 @@ def _take(saved: Any, way: Sequence[Any], like: Any) -> jax.Array:
     found = _find(saved, way)
     if found is None:
         raise ValueError(
-            f"saved has no {name}. It is of another transformation, of other parameters, or of a "
-            "release that upgrade_state does not know. Start the optimizer anew: tx.init(params)."
+            f"saved has no {name}. It is of other options (another spectrum or root_method, say), "
+            "of another transformation, of other parameters, or of a release that upgrade_state "
+            "does not know. Pass like=tx.init(params) of those that were saved, or start anew."
         )
     if jnp.shape(found) != jnp.shape(like):
         raise ValueError(
             f"saved has {name} of shape {jnp.shape(found)}, and like has {jnp.shape(like)}. Pass "
-            "like=tx.init(params) of the transformation and the parameters that were saved."
+            "like=tx.init(params) of the options and the parameters that were saved."
         )
     return jnp.asarray(found, like.dtype)

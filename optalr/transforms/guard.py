@@ -8,6 +8,7 @@ import optax
 
 from optalr.arrays import all_finite, at_least_float32
 from optalr.states import count_up, settle, settle_like, update_when
+from optalr.transforms.shared.making import transformation
 
 
 class GuardState(NamedTuple):
@@ -75,4 +76,4 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
         failures = jnp.where(usable, state.failures, count_up(state.failures))
         return new_updates, GuardState(failures, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("guard", init_fn, update_fn, keeps_leaves=False)

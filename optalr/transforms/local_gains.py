@@ -9,6 +9,7 @@ import optax
 from optalr.arguments import check_interval
 from optalr.arrays import all_finite, wide_dtype
 from optalr.states import count_up
+from optalr.transforms.shared.making import transformation
 
 
 class LocalGainsState(NamedTuple):
@@ -98,4 +99,4 @@ def scale_by_local_gains(
         failures = jnp.where(usable, state.failures, count_up(state.failures))
         return jax.tree.map(scaled, updates, gains), LocalGainsState(gains, signs, failures)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_local_gains", init_fn, update_fn)

@@ -13,6 +13,7 @@ import optax
 from optalr.arguments import check_interval
 from optalr.arrays import all_finite, wide_dtype
 from optalr.states import count_up
+from optalr.transforms.shared.making import transformation
 
 
 class NesterovFlowState(NamedTuple):
@@ -93,4 +94,4 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
         count = jnp.where(finite, count_up(state.count), state.count)
         return jax.tree.map(moved, updates, velocity), NesterovFlowState(count, failures, velocity)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("accelerate_by_nesterov_flow", init_fn, update_fn)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from optalr.linalg.structured import Structured
 from optalr.signals.coverage import Coverage
 from optalr.signals.moments import FactorStorage, LayerMoments, LeafView, default_view, is_moments
+from optalr.states import unboxed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def plan_leaves(
       own_biases: whether biases that the layout knows keep second moments of their own. They must
         where no signals are captured.
     """
-    leaves = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves_with_path(tree)]
+    leaves = [(path, leaf.shape) for path, leaf in _named_leaves(tree, layout)]
     if layout is None:
         return [_plan_by_shape(path, shape, storage) for path, shape in leaves]
     plans = [_plan_by_layout(path, shape, layout, storage=storage) for path, shape in leaves]
@@ -156,9 +157,18 @@ def plan_leaves(
     return plans
 
 
-def leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
-    """Return ``(key path, leaf)`` pairs."""
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
+def _named_leaves(tree: Any, layout: Coverage | None) -> list[tuple[str, Any]]:
+    """Return ``(key path, leaf)`` pairs, without boxes in paths that the layout has without them.
+
+    The optimizer of nnx gives boxed parameters to ``init``, and bare ones to ``update``.
+    """
+    known = {} if layout is None else layout.treatment
+    boxed, bare = (jax.tree_util.tree_leaves_with_path(t) for t in (tree, unboxed(tree)))
+    named = []
+    for (path, leaf), (other, _) in zip(boxed, bare, strict=True):
+        names = [jax.tree_util.keystr(path), jax.tree_util.keystr(other)]
+        named.append((next((name for name in names if name in known), names[0]), leaf))
+    return named
 
 
 def _plan_by_shape(path: str, shape: tuple[int, ...], storage: FactorStorage) -> Leaf:
@@ -208,12 +218,23 @@ def with_signals(plans: Sequence[Leaf], signals: Any) -> list[Leaf]:
     ``Bias``, even if it has a memory of its own. ``signals=None`` leaves every leaf as it is.
 
     Raises:
-      ValueError: moments do not fit their leaf, or moments that a layout promised are missing.
+      ValueError: moments do not fit their leaf, or any leaf, or moments that a layout promised are
+        missing.
     """
     if signals is None:
         return list(plans)
-    pairs = jax.tree_util.tree_flatten_with_path(signals, is_leaf=is_moments)[0]
-    moments = {jax.tree_util.keystr(path): node for path, node in pairs if is_moments(node)}
+    pairs = jax.tree_util.tree_leaves_with_path(
+        signals, is_leaf=lambda node: node is None or is_moments(node)
+    )
+    places = {jax.tree_util.keystr(path): node for path, node in pairs}
+    moments = {path: node for path, node in places.items() if is_moments(node)}
+    if moments and plans and not any(plan.path in places for plan in plans):
+        raise ValueError(
+            f"signals has moments for {', '.join(list(moments)[:3])}, but updates has no leaf that "
+            f"signals knows (the first is {plans[0].path or 'updates itself'}). Put "
+            "scale_by_kronecker outside of wrappers that flatten or rename the leaves, such as "
+            "optax.flatten."
+        )
     leaves = [_with_moments(plan, moments) for plan in plans]
     index = {leaf.path: i for i, leaf in enumerate(leaves)}
     for path, node in moments.items():

@@ -30,6 +30,8 @@ from optalr.transforms.kronecker.options import KroneckerOptions, check_root_met
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import DAMPING_FORMS, Clock, Rule
 from optalr.transforms.kronecker.spectrum import SPECTRA, Spectrum, Step
+from optalr.transforms.shared.making import transformation
+from optalr.transforms.shared.subtrees import check_places
 
 
 class KroneckerState(NamedTuple):
@@ -37,7 +39,10 @@ class KroneckerState(NamedTuple):
 
     For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers. Only
     ``root_method="eigenbasis"`` (m² + n² more: the bases) and ``spectrum="measured"`` (mn more)
-    keep anything else of that order. A part that a leaf does not keep is ``optax.MaskedNode()``.
+    keep anything else of that order. A part that a leaf does not keep is ``optax.MaskedNode()``,
+    and so is a whole tree that no leaf keeps with these options. ``optax.tree.map_params`` over
+    further trees of the parameters' structure therefore takes
+    ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``.
     """
 
     # every update
@@ -179,7 +184,7 @@ def scale_by_kronecker(
         )
     clock = Clock(update_every, signals_every, decay, options.warmup, options.min_batches)
     method = _Kronecker(power, decay, damping, statistics == "signals", layout, options, clock)
-    return optax.GradientTransformationExtraArgs(method.init, method.update)
+    return transformation("scale_by_kronecker", method.init, method.update)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,14 +236,14 @@ class _Kronecker:
             weight=jnp.zeros([], jnp.float32),
             num_refreshes=jnp.zeros([], jnp.int32),
             root_residual=jnp.zeros([], jnp.float32),
-            memory=to_trees(memories, jax.tree.structure(params)),
+            memory=to_trees(memories, params, self.spectrum().kept),
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         step = self._step(updates, extras)
         structure = jax.tree.structure(updates)
         grads = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
-        memories = from_trees(state.memory, structure)
+        memories = from_trees(state.memory, updates)
 
         memories, state = measure(step, memories, state, grads=grads)
         memories, state = refresh(step, memories, state)
@@ -251,9 +256,12 @@ class _Kronecker:
             new = bound(step.leaves, memories, new, **limits)
         new, state = finish(step, new, state)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
-        return structure.unflatten(new), state._replace(memory=to_trees(memories, structure))
+        return structure.unflatten(new), state._replace(
+            memory=to_trees(memories, updates, step.spectrum.kept)
+        )
 
     def _step(self, updates: Any, extras: Any) -> Step:
+        check_places("scale_by_kronecker", updates, extras.get("point"))
         signals = measured_later = None
         if self.from_signals:
             signals = require_extra(extras, "signals", "scale_by_kronecker", remedy=_REMEDY)

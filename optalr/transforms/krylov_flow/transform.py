@@ -36,6 +36,7 @@ from optalr.transforms.krylov_flow.damping import (
     resolve_damping,
 )
 from optalr.transforms.krylov_flow.minres_steps import ENDINGS, KrylovSolver, checked_steps
+from optalr.transforms.shared.making import transformation
 from optalr.transforms.shared.subtrees import restrict
 
 _NAME = "scale_by_krylov_flow"
@@ -184,7 +185,7 @@ def scale_by_krylov_flow(
         state = _after(state, solved, verdict, damping=shift, failed=~jnp.isfinite(wanted))
         return jax.tree.map(lambda v, u: v.astype(u.dtype), verdict.direction, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_krylov_flow", init_fn, update_fn, keeps_leaves=False)
 
 
 def _required(extras: dict[str, Any], curvature: str, rule: Damping) -> Callable[[Any], Any]:

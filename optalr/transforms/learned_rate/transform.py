@@ -34,6 +34,7 @@ from optalr.transforms.learned_rate.rate_rule import (
 from optalr.transforms.learned_rate.safeguards import RateSafeguards, resolve_safeguards
 from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
+from optalr.transforms.shared.making import transformation
 
 # The window, in rate updates, of the average that is reported and suggested. Single rates are
 # noisy: each is the best one for one batch.
@@ -178,7 +179,7 @@ def scale_by_learned_rate(
         state = state._replace(direction=reader.next_direction(inputs))
         return follow_unless_zero(updates, outcome.applied), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_learned_rate", init_fn, update_fn)
 
 
 def _bound(

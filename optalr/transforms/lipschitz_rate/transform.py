@@ -23,6 +23,7 @@ from optalr.transforms.lipschitz_rate.guards import LipschitzGuards, bound_rate,
 from optalr.transforms.lipschitz_rate.observing import Gauge, further_norms
 from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
+from optalr.transforms.shared.making import transformation
 
 
 class LipschitzRateState(NamedTuple):
@@ -166,7 +167,7 @@ def scale_by_lipschitz_rate(
         state = _count(state, rate, guarded=guarded, failed=measured.failed | ~finite)
         return follow_unless_zero(updates, rate), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_lipschitz_rate", init_fn, update_fn, keeps_leaves=False)
 
 
 def _count(
