@@ -228,6 +228,7 @@ def with_signals(plans: Sequence[Leaf], signals: Any) -> list[Leaf]:
     )
     places = {jax.tree_util.keystr(path): node for path, node in pairs}
     moments = {path: node for path, node in places.items() if is_moments(node)}
+    leaves = [_with_moments(plan, moments) for plan in plans]
     if moments and plans and not any(plan.path in places for plan in plans):
         raise ValueError(
             f"signals has moments for {', '.join(list(moments)[:3])}, but updates has no leaf that "
@@ -235,7 +236,6 @@ def with_signals(plans: Sequence[Leaf], signals: Any) -> list[Leaf]:
             "scale_by_kronecker outside of wrappers that flatten or rename the leaves, such as "
             "optax.flatten."
         )
-    leaves = [_with_moments(plan, moments) for plan in plans]
     index = {leaf.path: i for i, leaf in enumerate(leaves)}
     for path, node in moments.items():
         if path not in index or node.bias not in index:
