@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -89,6 +90,30 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
+
+
+def check_numbers(name: str, tree: Any, *, floating: bool = False) -> None:
+    """Raise unless every leaf of a pytree is an array of numbers, or a number.
+
+    Args:
+      name: the argument's name, as the caller wrote it.
+      tree: a pytree; None and what is masked have no leaves.
+      floating: whether the numbers must be real and of floating point.
+
+    Raises:
+      TypeError: a leaf is something else, such as a random key; the message names it.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        is_number = isinstance(leaf, float | int | complex)
+        dtype = jnp.result_type(leaf) if is_number else getattr(leaf, "dtype", type(leaf))
+        kinds = (jnp.floating,) if floating else (jnp.number, jnp.bool_)
+        if isinstance(dtype, type) or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+            raise TypeError(
+                f"{name} must be a pytree of floating arrays, but "
+                f"{jax.tree_util.keystr(path) or name} is {dtype}. Keep what is not trained "
+                "(counters, keys, functions) out of params and pass it as a further argument of "
+                "loss_fn."
+            )
 
 
 def from_fields(name: str, given: Any, kind: type) -> Any:

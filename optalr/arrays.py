@@ -30,6 +30,22 @@ def at_least_float32(tree: Any) -> Any:
     return jax.tree.map(widen, tree)
 
 
+def as_inexact(tree: Any) -> Any:
+    """Return a pytree of arrays, with integers and bools in floating point.
+
+    optax's rules make floats of them too. In their own dtype a step would be rounded to zero.
+    """
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        array = jnp.asarray(leaf)
+        inexact = jnp.issubdtype(array.dtype, jnp.inexact)
+        return array if inexact else array.astype(wide_dtype(array))
+
+    return jax.tree.map(convert, tree)
+
+
 def moving_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     """Return ``decay · old + (1 − decay) · new``, in the dtype of the old."""
     decay = jnp.asarray(decay, old.dtype)

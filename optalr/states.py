@@ -1,6 +1,6 @@
 """Walking optimizer states of any nesting, and changing them in place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,47 @@ def is_named_tuple(node: Any) -> bool:
 def injects(node: Any, name: str) -> bool:
     """Return whether ``node`` is a state of ``optax.inject_hyperparams`` that holds ``name``."""
     return is_named_tuple(node) and name in (getattr(node, "hyperparams", None) or {})
+
+
+def is_box(node: Any) -> bool:
+    """Return whether ``node`` is an array, or the place of one, in a box with metadata.
+
+    Such are the axis names of flax linen's ``with_partitioning`` and the variables of nnx. They are
+    told by their methods, so that nothing here imports flax.
+    """
+    kind = type(node)
+    linen = hasattr(kind, "unbox") and hasattr(kind, "replace_boxed")
+    nnx = hasattr(kind, "get_metadata") and hasattr(kind, "get_value")
+    return (linen or nnx) and jax.tree.structure(node).num_leaves <= 1
+
+
+def unboxed(tree: Any) -> Any:
+    """Return ``tree`` without boxes, its leaves in the same order.
+
+    Metadata speak of the axes of a parameter. Nothing of another shape may sit in its box.
+    """
+
+    # Not by the box's own unbox, which also constrains the sharding of what it returns.
+    def content(node: Any) -> Any:
+        inside = [child for _, child in children(node)] if is_box(node) else []
+        return unboxed(inside[0]) if len(inside) == 1 else node
+
+    return jax.tree.map(content, tree, is_leaf=is_box)
+
+
+def boxed_like(leaves: Sequence[Any], tree: Any) -> list[Any]:
+    """Return each leaf in the box of the same leaf of ``tree``, where that has one.
+
+    Args:
+      leaves: what stands for the leaves of ``tree``; one that is no array stays as it is.
+      tree: a pytree.
+    """
+    shells = map(jax.tree.structure, jax.tree.leaves(tree, is_leaf=is_box))
+    shells = [shell for shell in shells if shell.num_leaves]
+    return [
+        shell.unflatten([leaf]) if hasattr(leaf, "dtype") else leaf
+        for leaf, shell in zip(leaves, shells, strict=True)
+    ]
 
 
 def settle(tree: Any) -> Any:

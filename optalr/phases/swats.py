@@ -13,6 +13,7 @@ from optalr.arguments import check_interval, is_concrete
 from optalr.arrays import wide_dtype
 from optalr.states import count_up, update_when
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.making import transformation
 
 
 class SwatsState(NamedTuple):
@@ -122,7 +123,7 @@ def swats(
         tolerance=tolerance,
         second_scale=second_scale,
     )
-    return optax.GradientTransformationExtraArgs(rule.init, rule.update)
+    return transformation("swats", rule.init, rule.update)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # hashed by jit: settings may be arrays
@@ -234,7 +235,7 @@ def _mean(share: jax.Array, mean: jax.Array, value: jax.Array) -> jax.Array:
 def _inner(a: Any, b: Any) -> jax.Array:
     """Return the inner product of two pytrees in float32."""
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
-    total = jax.tree.reduce(jnp.add, products)
+    total = jax.tree.reduce(jnp.add, products, jnp.float32(0))
     return total.astype(jnp.float32)
 
 

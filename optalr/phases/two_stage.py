@@ -19,6 +19,7 @@ from optalr.phases.momentum import hand_over_momentum
 from optalr.phases.switching import phase_schedule
 from optalr.states import count_up, settle, settle_like, update_when
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.making import transformation
 
 
 class TwoStageState(NamedTuple):
@@ -140,7 +141,7 @@ def two_stage(
         phase=phase,
         transfer=momentum if callable(momentum) else _TRANSFERS[momentum],
     )
-    return optax.GradientTransformationExtraArgs(stages.init, stages.update)
+    return transformation("two_stage", stages.init, stages.update, keeps_leaves=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by jit: the phase may be an array

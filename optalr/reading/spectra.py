@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from optalr.signals.coverage import Coverage
+from optalr.states import unboxed
 from optalr.transforms.kronecker.leaves import Kernel, plan_leaves
 from optalr.transforms.kronecker.options import KroneckerOptions, resolve_options
 from optalr.transforms.kronecker.transform import KroneckerState
@@ -53,7 +54,14 @@ def factor_spectra(
     plans = None
     if params is not None:
         planned = plan_leaves(params, layout, resolve_options(options))
-        plans = {plan.path: plan for plan in planned if isinstance(plan, Kernel)}
+        # Factors stand without the boxes that parameters may be in.
+        bare = jax.tree_util.tree_leaves_with_path(unboxed(params))
+        names = [jax.tree_util.keystr(path) for path, _ in bare]
+        plans = {
+            name: plan
+            for name, plan in zip(names, planned, strict=True)
+            if isinstance(plan, Kernel)
+        }
     found = {}
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, KroneckerState))
     for state in (node for node in nodes if isinstance(node, KroneckerState)):

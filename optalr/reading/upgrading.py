@@ -154,12 +154,13 @@ def _take(saved: Any, way: Sequence[Any], like: Any) -> jax.Array:
     found = _find(saved, way)
     if found is None:
         raise ValueError(
-            f"saved has no {name}. It is of another transformation, of other parameters, or of a "
-            "release that upgrade_state does not know. Start the optimizer anew: tx.init(params)."
+            f"saved has no {name}. It is of other options (another spectrum or root_method, say), "
+            "of another transformation, of other parameters, or of a release that upgrade_state "
+            "does not know. Pass like=tx.init(params) of those that were saved, or start anew."
         )
     if jnp.shape(found) != jnp.shape(like):
         raise ValueError(
             f"saved has {name} of shape {jnp.shape(found)}, and like has {jnp.shape(like)}. Pass "
-            "like=tx.init(params) of the transformation and the parameters that were saved."
+            "like=tx.init(params) of the options and the parameters that were saved."
         )
     return jnp.asarray(found, like.dtype)

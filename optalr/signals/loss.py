@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from optalr.arguments import check_numbers
 from optalr.signals.composite import CompositeLoss
 from optalr.signals.curvature import gauss_newton_product, hessian_product
 from optalr.signals.tracing.jaxprs import varying_axes
@@ -95,15 +96,7 @@ class Problem:
     ) -> "Problem":
         """Check the parameters and split the arguments."""
         # Integer leaves would get gradients of dtype float0, which fail far from here.
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            dtype = jnp.result_type(leaf) if _is_numeric(leaf) else type(leaf)
-            if not _is_numeric(leaf) or not jnp.issubdtype(dtype, jnp.floating):
-                name = jax.tree_util.keystr(path) or "params"
-                raise TypeError(
-                    f"params must be a pytree of floating arrays, but {name} is {dtype}. Keep what "
-                    "is not trained (counters, keys, functions) out of params and pass it as a "
-                    "further argument of loss_fn."
-                )
+        check_numbers("params", params, floating=True)
         return cls(loss_fn, has_aux, *bind(loss_fn, args))
 
     def value_fn(self, axis_name: str | None) -> Partial:
@@ -146,10 +139,6 @@ def mean_over(loss: Any, axis_name: str) -> Any:
     # A loss that the user has averaged over the axis no longer varies over it, and is left alone.
     varies = axis_name in varying_axes(jax.typeof(loss))
     return jax.lax.pmean(loss, axis_name) if varies else loss
-
-
-def _is_numeric(leaf: Any) -> bool:
-    return _is_array(leaf) or isinstance(leaf, float | int | complex)
 
 
 # The two wrappers are dataclasses rather than closures, so that equal ones compare equal and their

@@ -9,6 +9,7 @@ import optax
 from optalr.arrays import all_finite, at_least_float32
 from optalr.states import count_up, settle, settle_like
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.making import transformation
 
 
 class GuardState(NamedTuple):
@@ -75,4 +76,4 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
         failures = count_up(state.failures, given.failed | ~good)
         return new, GuardState(failures, given.watch, after)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("guard", init_fn, update_fn, keeps_leaves=False)

@@ -10,6 +10,7 @@ from optalr.arguments import check_interval
 from optalr.arrays import wide_dtype
 from optalr.states import count_up
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.making import transformation
 
 
 class LocalGainsState(NamedTuple):
@@ -103,4 +104,4 @@ def scale_by_local_gains(
         new_state = LocalGainsState(gains, signs, failures, given.watch)
         return jax.tree.map(scaled, updates, gains), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_local_gains", init_fn, update_fn)

@@ -14,6 +14,7 @@ from optalr.arguments import check_interval
 from optalr.arrays import wide_dtype
 from optalr.states import count_up
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.making import transformation
 
 
 class NesterovFlowState(NamedTuple):
@@ -99,4 +100,4 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
         new_state = NesterovFlowState(count, failures, velocity, given.watch)
         return jax.tree.map(moved, updates, velocity), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("accelerate_by_nesterov_flow", init_fn, update_fn)

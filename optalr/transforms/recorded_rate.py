@@ -10,6 +10,7 @@ import optax
 from optalr.arguments import check_interval
 from optalr.states import count_up
 from optalr.transforms.shared.lengths import follow, value_at
+from optalr.transforms.shared.making import transformation
 
 # A learning rate: a number, or a schedule of the updates so far.
 Rate = float | Callable[[jax.Array], Any]
@@ -71,4 +72,4 @@ def scale_by_recorded_rate(
         rate = rate_at(state.count)
         return follow(updates, rate), RecordedRateState(count_up(state.count), rate)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_recorded_rate", init_fn, update_fn, keeps_leaves=False)

@@ -15,6 +15,7 @@ import optax
 from optalr.arguments import check_interval
 from optalr.arrays import all_finite, wide_dtype
 from optalr.states import count_up
+from optalr.transforms.shared.making import transformation
 
 
 class SkeletonState(NamedTuple):
@@ -115,7 +116,7 @@ def scale_by_skeleton(
 
         return jax.tree.map(scaled, updates, state.second_moments), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_skeleton", init_fn, update_fn)
 
 
 def _fold_in(grad: jax.Array, moment: jax.Array, decay: Any) -> jax.Array:

@@ -155,7 +155,7 @@ def _diagonal_of(state):
 
 def _moments_of(state):
     rows, cols = (side.eigenvalues.max() for side in state.memory.sides)
-    return state.memory.second_moment * rows * cols
+    return state.memory.eigen_moment * rows * cols
 
 
 @pytest.mark.parametrize("spectrum", ["exact", "measured"])

@@ -37,7 +37,7 @@ TOKENS = jnp.zeros((2, 5), jnp.int32)
 def kept_bytes(state):
     """Bytes a leaf, over all trees of the state that have the structure of the parameters."""
     total = dict.fromkeys((f"['{name}']" for name in PARAMS), 0)
-    for part in (*state.memory.rows, *state.memory.cols, state.memory.second_moment):
+    for part in (*state.memory.rows, *state.memory.cols, *state.memory[2:]):
         for path, leaf in jax.tree_util.tree_leaves_with_path(part):
             total[jax.tree_util.keystr(path)] += leaf.size * leaf.dtype.itemsize
     return total

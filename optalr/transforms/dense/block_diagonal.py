@@ -13,9 +13,11 @@ import optax
 
 from optalr.arguments import check_count
 from optalr.arrays import wide_dtype
+from optalr.states import unboxed
 from optalr.transforms.dense.second_moment import Memory, SecondMoment, precondition
 from optalr.transforms.shared.gradient_watch import GradientWatch, start_gradient_watch
 from optalr.transforms.shared.lengths import length
+from optalr.transforms.shared.making import transformation
 
 
 class BlockDiagonalState(NamedTuple):
@@ -105,6 +107,7 @@ def scale_by_block_diagonal(
     ) -> tuple[Any, BlockDiagonalState]:
         del params, extras
         leaves, structure = jax.tree.flatten(updates)
+        bare = jax.tree.structure(unboxed(updates))
         vectors = [leaf.astype(wide_dtype(leaf)).reshape(-1) for leaf in leaves]
         new, memory = precondition(rule, _memory(state), vectors, update_every=update_every)
         shaped = [u.reshape(x.shape).astype(x.dtype) for u, x in zip(new, leaves, strict=True)]
@@ -117,16 +120,17 @@ def scale_by_block_diagonal(
             gradients=memory.gradients,
             damping=jnp.asarray(damping, jnp.float32),
             update_norm=length(new),
-            moments=structure.unflatten(memory.moments),
+            moments=bare.unflatten(memory.moments),
             root_residual=memory.root_residual,
-            roots=structure.unflatten(memory.roots),
+            roots=bare.unflatten(memory.roots),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_block_diagonal", init_fn, update_fn)
 
 
 def _first_state(params: Any, damping: Any) -> BlockDiagonalState:
     """Return the state before the first update."""
+    params = unboxed(params)  # a block has none of the axes that a box names
     return BlockDiagonalState(
         count=jnp.zeros([], jnp.int32),
         weight=jnp.zeros([], jnp.float32),

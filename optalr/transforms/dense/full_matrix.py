@@ -20,6 +20,7 @@ from optalr.transforms.dense.second_moment import (
 from optalr.transforms.dense.window import scale_by_window
 from optalr.transforms.shared.gradient_watch import GradientWatch, start_gradient_watch
 from optalr.transforms.shared.lengths import length
+from optalr.transforms.shared.making import transformation
 
 # The state of 4096 parameters takes 128 MiB in float32, and a root 20·4096³ = 1.4e12 flops.
 _MAX_SIZE = 4096
@@ -163,7 +164,7 @@ def _whole(
             root=memory.roots[0],
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_full_matrix", init_fn, update_fn)
 
 
 def _memory(state: FullMatrixState) -> Memory:

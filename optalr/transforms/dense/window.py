@@ -13,10 +13,11 @@ import optax
 from optalr.arrays import all_finite, wide_dtype
 from optalr.linalg import spd
 from optalr.linalg.roots.decompositions import eigh
-from optalr.states import count_up
+from optalr.states import count_up, unboxed
 from optalr.transforms.dense.second_moment import SecondMoment, working_dtype
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 from optalr.transforms.shared.lengths import length
+from optalr.transforms.shared.making import transformation
 
 
 class WindowedState(NamedTuple):
@@ -84,10 +85,10 @@ def scale_by_window(
             damping=jnp.asarray(rule.damping, jnp.float32),
             update_norm=length(new),
             gram=window.gram,
-            gradients=structure.unflatten(window.gradients),
+            gradients=jax.tree.unflatten(jax.tree.structure(unboxed(updates)), window.gradients),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_full_matrix", init_fn, update_fn)
 
 
 def _first_state(params: Any, size: int, damping: Any) -> WindowedState:
@@ -100,7 +101,9 @@ def _first_state(params: Any, size: int, damping: Any) -> WindowedState:
         damping=jnp.array(damping, jnp.float32),
         update_norm=jnp.zeros([], jnp.float32),
         gram=jnp.zeros((size, size), working_dtype(jax.tree.leaves(params))),
-        gradients=jax.tree.map(lambda x: jnp.zeros((size, *x.shape), wide_dtype(x)), params),
+        gradients=jax.tree.map(
+            lambda x: jnp.zeros((size, *x.shape), wide_dtype(x)), unboxed(params)
+        ),
     )
 
 

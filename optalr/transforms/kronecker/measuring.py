@@ -12,11 +12,12 @@ from optalr.linalg import spd
 from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
 from optalr.states import count_up, update_when
-from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf, sides_of, with_signals
+from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf
 from optalr.transforms.kronecker.memory import (
     LeafMemory,
     SideMemory,
 )
+from optalr.transforms.kronecker.pairing import sides_of, with_signals
 from optalr.transforms.kronecker.proportion import (
     Measurement,
     in_proportion,
@@ -67,7 +68,7 @@ def init_leaf(spectrum: Spectrum, leaf: Leaf, dtype: Any) -> LeafMemory:
     if not isinstance(leaf, Kernel):
         return LeafMemory()
     rows, cols = (spectrum.start(side, leaf.stack, dtype) for side in leaf.sides)
-    return LeafMemory(rows, cols, spectrum.start_second_moment(leaf, dtype))
+    return LeafMemory(rows, cols, eigen_moment=spectrum.start_second_moment(leaf, dtype))
 
 
 def measure(
@@ -211,11 +212,11 @@ def _fold_kernel(
         return side._replace(factor=choose(average.stored, side.factor))
 
     average = partial(moving_average, decay=rule.decay)
-    moment = jax.tree.map(average, memory.second_moment, new.second_moment)
+    moment = jax.tree.map(average, memory.eigen_moment, new.second_moment)
     return LeafMemory(
         rows=fold_side(memory.rows, leaf.rows, new.rows),
         cols=fold_side(memory.cols, leaf.cols, new.cols),
-        second_moment=choose(moment, memory.second_moment),
+        eigen_moment=choose(moment, memory.eigen_moment),
     )
 
 

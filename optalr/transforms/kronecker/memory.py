@@ -6,6 +6,11 @@ of equal size. Nine steps in ten or more are plain: they only multiply by the ro
 lie. A refresh wants stacks, and copies the factors into some (``refresh.py``, the only module that
 knows of stacks). A checkpoint then names each factor by its leaf, and a state shows by itself what
 it holds.
+
+A part that no leaf keeps with the options at hand is ``NOTHING`` as a whole. So states of different
+spectra differ in structure, and what loads a checkpoint can tell them apart. Factors, roots and
+what else has axes of its own stand without the boxes (of axis names, say) that the parameters
+may be in.
 """
 
 from collections.abc import Sequence
@@ -16,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.linalg.structured import Structured
+from optalr.states import boxed_like, unboxed
 from optalr.transforms.kronecker.leaves import Kernel
 
 # Stands in place of what is not kept. It is a pytree node without leaves, so it takes no memory.
@@ -35,14 +41,17 @@ class SideMemory(NamedTuple):
 
 
 class LeafMemory(NamedTuple):
-    """What is kept of a leaf: of a kernel two sides, of an elementwise leaf a second moment."""
+    """What is kept of a leaf: of a kernel two sides, of an elementwise leaf a second moment.
+
+    In a state each part is a tree of the parameters' structure.
+    """
 
     rows: SideMemory = SideMemory()
     cols: SideMemory = SideMemory()
-    # An elementwise leaf: its shape. A kernel of matrix shape (m, n) with spectrum="measured":
-    # (m, n), the squared gradient in the eigenbases, relative to the product of the largest row and
-    # column eigenvalue.
-    second_moment: Any = NOTHING
+    second_moment: Any = NOTHING  # an elementwise leaf: its shape
+    # A kernel of matrix shape (m, n) with spectrum="measured": (m, n), the squared gradient in the
+    # eigenbases, relative to the product of the largest row and column eigenvalue.
+    eigen_moment: Any = NOTHING
 
     @property
     def sides(self) -> tuple[SideMemory, SideMemory]:
@@ -53,16 +62,34 @@ class LeafMemory(NamedTuple):
 _PARTS = jax.tree.structure(LeafMemory(), is_leaf=lambda node: node is NOTHING)
 
 
-def to_trees(memories: Sequence[LeafMemory], structure: Any) -> LeafMemory:
-    """Return one memory whose parts are trees of a structure, from those of its leaves."""
-    parts = [_PARTS.flatten_up_to(memory) for memory in memories]
-    columns = zip(*parts, strict=True) if parts else [[]] * _PARTS.num_leaves
-    return _PARTS.unflatten([structure.unflatten(column) for column in columns])
+def to_trees(memories: Sequence[LeafMemory], like: Any, kept: LeafMemory) -> LeafMemory:
+    """Return one memory whose parts are trees, from those of the leaves.
+
+    Args:
+      memories: of the leaves of ``like``, in their order.
+      like: a tree of the parameters' structure.
+      kept: with ``NOTHING`` in place of each part that no leaf keeps.
+    """
+    structure = jax.tree.structure(unboxed(like))
+    columns = zip(*map(_PARTS.flatten_up_to, memories), strict=True)
+    columns = list(columns) or [()] * _PARTS.num_leaves
+    trees = _PARTS.unflatten([structure.unflatten(column) for column in columns])
+    # The only part with the parameters' own axes, to which their metadata apply.
+    moments = boxed_like([memory.second_moment for memory in memories], like)
+    trees = trees._replace(second_moment=structure.unflatten(moments))
+    wanted = zip(_PARTS.flatten_up_to(kept), _PARTS.flatten_up_to(trees), strict=True)
+    return _PARTS.unflatten([NOTHING if keep is NOTHING else tree for keep, tree in wanted])
 
 
-def from_trees(trees: LeafMemory, structure: Any) -> list[LeafMemory]:
+def from_trees(trees: LeafMemory, like: Any) -> list[LeafMemory]:
     """Undo ``to_trees``."""
-    columns = [structure.flatten_up_to(tree) for tree in _PARTS.flatten_up_to(trees)]
+    structure = jax.tree.structure(unboxed(like))
+    columns = [
+        [NOTHING] * structure.num_leaves
+        if isinstance(tree, optax.MaskedNode)
+        else structure.flatten_up_to(unboxed(tree))
+        for tree in _PARTS.flatten_up_to(trees)
+    ]
     return [_PARTS.unflatten(parts) for parts in zip(*columns, strict=True)]
 
 

@@ -145,4 +145,4 @@ def _kept(
     rows, cols = (choose(side.found, old) for side, old in zip(pair, memory.sides, strict=True))
     after = memory._replace(rows=rows, cols=cols)
     carried = spectrum.carry(leaf, memory, after, first=first)
-    return after._replace(second_moment=choose(carried, memory.second_moment))
+    return after._replace(eigen_moment=choose(carried, memory.eigen_moment))

@@ -55,6 +55,18 @@ class Spectrum:
     rule: Rule
     root_method: str
     keeps_eigenvalues: ClassVar[bool] = True
+    keeps_eigen_moment: ClassVar[bool] = False
+
+    @property
+    def kept(self) -> LeafMemory:
+        """``NOTHING`` in place of each part of a memory that no leaf keeps."""
+        side = SideMemory(
+            factor=True,
+            root=True,
+            eigenvalues=True if self.keeps_eigenvalues else NOTHING,
+            basis=NOTHING if self.keeps_eigenvalues or not self.refreshes_bases else True,
+        )
+        return LeafMemory(side, side, True, True if self.keeps_eigen_moment else NOTHING)
 
     @property
     def refreshes_bases(self) -> bool:
@@ -82,7 +94,7 @@ class Spectrum:
     ) -> Any:
         """Return the second moments in new eigenbases."""
         del leaf, before, first
-        return after.second_moment
+        return after.eigen_moment
 
     def last_basis(self, side: SideMemory) -> Any:
         """Return the basis that the next decomposition starts from, or None."""
@@ -202,11 +214,13 @@ class Exact(Spectrum):
 class Measured(Spectrum):
     """The power of a moving average of squared gradients in the eigenbases."""
 
+    keeps_eigen_moment: ClassVar[bool] = True
+
     def start_second_moment(self, leaf: Kernel, dtype: Any) -> Any:  # noqa: D102
         return jnp.ones((*leaf.stack, *(side.padded_size for side in leaf.sides)), dtype)
 
     def values(self, memory: LeafMemory) -> jax.Array:  # noqa: D102
-        return memory.second_moment
+        return memory.eigen_moment
 
     def squares(self, leaf: Kernel, memory: LeafMemory, matrix: jax.Array) -> Any:  # noqa: D102
         row_unit, col_unit = self.units(memory)
@@ -217,7 +231,7 @@ class Measured(Spectrum):
         self, leaf: Kernel, before: LeafMemory, after: LeafMemory, *, first: jax.Array
     ) -> Any:
         bases = roots_of(leaf, before), roots_of(leaf, after)
-        moment = carry_second_moments(before.second_moment, *bases)
+        moment = carry_second_moments(before.eigen_moment, *bases)
         for old, new in zip(self.units(before), self.units(after), strict=True):
             moment = moment * (old / new)
         # Moments out of range in the new units start again from the factors, as at the first

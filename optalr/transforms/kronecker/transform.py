@@ -22,15 +22,18 @@ from optalr.arrays import at_least_float32, wide_dtype
 from optalr.signals.coverage import Coverage
 from optalr.states import count_up, settle
 from optalr.transforms.kronecker.direction import directions
-from optalr.transforms.kronecker.leaves import Leaf, plan_leaves, with_signals
+from optalr.transforms.kronecker.leaves import Leaf, plan_leaves
 from optalr.transforms.kronecker.length import bound, finish, graft
 from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
 from optalr.transforms.kronecker.memory import LeafMemory, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
+from optalr.transforms.kronecker.pairing import with_signals
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import DAMPING_FORMS, Clock, Rule
 from optalr.transforms.kronecker.spectrum import SPECTRA, Spectrum, Step
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.making import transformation
+from optalr.transforms.shared.subtrees import check_places
 
 
 class KroneckerState(NamedTuple):
@@ -38,7 +41,10 @@ class KroneckerState(NamedTuple):
 
     For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers. Only
     ``root_method="eigenbasis"`` (m² + n² more: the bases) and ``spectrum="measured"`` (mn more)
-    keep anything else of that order. A part that a leaf does not keep is ``optax.MaskedNode()``.
+    keep anything else of that order. A part that a leaf does not keep is ``optax.MaskedNode()``,
+    and so is a whole tree that no leaf keeps with these options. ``optax.tree.map_params`` over
+    further trees of the parameters' structure therefore takes
+    ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``.
     """
 
     # every update
@@ -190,7 +196,7 @@ def scale_by_kronecker(
         )
     clock = Clock(update_every, signals_every, decay, options.warmup, options.min_batches)
     method = _Kronecker(power, decay, damping, statistics == "signals", layout, options, clock)
-    return optax.GradientTransformationExtraArgs(method.init, method.update)
+    return transformation("scale_by_kronecker", method.init, method.update)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +249,7 @@ class _Kronecker:
             weight=jnp.zeros([], jnp.float32),
             num_refreshes=jnp.zeros([], jnp.int32),
             root_residual=jnp.zeros([], jnp.float32),
-            memory=to_trees(memories, jax.tree.structure(params)),
+            memory=to_trees(memories, params, self.spectrum().kept),
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
@@ -253,7 +259,7 @@ class _Kronecker:
         step = self._step(updates, extras)
         structure = jax.tree.structure(updates)
         grads = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
-        memories = from_trees(state.memory, structure)
+        memories = from_trees(state.memory, updates)
 
         arrived = Arrived(grads, updates, extras.get("grad"), usable=~given.bad)
         memories, state = measure(step, memories, state, arrived=arrived)
@@ -267,9 +273,12 @@ class _Kronecker:
             new = bound(step.leaves, memories, new, **limits)
         new, state = finish(step, new, state)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
-        return structure.unflatten(new), state._replace(memory=to_trees(memories, structure))
+        return structure.unflatten(new), state._replace(
+            memory=to_trees(memories, updates, step.spectrum.kept)
+        )
 
     def _step(self, updates: Any, extras: Any) -> Step:
+        check_places("scale_by_kronecker", updates, extras.get("point"))
         signals = measured_later = None
         if self.from_signals:
             signals = require_extra(extras, "signals", "scale_by_kronecker", remedy=_REMEDY)

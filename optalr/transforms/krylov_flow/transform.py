@@ -38,6 +38,7 @@ from optalr.transforms.krylov_flow.damping import (
 from optalr.transforms.krylov_flow.minres_steps import ENDINGS, KrylovSolver, checked_steps
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 from optalr.transforms.shared.loss_watch import LossWatch, start_watch
+from optalr.transforms.shared.making import transformation
 from optalr.transforms.shared.rescaling import tree_scale
 from optalr.transforms.shared.subtrees import restrict
 
@@ -192,7 +193,7 @@ def scale_by_krylov_flow(
         state = _after(state, solved, verdict, damping=shift, failed=~jnp.isfinite(wanted))
         return jax.tree.map(lambda v, u: v.astype(u.dtype), verdict.direction, updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_krylov_flow", init_fn, update_fn, keeps_leaves=False)
 
 
 def _admitted(updates: Any, state: KrylovFlowState) -> tuple[Any, KrylovFlowState]:

@@ -38,6 +38,7 @@ from optalr.transforms.shared.gradient_watch import (
 )
 from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
+from optalr.transforms.shared.making import transformation
 
 # The window, in rate updates, of the average that is reported and suggested. Single rates are
 # noisy: each is the best one for one batch.
@@ -186,7 +187,7 @@ def scale_by_learned_rate(
         state = state._replace(direction=reader.next_direction(inputs), gradients=given.watch)
         return follow_unless_zero(updates, outcome.applied), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_learned_rate", init_fn, update_fn)
 
 
 def _after_fault(outcome: Outcome, memory: RateMemory, given: Admitted) -> Outcome:

@@ -23,6 +23,7 @@ from optalr.transforms.lipschitz_rate.observing import Gauge, further_norms
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
+from optalr.transforms.shared.making import transformation
 
 
 class LipschitzRateState(NamedTuple):
@@ -167,7 +168,7 @@ def scale_by_lipschitz_rate(
         state = _count(state, rate, guarded=guarded | cut, failed=failed)
         return follow_unless_zero(updates, rate), state._replace(gradients=given.watch)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_lipschitz_rate", init_fn, update_fn, keeps_leaves=False)
 
 
 def _count(

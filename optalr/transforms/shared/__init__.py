@@ -1,1 +1,1 @@
-"""What several methods use: a bound on steps, parts of a tree, following a direction."""
+"""What several methods use: making transformations, bounds on steps, parts of a tree, lengths."""

@@ -11,6 +11,39 @@ import jax.numpy as jnp
 
 from optalr.linalg.minres.vectors import cast_like
 from optalr.signals.ray import by_path
+from optalr.states import unboxed
+
+
+def check_places(method: str, updates: Any, point: Any) -> None:
+    """Raise unless each leaf of ``updates`` is a leaf of ``point``, by key path and shape.
+
+    Args:
+      method: the transformation that reads what was measured at ``point``.
+      updates: a tree with some or all leaves of the parameters.
+      point: the parameters, or None where they are not known; then nothing is checked.
+
+    Raises:
+      ValueError: a wrapper has flattened or renamed the parameters.
+    """
+    if point is None:
+        return
+    known = _shapes(point)
+    for path, shape in _shapes(updates).items():
+        if known.get(path) == shape:
+            continue
+        found = f"the shape {known[path]}" if path in known else "no such leaf"
+        raise ValueError(
+            f"updates has the leaf {path or 'updates'} of shape {shape}, where extras['point'] "
+            f"has {found}. What was measured of layers fits only leaves as they are in the "
+            "parameters. A wrapper such as optax.flatten changes them: wrap the links that come "
+            f"after {method} instead, and leave {method} outside. Without a wrapper, pass the "
+            "extras of the parameters that are being updated."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(unboxed(tree))
+    return {jax.tree_util.keystr(path): tuple(jnp.shape(leaf)) for path, leaf in leaves}
 
 
 def restrict(product: Callable[[Any], Any], updates: Any, point: Any) -> Callable[[Any], Any]:
@@ -22,17 +55,12 @@ def restrict(product: Callable[[Any], Any], updates: Any, point: Any) -> Callabl
       point: the parameters, or None where ``updates`` has all of them.
 
     Raises:
-      ValueError: ``updates`` holds leaves that ``point`` lacks.
+      ValueError: ``updates`` has a leaf that ``point`` lacks, or of another shape.
     """
+    check_places("scale_by_krylov_flow", updates, point)
     if point is None or jax.tree.structure(point) == jax.tree.structure(updates):
         like = updates if point is None else point
         return lambda v: product(cast_like(v, like))
-    places, known = set(by_path(updates)), set(by_path(point))
-    if not places <= known:
-        raise ValueError(
-            f"updates hold leaves that extras['point'] lacks: {sorted(places - known)}. Pass the "
-            "extras of the parameters that are being updated."
-        )
 
     # By key path: masking leaves holes in the structure, so that leaves cannot be paired in order.
     def restricted(v: Any) -> Any:
