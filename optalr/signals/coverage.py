@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from optalr.linalg.structured import Blocks, Diagonal
-from optalr.signals.loss import Problem, Traced, trace
+from optalr.signals.loss import Traced, pose
 from optalr.signals.moments import FactorStorage, Form, LeafView
 from optalr.signals.tracing.layers import find_layers
 from optalr.signals.tracing.walk import Layers
@@ -114,8 +114,7 @@ def coverage(
       >>> coverage(loss_fn, params, jnp.ones((4, 3))).treatment
       {"['b']": 'bias', "['w']": 'kronecker'}
     """
-    problem = Problem.of(loss_fn, params, args, has_aux=None)
-    traced = trace(problem, params, None)
+    _, traced = pose(loss_fn, params, args, has_aux=None, axis_name=None)
     layers = find_layers(traced.closed, traced.leaf_shapes)
     storage = FactorStorage() if options is None else options
     leaves = range(traced.num_leaves)

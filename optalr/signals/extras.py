@@ -19,7 +19,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from optalr import arguments
-from optalr.signals.loss import Problem, trace
+from optalr.signals.loss import pose
 from optalr.signals.tapping.capture import Assembly, Tapped
 from optalr.signals.tapping.fisher import true_fisher
 from optalr.signals.tapping.taps import Dummies
@@ -122,8 +122,7 @@ def value_grad_and_extras(
     sampling = Sampling(every, max_positions)
 
     def evaluate(params: Any, *args: Any, signals: Any = True, key: jax.Array | None = None):
-        problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
-        traced = trace(problem, params, axis_name)
+        problem, traced = pose(loss_fn, params, args, has_aux=has_aux, axis_name=axis_name)
         layers = find_layers(traced.closed, traced.leaf_shapes)
         tapped = Tapped(traced, layers, _static_flag(signals), sampling)
         if drawn is None:
