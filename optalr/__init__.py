@@ -1,6 +1,7 @@
 """Adaptive learning rates and curvature for JAX, as composable optax transformations."""
 
 from optalr import linalg, schedules
+from optalr.adapters.wrappers import multi_steps, pass_extras
 from optalr.phases import (
     blend_between,
     phase_schedule,
@@ -130,6 +131,9 @@ __all__ = [
     "lipschitz_adam",
     "classical",
     "CLASSICAL_RULES",
+    # Wrappers that hand extras on.
+    "multi_steps",
+    "pass_extras",
     # Reading a state.
     "metrics",
     "wants_signals",

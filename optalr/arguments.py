@@ -157,13 +157,22 @@ def require_extra(extras: dict[str, Any], name: str, method: str, remedy: str = 
       TypeError: the extra is missing or None.
     """
     value = extras.get(name)
-    if value is None:
-        remedy = remedy or (
-            "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call "
-            "value, grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, "
-            "params, **extras)."
-        )
-        raise TypeError(
-            f"{method} needs the extra argument {name!r}, which update did not get. {remedy}"
-        )
-    return value
+    if value is not None:
+        return value
+    remedy = remedy or (
+        "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call "
+        "value, grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, "
+        "params, **extras)."
+    )
+    message = f"{method} needs the extra argument {name!r}, which update did not get. {remedy}"
+    # With some extras there, somebody has passed them all the way.
+    raise TypeError(message if extras else f"{message} {_DROPPED}")
+
+
+_DROPPED = (
+    "If you pass extras: none of them arrived, so a wrapper drops them. Put optalr.multi_steps in "
+    "place of optax.MultiSteps(...).gradient_transformation(); "
+    "optalr.adapters.linen.TrainState and apply_gradients(grads=..., extras=extras) in place of "
+    "Flax's TrainState; update(model, grads, **extras) for an nnx optimizer; and "
+    "optalr.pass_extras(wrap, tx) in place of wrap(tx) around any other, such as optax.lookahead."
+)

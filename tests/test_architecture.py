@@ -19,7 +19,7 @@ ORDER = ["experiments", "adapters", "suggestion", "recipes", "reading", "phases"
 # import each other.
 ORDER_INSIDE = {
     "experiments": ["reports", "studies", "training", "records", "models", "data", "configs"],
-    "signals": ["tapping", "tracing"],
+    "signals": ["tapping", "tracing", "binding"],
     "linalg": ["roots", "minres"],
 }
 # What several methods share: no method itself.

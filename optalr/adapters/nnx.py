@@ -29,7 +29,9 @@ def value_grad_and_extras(
 
     Returns:
       ``evaluate(model, *args, signals=True)``, which returns ``(value, grads, extras)``, with aux
-      ``((value, aux), grads, extras)``, for ``optalr.adapters.nnx.Optimizer.update``.
+      ``((value, aux), grads, extras)``, for ``update(model, grads, **extras)`` of
+      ``optalr.adapters.nnx.Optimizer``, or of ``nnx.Optimizer``. ``grads`` are variables, as
+      ``nnx.value_and_grad`` returns them.
 
     Raises:
       TypeError: as ``optalr.value_grad_and_extras``.
@@ -55,6 +57,8 @@ def value_grad_and_extras(
             nnx.as_pure(params), nnx.as_pure(rest), *args, signals=signals, **more
         )
         nnx.update(model, changed)
+        # A stock nnx optimizer selects gradients by the type of their variables.
+        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
         return ((value, aux) if has_aux else value), grads, extras
 
     return evaluate
@@ -63,7 +67,7 @@ def value_grad_and_extras(
 class Optimizer(nnx.Optimizer):
     """``nnx.Optimizer`` for transformations that read extras, with its metrics as a property.
 
-    Choose it instead of ``nnx.Optimizer`` where the optimizer reads more than the gradient.
+    Choose it instead of ``nnx.Optimizer`` to ask it for ``wants_signals`` and ``metrics``.
 
     Examples:
       >>> import jax.numpy as jnp, optalr
@@ -98,6 +102,6 @@ class Optimizer(nnx.Optimizer):
           **extras: the extras that came with them, and others such as ``validation_value``.
         """
         params = nnx.state(model, self.wrt)
-        # nnx would select gradients by the type of their variables, but ours are bare arrays.
+        # nnx selects gradients by the type of their variables, and those of a user may be bare.
         typed = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
         return super().update(model, typed, **extras)

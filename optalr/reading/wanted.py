@@ -19,7 +19,8 @@ def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
     ``evaluate(params, batch, signals=optalr.wants_signals(opt_state))``. Around a switch of phase
     the phase of the next update decides, so nothing is captured in vain and nothing is missed. (A
     phase scheduled by a bare function is known one step late; ``phase_schedule`` makes it known in
-    time.)
+    time.) In ``optalr.multi_steps`` it is False for all calls but those that hand on an update;
+    ``optax.MultiSteps`` does not tell which these are, so within it every call may be one.
 
     Args:
       opt_state: any optimizer state, of optalr or not, at any nesting.
@@ -45,7 +46,11 @@ def _answers(node: Any, phase: Any) -> Iterator[jax.Array]:
     """Yield what the states under ``node`` answer; ``phase`` is that of the nearest two_stage."""
     if injects(node, "phase"):
         phase, node = next_phase(node), node.inner_state
-    if isinstance(node, TwoStageState):
+    if is_named_tuple(node) and hasattr(node, "emits"):
+        # A wrapper that runs what it wraps in some calls alone, and says so.
+        for _, child in children(node):
+            yield from (node.emits & jnp.any(answer) for answer in _answers(child, phase))
+    elif isinstance(node, TwoStageState):
         phase = node.phase if phase is None else phase
         for stage, in_charge in ((node.first, phase < 1), (node.second, phase > 0)):
             yield from (in_charge & jnp.any(answer) for answer in _answers(stage, None))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optalr.linalg.blocks import Blocks
 from optalr.linalg.structured import Diagonal, Full
 from optalr.signals.extras import check_storage, checked_sampling
-from optalr.signals.loss import Problem, trace
+from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage, Form, LeafView, Sides
 from optalr.signals.tapping.capture import Tapped
 from optalr.signals.tapping.gauge import Kept
@@ -140,8 +140,7 @@ def coverage(
     """
     check_storage("options", options)
     check_storage("storage", storage)
-    problem = Problem.of(loss_fn, params, args, has_aux=None)
-    traced = trace(problem, params, None)
+    _, traced = pose(loss_fn, params, args, has_aux=None, axis_name=None)
     layers = find_layers(traced.closed, traced.leaf_shapes, num_outputs=1)
     tapped = Tapped(traced, layers, True, checked_sampling(every, max_positions), storage)
     treat = _Treating.by(tapped, FactorStorage() if options is None else options)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from optalr import arguments
-from optalr.signals.loss import Problem, trace
+from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage
 from optalr.signals.tapping.assembly import Assembly
 from optalr.signals.tapping.capture import Tapped
@@ -131,8 +131,7 @@ def value_grad_and_extras(
     drawn = true_fisher(loss_fn, fisher, likelihood)
 
     def evaluate(params: Any, *args: Any, signals: Any = True, key: jax.Array | None = None):
-        problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
-        traced = trace(problem, params, axis_name)
+        problem, traced = pose(loss_fn, params, args, has_aux=has_aux, axis_name=axis_name)
         layers = find_layers(traced.closed, traced.leaf_shapes, num_outputs=1)
         tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage)
         if drawn is None:

@@ -20,9 +20,11 @@ from jax.tree_util import Partial
 
 from optalr.arguments import check_choice, check_count
 from optalr.arrays import wide_dtype
+from optalr.signals.binding.bound import Bound, bind
+from optalr.signals.binding.neighbours import Tolerant
 from optalr.signals.composite import CompositeLoss
 from optalr.signals.curvature import in_dtypes_of
-from optalr.signals.loss import Bound, Problem, bind
+from optalr.signals.loss import Problem
 
 
 def curvature_products(
@@ -60,7 +62,7 @@ def curvature_products(
     """
     # Said twice is fine: a composite loss knows of its aux, a plain function does not.
     has_aux = has_aux or getattr(loss_fn, "has_aux", False)
-    problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
+    problem = Problem.of(loss_fn, params, args, has_aux=has_aux).settled(params)
     products = problem.products(params, problem.value_fn(None))
     return {name: products[name] for name in ("hessian", "gauss_newton") if name in products}
 
@@ -125,13 +127,13 @@ def full_batch(
 
     def evaluate(params: Any, *args: Any, signals: Any = False) -> tuple[Any, Any, dict[str, Any]]:
         del signals  # moments of layers are not summed over chunks
-        bound, arrays = bind(loss_fn, args)
-        value, grads = chunks.mean(_value_and_grad, _On(loss_fn, args), params)
+        bound, arrays = Problem.of(loss_fn, params, args, has_aux=False).settled(params).halves
+        value, grads = chunks.mean(_value_and_grad, _On.of(bound, arrays), params)
         grads = in_dtypes_of(params, grads)
         extras = {
             "value": value,
             "grad": grads,
-            "value_fn": Partial(_ChunkedMean(chunks, _value, bound), arrays),
+            "value_fn": Partial(Tolerant(_ChunkedMean(chunks, _value, bound)), arrays),
             "point": params,
             "hessian": Partial(_ChunkedProduct(chunks, _hessian, bound), arrays, params),
         }
@@ -144,14 +146,18 @@ def full_batch(
 
 
 class _On(NamedTuple):
-    """A loss and the data it is to be taken on: all of them, or one chunk."""
+    """A loss and the data it is to be taken on, all of them or one chunk; see ``bind``."""
 
     loss_fn: Callable[..., Any]
     args: tuple[Any, ...]
+    apart: bool
+
+    @classmethod
+    def of(cls, bound: Bound, arrays: Any) -> "_On":
+        return cls(*bound.opened(arrays), bound.closure is not None)
 
 
-# What is averaged over chunks: ``term(on, *operands)``.
-_Term = Callable[..., Any]
+_Term = Callable[..., Any]  # what is averaged over chunks, ``term(on, *operands)``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +169,7 @@ class _ChunkedMean:
     bound: Bound
 
     def __call__(self, arrays: Any, *operands: Any) -> Any:
-        on = _On(self.bound.function, self.bound.args(arrays))
-        return self.chunks.mean(self.term, on, *operands)
+        return self.chunks.mean(self.term, _On.of(self.bound, arrays), *operands)
 
 
 class _ChunkedProduct(_ChunkedMean):
@@ -216,13 +221,13 @@ class _Chunks:
         """Yield the weighted term of each chunk."""
         total = self._num_examples(on.args)
         for start in range(0, total, self.size):
-            count = min(self.size, total - start)
-            chunk = self._chunk(on, start, count)
+            chunk = self._chunk(on, start, count := min(self.size, total - start))
             if self.loop == "unroll":
                 part = term(chunk, *operands)
             else:
                 # One compilation serves all chunks of one size: the loss is static, the data not.
-                part = _compiled_term(term, *bind(*chunk), *operands)
+                halves = bind(chunk.loss_fn, chunk.args, apart=chunk.apart)
+                part = _compiled_term(term, *halves, *operands)
             yield _weighted(part, count / total)
 
     def _is_batch(self, i: int) -> bool:
@@ -258,10 +263,8 @@ class _Chunks:
                 return leaf[start : start + count]
             return jax.lax.dynamic_slice_in_dim(leaf, start, count)
 
-        args = (
-            jax.tree.map(cut, arg) if self._is_batch(i) else arg for i, arg in enumerate(on.args)
-        )
-        return _On(on.loss_fn, tuple(args))
+        args = (jax.tree.map(cut, x) if self._is_batch(i) else x for i, x in enumerate(on.args))
+        return on._replace(args=tuple(args))
 
 
 def _add_up(parts: Iterator[Any]) -> Any:
@@ -294,4 +297,4 @@ def _gauss_newton(on: _On, params: Any, v: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled_term(term: _Term, bound: Bound, arrays: Any, *operands: Any) -> Any:
-    return term(_On(bound.function, bound.args(arrays)), *operands)
+    return term(_On.of(bound, arrays), *operands)

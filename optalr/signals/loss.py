@@ -4,7 +4,7 @@ In: the loss, the parameters and the further arguments. Out: the callables that 
 all of them ``Partial``s (``Problem``), and jax's record of the loss as a list of equations
 (``Traced``), whose inputs are flat, parameter leaves first.
 
-Arguments are split (``bind``) into a ``Bound``, which is static, and arrays, which are not. Both
+Arguments are split (``binding``) into a ``Bound``, which is static, and arrays, which are not. Both
 together make a ``Partial`` that a compiled program takes as an argument. A plain closure over the
 arrays would be a new constant, and so a new compilation, at every step.
 """
@@ -15,63 +15,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 
 from optalr.arguments import check_numbers
+from optalr.signals.binding.bound import Bound, bind
+from optalr.signals.binding.neighbours import Tolerant
 from optalr.signals.composite import CompositeLoss
 from optalr.signals.curvature import gauss_newton_product, hessian_product
 from optalr.signals.tracing.jaxprs import varying_axes
 
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """A function with its arguments split into arrays, given later, and the rest, kept here.
-
-    Equal bindings compare equal, so a ``Partial`` of one crosses ``jit`` without a retrace.
-
-    Attributes:
-      function: the function.
-      treedef: the structure of the arguments.
-      kept: the leaves of the arguments, with a mark in place of each array.
-    """
-
-    function: Callable[..., Any]
-    treedef: Any
-    kept: tuple[Any, ...]
-
-    def args(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
-        """Put the arrays back among the arguments that were kept."""
-        remaining = iter(arrays)
-        leaves = [next(remaining) if kept is _ARRAY else kept for kept in self.kept]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-    def __call__(self, arrays: Sequence[Any], *first: Any) -> Any:
-        """Return the function's value on ``first`` and its bound arguments."""
-        return self.function(*first, *self.args(arrays))
-
-
-def bind(function: Callable[..., Any], args: Any) -> tuple[Bound, tuple[Any, ...]]:
-    """Return a function with its arguments bound, and the arrays that it is then called on."""
-    leaves, treedef = jax.tree.flatten(args)
-    kept = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
-    return Bound(function, treedef, kept), tuple(leaf for leaf in leaves if _is_array(leaf))
-
-
-def _is_array(leaf: Any) -> bool:
-    """Return whether an argument is an array, or the shape of one."""
-    # Python numbers are no arrays here: a loss may branch on a bool that it is given.
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-class _Array:
-    """Marks the place of an array among the kept arguments."""
-
-    def __repr__(self) -> str:
-        return "<array>"
-
-
-_ARRAY = _Array()
+# What jax raises where a program asks for the value of an array that is only known by its shape.
+_LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +58,31 @@ class Problem:
         check_numbers("params", params, floating=True)
         return cls(loss_fn, has_aux, *bind(loss_fn, args))
 
+    @property
+    def halves(self) -> tuple[Bound, tuple[Any, ...]]:
+        """The bound loss and its arrays."""
+        return self.bound, self.arrays
+
+    def settled(self, params: Any) -> "Problem":
+        """Return the problem in the form in which its loss can be traced; see ``pose``."""
+        if self.bound.places:
+            try:
+                jax.eval_shape(self.bound, self.arrays, params)
+            except _LOOKS_AT_VALUES:
+                return self.kept_whole()
+        return self
+
+    def kept_whole(self) -> "Problem":
+        """Return the problem with the arrays that the loss holds left in it, as constants."""
+        bound = dataclasses.replace(self.bound, closure=None)
+        return dataclasses.replace(self, bound=bound, arrays=self.arrays[len(self.bound.places) :])
+
     def value_fn(self, axis_name: str | None) -> Partial:
         """Return ``params -> loss`` on this call's arguments."""
         function = _First(self.bound) if self.has_aux else self.bound
         if axis_name is not None:
             function = _Averaged(function, axis_name)
-        return Partial(function, self.arrays)
+        return Partial(Tolerant(function), self.arrays)
 
     def products(self, params: Any, value_fn: Partial) -> dict[str, Any]:
         """Return the curvature products, and the outputs of a composite loss."""
@@ -117,21 +95,21 @@ class Problem:
         # Partials throughout: what they bind crosses a jit as data, and a new batch needs no trace.
         found["gauss_newton"] = gauss_newton_product(
             predict,
-            self._with(loss.output_loss),
+            self._field("output_loss"),
             params,
-            output_product=None if loss.output_product is None else self._with(loss.output_product),
+            output_product=None if loss.output_product is None else self._field("output_product"),
         )
         return found
 
-    def _with(self, function: Callable[..., Any]) -> Partial:
-        """Return another function bound to this call's arguments."""
-        return Partial(dataclasses.replace(self.bound, function=function), self.arrays)
+    def _field(self, name: str) -> Partial:
+        """Return a function of a composite loss bound to this call's arguments."""
+        return Partial(_Field(self.bound, name), self.arrays)
 
 
 def predictions(loss: CompositeLoss, bound: Bound) -> Callable[..., Any]:
     """Return ``(arrays, params) -> outputs`` of a composite loss with its arguments bound."""
-    bound = dataclasses.replace(bound, function=loss.predict_fn)
-    return _First(bound) if loss.has_aux else bound
+    predict = _Field(bound, "predict_fn")
+    return _First(predict) if loss.has_aux else predict
 
 
 def mean_over(loss: Any, axis_name: str) -> Any:
@@ -141,8 +119,20 @@ def mean_over(loss: Any, axis_name: str) -> Any:
     return jax.lax.pmean(loss, axis_name) if varies else loss
 
 
-# The two wrappers are dataclasses rather than closures, so that equal ones compare equal and their
+# The wrappers are dataclasses rather than closures, so that equal ones compare equal and their
 # Partials cross ``jit`` without a retrace.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """One of the functions of a composite loss, with the loss's arguments bound."""
+
+    bound: Bound
+    name: str
+
+    def __call__(self, arrays: Sequence[Any], *first: Any) -> Any:
+        loss, args = self.bound.opened(arrays)
+        return getattr(loss, self.name)(*first, *args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +188,29 @@ class Traced:
     def leaf_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Their shapes."""
         return tuple(jnp.shape(leaf) for leaf in self.leaves)
+
+
+def pose(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    args: Any,
+    *,
+    has_aux: bool | None,
+    axis_name: str | None,
+) -> tuple[Problem, Traced]:
+    """Return a problem and its trace.
+
+    The arrays that the loss holds become inputs of the trace. A loss may look at their values (a
+    mask that selects rows, say), which no trace can do. They then stay constants of the loss.
+    """
+    problem = Problem.of(loss_fn, params, args, has_aux=has_aux)
+    try:
+        return problem, trace(problem, params, axis_name)
+    except _LOOKS_AT_VALUES:
+        if not problem.bound.places:
+            raise
+    problem = problem.kept_whole()
+    return problem, trace(problem, params, axis_name)
 
 
 def trace(problem: Problem, params: Any, axis_name: str | None) -> Traced:

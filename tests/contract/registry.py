@@ -272,4 +272,26 @@ METHODS = (
         guards=False,
         rtol=1e-3,
     ),
+    Method(
+        "multi_steps",
+        lambda: optalr.multi_steps(
+            optalr.scale_by_kronecker(
+                damping=1e-2, signals_every=1, options=optalr.KroneckerOptions(min_batches=1)
+            ),
+            2,
+        ),
+        needs=("signals",),
+        reports=("damping", "root_residual", "failures", "update_norm"),
+        guards=False,
+        rtol=1e-3,
+    ),
+    Method(
+        "pass_extras",
+        lambda: optalr.pass_extras(
+            optax.contrib.split_real_and_imaginary, optalr.scale_by_learned_rate(0.1)
+        ),
+        needs=("value_fn",),
+        reports=RATE,
+        rtol=1e-3,
+    ),
 )
