@@ -1,9 +1,12 @@
 """What every room needs to know of arrays: whether they are finite, and wide enough for sums."""
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -31,7 +34,7 @@ def at_least_float32(tree: Any) -> Any:
 
 
 def as_inexact(tree: Any) -> Any:
-    """Return a pytree of arrays, with integers and bools in floating point.
+    """Return a pytree of arrays, none weakly typed, with integers and bools in floating point.
 
     optax's rules make floats of them too. In their own dtype a step would be rounded to zero.
     """
@@ -41,7 +44,8 @@ def as_inexact(tree: Any) -> Any:
             return leaf
         array = jnp.asarray(leaf)
         inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-        return array if inexact else array.astype(wide_dtype(array))
+        # Weak types end here: zeros like a weakly typed array lose its sharding.
+        return jax.lax.convert_element_type(array, array.dtype if inexact else wide_dtype(array))
 
     return jax.tree.map(convert, tree)
 
@@ -57,3 +61,44 @@ def damped_power(values: jax.Array, damping: Any, power: Any) -> jax.Array:
     base = values + damping
     safe = jnp.where(base > 0, base, 1)
     return jnp.where(base > 0, jnp.power(safe, jnp.asarray(power, values.dtype)), 1)
+
+
+def on_auto_axes(function: Callable[..., Any], *args: Any, like: Any) -> Any:
+    """Return ``function(*args)``, computed with shardings of the compiler's choice.
+
+    On a mesh with explicit axes every operation must say how its result is sharded. What contracts,
+    reshapes or decomposes arrays of any sharding cannot. Elsewhere this is a plain call.
+
+    Args:
+      function: it must not call functions of the user, who may write for explicit axes.
+      *args: pytrees.
+      like: a tree of the result's structure. Each array of the result is sharded as that of
+        ``like``; where that is a shape, it is replicated.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    meshes = [_sharding(leaf).mesh for leaf in leaves if _sharding(leaf) is not None]
+    if not meshes:
+        return function(*args)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+
+    def of_arrays(arrays: Sequence[Any]) -> Any:
+        filled = list(leaves)
+        for i, array in zip(places, arrays, strict=True):
+            filled[i] = array
+        return function(*jax.tree.unflatten(treedef, filled))
+
+    replicated = jax.sharding.PartitionSpec()
+    specs = jax.tree.map(lambda x: getattr(_sharding(x), "spec", replicated), like)
+    # Without jax.set_mesh the arrays alone know the mesh.
+    known = not jax.sharding.get_abstract_mesh().empty
+    with nullcontext() if known else jax.sharding.use_abstract_mesh(meshes[0]):
+        on_arrays = jax.sharding.auto_axes(of_arrays, out_sharding=specs)
+        return on_arrays([leaves[i] for i in places])
+
+
+def _sharding(leaf: Any) -> Any:
+    """Return the sharding of an array that stands on a mesh with explicit axes, else None."""
+    if not isinstance(leaf, jax.Array):
+        return None
+    sharding = jax.typeof(leaf).sharding
+    return sharding if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None

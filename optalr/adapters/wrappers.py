@@ -16,6 +16,8 @@ import optax
 from optalr.arguments import check_count
 from optalr.arrays import wide_dtype
 from optalr.states import count_up, settle, settle_like, update_when
+from optalr.transforms.shared.making import transformation
+from optalr.transforms.shared.rescaling import tree_scale
 
 
 class MultiStepsState(NamedTuple):
@@ -82,7 +84,7 @@ def multi_steps(
         return jnp.asarray(mini_step + 1 >= k)
 
     def init_fn(params: Any) -> MultiStepsState:
-        zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), wide_dtype(p.dtype)), params)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p.dtype)), params)
         # Two arrays, since a donated state shares no buffers.
         mini_step, gradient_step = (jnp.zeros((), jnp.int32) for _ in range(2))
         _, skip_state = skips(jax.tree.map(jnp.zeros_like, params), gradient_step, params)
@@ -106,7 +108,7 @@ def multi_steps(
         )
         return new_updates, new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("multi_steps", init_fn, update_fn, keeps_leaves=False)
 
 
 class _Step(NamedTuple):
@@ -147,6 +149,11 @@ class _Step(NamedTuple):
 
         def update(carry: Any, inputs: Any) -> Any:
             inner_state, (mean, params, extras) = carry[1], inputs
+            if "grad" in extras:
+                # What the loss gave for this mean: the number that clipping or loss scaling has
+                # multiplied it by since is known of the last call's gradient.
+                scale = tree_scale(updates, extras["grad"])
+                extras["grad"] = jax.tree.map(lambda x: x / scale.astype(x.dtype), mean)
             new_updates, new_state = inner.update(mean, inner_state, params, **extras)
             return settle_like(new_updates, zeros), settle_like(new_state, inner_state)
 

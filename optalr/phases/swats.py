@@ -77,7 +77,7 @@ def swats(
     Returns:
       A transformation. ``state.learning_rate`` is Λ (times the scale) after the switch. A gradient
       that is not finite gives a zero update and leaves the moments unchanged. One more than ten
-      times as long as any of late is shortened to that. Both count in ``failures``.
+      times as long as any of late is shortened to those. Both count in ``failures``.
 
     Raises:
       TypeError: ``second_scale`` is neither a schedule nor None.
@@ -140,8 +140,8 @@ class _Swats:
     def init(self, params: Any) -> SwatsState:
         return SwatsState(
             count=jnp.zeros((), jnp.int32),
-            moment=jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params),
-            second_moment=jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p)), params),
+            moment=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
+            second_moment=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
             projected_rate=jnp.zeros((), jnp.float32),
             learning_rate=jnp.array(self._adam_rate(jnp.zeros((), jnp.int32))),
             phase=jnp.zeros((), jnp.float32),

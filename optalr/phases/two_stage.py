@@ -72,7 +72,7 @@ def two_stage(
     switch too.
 
     A gradient that is not finite reaches both as zeros, and one more than ten times as long as any
-    of late is shortened to that, whatever the stages do themselves. So no momentum and no moment
+    of late is shortened to those, whatever the stages do themselves. So no momentum and no moment
     keeps it, before the switch or after. ``failures`` counts both.
 
     Args:

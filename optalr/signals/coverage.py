@@ -12,10 +12,9 @@ from optalr.linalg.structured import Diagonal, Full
 from optalr.signals.extras import check_storage, checked_sampling
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage, Form, LeafView, Sides
-from optalr.signals.tapping.capture import Tapped
+from optalr.signals.tapping.capture import Tapped, layers_of
 from optalr.signals.tapping.gauge import Kept
 from optalr.signals.tapping.memory import measuring_bytes
-from optalr.signals.tracing.layers import find_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ def coverage(
     check_storage("options", options)
     check_storage("storage", storage)
     _, traced = pose(loss_fn, params, args, has_aux=None, axis_name=None)
-    layers = find_layers(traced.closed, traced.leaf_shapes, num_outputs=1)
+    layers = layers_of(traced)
     tapped = Tapped(traced, layers, True, checked_sampling(every, max_positions), storage)
     treat = _Treating.by(tapped, FactorStorage() if options is None else options)
     report = Coverage(tuple(treat(leaf) for leaf in range(traced.num_leaves)))

@@ -22,10 +22,9 @@ from optalr import arguments
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage
 from optalr.signals.tapping.assembly import Assembly
-from optalr.signals.tapping.capture import Tapped
+from optalr.signals.tapping.capture import Tapped, layers_of
 from optalr.signals.tapping.fisher import true_fisher
 from optalr.signals.tapping.gauge import Dummies
-from optalr.signals.tracing.layers import find_layers
 from optalr.signals.tracing.site import Sampling
 
 
@@ -132,7 +131,7 @@ def value_grad_and_extras(
 
     def evaluate(params: Any, *args: Any, signals: Any = True, key: jax.Array | None = None):
         problem, traced = pose(loss_fn, params, args, has_aux=has_aux, axis_name=axis_name)
-        layers = find_layers(traced.closed, traced.leaf_shapes, num_outputs=1)
+        layers = layers_of(traced)
         tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage)
         if drawn is None:
             outputs, grad_leaves, slots = tapped.differentiate()
@@ -173,12 +172,24 @@ def _measured_entries(assembly: Assembly, flag: bool | jax.Array, slots: dict[in
     """Return the entries of ``extras`` that hold moments."""
     # A flag that is known while tracing is no argument of a compiled program.
     traced = None if isinstance(flag, bool) else flag
-    return {
-        "signals": assembly(traced, slots),
-        "measure": Partial(assembly, traced, slots),
-        "head": assembly.head_moments(traced, slots),
-        "measure_head": Partial(assembly.head_moments, traced, slots),
-    }
+    moments, head = assembly(traced, slots), assembly.head_moments(traced, slots)
+    entries = {"signals": moments, "head": head}
+    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(slots)):
+        later = {
+            "measure": Partial(assembly, traced, slots),
+            "measure_head": Partial(assembly.head_moments, traced, slots),
+        }
+    else:
+        # Outside of jit all is computed by now. An assembly is made anew at each call, so a
+        # function compiled for one would be compiled again for the next.
+        later = {"measure": Partial(_ready, moments), "measure_head": Partial(_ready, head)}
+    return entries | later
+
+
+def _ready(moments: Any, keep: Any = None) -> Any:
+    """Return moments as they are, whole where they were measured whole."""
+    del keep
+    return moments
 
 
 def _static_flag(signals: Any) -> Any:

@@ -218,7 +218,7 @@ def largest_weight_norm(weights: Any) -> jax.Array:
 
 def _largest_norm(arrays: list[Any]) -> jax.Array:
     # Squares of half-precision activations overflow (float16) or round (bfloat16) in their dtype.
-    norms = [jnp.linalg.norm(jnp.ravel(x).astype(jnp.float32)) for x in arrays]
+    norms = [jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)))) for x in arrays]
     return jnp.max(jnp.stack(norms))
 
 

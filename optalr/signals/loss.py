@@ -166,6 +166,7 @@ class Traced:
       treedef: the structure of the parameters.
       paths: the key path of each parameter leaf.
       aux_tree: the structure of the outputs after the loss (of all outputs, of a traced model).
+      num_held: how many of the inputs after the leaves are arrays that the loss holds itself.
     """
 
     closed: Any
@@ -173,6 +174,7 @@ class Traced:
     treedef: Any
     paths: tuple[str, ...]
     aux_tree: Any
+    num_held: int = 0
 
     @property
     def num_leaves(self) -> int:
@@ -247,7 +249,8 @@ def trace(problem: Problem, params: Any, axis_name: str | None) -> Traced:
         aux_leaves, aux_tree = jax.tree.flatten(aux)
         return [loss, *aux_leaves], aux_tree
 
-    return trace_flat(loss_and_aux, params, problem.arrays)
+    traced = trace_flat(loss_and_aux, params, problem.arrays)
+    return dataclasses.replace(traced, num_held=len(problem.bound.places))
 
 
 def trace_flat(

@@ -182,7 +182,8 @@ def inner_product(a: Any, b: Any) -> jax.Array:
     for path, leaf in by_path(a).items():
         other = others[path]
         dtype = wide_dtype(leaf, other)
-        total = total + jnp.vdot(leaf.astype(dtype), other.astype(dtype)).real
+        # A sum of products, because a contraction on explicit mesh axes must name its sharding.
+        total = total + jnp.sum(jnp.conj(leaf.astype(dtype)) * other.astype(dtype)).real
     return total
 
 

@@ -28,7 +28,8 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     With ``g`` the gradient in float32 or wider, ``s`` the state, ``n = ‖g‖`` and ``m`` the largest
     norm of late (0.999 of it is kept from step to step),
 
-        u, s ← inner(g · min(1, 10 m / n), s)    where n² and u are finite,    else    u = 0
+        g ← g m / n  where n > 10 m,
+        u, s ← inner(g, s)  where n² and u are finite,  else  u = 0
 
     Args:
       inner: any gradient transformation.
@@ -36,7 +37,7 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     Returns:
       A transformation whose updates have the dtypes they came in. A gradient whose squared norm is
       not finite gives a zero update and leaves the state. One that is more than ten times as long
-      as any of late is shortened to that. Both count in ``failures``. A first gradient that is too
+      as any of late is shortened to those. Both count in ``failures``. A first gradient that is too
       long cannot be told, nor can a loss that has really become a thousand times as large; ``m``
       follows that in three steps.
 

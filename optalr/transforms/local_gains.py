@@ -46,7 +46,7 @@ def scale_by_local_gains(
 
     Returns:
       A transformation. A gradient that is not finite gives a zero update and leaves the gains as
-      they are. One more than ten times as long as any of late is shortened to that. Both count in
+      they are. One more than ten times as long as any of late is shortened to those. Both count in
       ``failures``.
 
     Raises:
@@ -74,8 +74,8 @@ def scale_by_local_gains(
 
     def init_fn(params: Any) -> LocalGainsState:
         return LocalGainsState(
-            gains=jax.tree.map(lambda p: jnp.ones(p.shape, wide_dtype(p)), params),
-            signs=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int8), params),
+            gains=jax.tree.map(lambda p: jnp.ones_like(p, dtype=wide_dtype(p)), params),
+            signs=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.int8), params),
             failures=jnp.zeros((), jnp.int32),
             gradients=start_gradient_watch(),
         )

@@ -75,7 +75,7 @@ def accelerate_by_nesterov_flow(friction: float = 3.0) -> optax.GradientTransfor
 
     def init_fn(params: Any) -> NesterovFlowState:
         def zeros(p: Any) -> jax.Array:
-            return jnp.zeros(jnp.shape(p), wide_dtype(p))
+            return jnp.zeros_like(p, dtype=wide_dtype(p))
 
         velocity = jax.tree.map(zeros, params)
         count, failures = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)

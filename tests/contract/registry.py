@@ -92,14 +92,13 @@ METHODS = (
         "two_stage",
         lambda: _stages(optalr.switch_at(2)),
         reports=("learning_rate", *PHASE),
-        guards=False,
     ),
     Method(
         "guard",
         lambda: optalr.guard(optax.scale_by_adam(eps=1e-4)),
         reports=("failures",),
     ),
-    Method("two_stage_blend", lambda phase=0.5: _stages(phase), reports=PHASE, guards=False),
+    Method("two_stage_blend", lambda phase=0.5: _stages(phase), reports=PHASE),
     Method(
         "three_stages",
         lambda: _stages(
@@ -107,7 +106,6 @@ METHODS = (
         ),
         needs=("validation_value",),
         reports=PHASE,
-        guards=False,
     ),
     Method(
         "scale_by_kronecker",
@@ -244,7 +242,6 @@ METHODS = (
         lambda: optalr.learned_rate_then(optax.sgd, 0.1, optalr.switch_at(2), momentum=0.9),
         needs=("value_fn",),
         reports=(*RATE, *PHASE),
-        guards=False,
         rtol=1e-3,
     ),
     Method(
@@ -262,14 +259,12 @@ METHODS = (
         ),
         needs=("head",),
         reports=("learning_rate", "lipschitz_constant", "failures"),
-        guards=False,
     ),
     Method(
         "lipschitz_adam",
         lambda: optalr.lipschitz_adam("softmax", num_classes=3, guards={"max_rate": 0.1}),
         needs=("head",),
         reports=("learning_rate", "lipschitz_constant", "failures"),
-        guards=False,
         rtol=1e-3,
     ),
     Method(

@@ -12,7 +12,7 @@ from typing import Any
 # The extras of ``value_grad_and_extras``, of our methods, and of optax's transformations, but for
 # the three that a line search takes itself.
 OTHER_EXTRAS = (
-    *("signals", "measure", "head", "point", "hessian", "outputs", "gauss_newton"),
+    *("signals", "measure", "head", "measure_head", "point", "hessian", "outputs", "gauss_newton"),
     *("activations", "target_norm", "validation_value", "validation_value_fn"),
     *("grad_fn", "loss", "loss_fn", "obj_fn"),
 )

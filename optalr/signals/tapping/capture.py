@@ -26,12 +26,19 @@ from optalr.signals.tapping.gauge import (
 )
 from optalr.signals.tapping.rebuilding import rebuild
 from optalr.signals.tapping.taps import Recorder
+from optalr.signals.tracing.layers import find_layers
 from optalr.signals.tracing.site import Sampling, Site
 from optalr.signals.tracing.walk import Layers
 
 # The slot of the head where it has one apart. The others are leaf indices, and the keys of a dict
 # that is a pytree must sort, so it is a number as well.
 HEAD = -1
+
+
+def layers_of(traced: Traced, *, num_outputs: int | None = 1) -> Layers:
+    """Return the layers that the first ``num_outputs`` outputs of a traced loss feel."""
+    shapes, num_held = traced.leaf_shapes, traced.num_held
+    return find_layers(traced.closed, shapes, num_held=num_held, num_outputs=num_outputs)
 
 
 @dataclasses.dataclass(frozen=True)

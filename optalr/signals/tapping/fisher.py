@@ -20,9 +20,8 @@ import jax
 from optalr import arguments
 from optalr.signals.composite import CompositeLoss
 from optalr.signals.loss import Problem, predictions, trace_flat
-from optalr.signals.tapping.capture import Tapped
+from optalr.signals.tapping.capture import Tapped, layers_of
 from optalr.signals.tapping.gauge import Dummies
-from optalr.signals.tracing.layers import find_layers
 
 
 def _softmax(outputs: jax.Array, key: jax.Array) -> jax.Array:
@@ -85,7 +84,8 @@ class TrueFisher:
         traced = trace_flat(
             lambda p, arrays: jax.tree.flatten(predict(arrays, p)), params, problem.arrays
         )
-        layers = find_layers(traced.closed, traced.leaf_shapes)
+        traced = dataclasses.replace(traced, num_held=tapped.traced.num_held)
+        layers = layers_of(traced, num_outputs=None)
         return dataclasses.replace(tapped, traced=traced, layers=layers)
 
     def measure(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optalr.arrays import on_auto_axes
 from optalr.linalg import spd
 from optalr.linalg.structured import Full
 from optalr.signals.moments import Form, Sides
@@ -65,8 +66,15 @@ def sums_like(site: Site, kept: Kept, dtype: Any) -> Sums:
 
 
 def zeros_of(like: Any) -> Any:
-    """Return zeros in place of shapes and dtypes."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    """Return zeros in place of shapes and dtypes, sharded as these are on explicit axes."""
+    return jax.tree.map(_zeros, like)
+
+
+def _zeros(like: Any) -> jax.Array:
+    zeros = jnp.zeros(like.shape, like.dtype)
+    mesh = getattr(like.sharding, "mesh", None)
+    explicit = mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types
+    return jax.sharding.reshard(zeros, like.sharding) if explicit else zeros
 
 
 def operands_are_smaller(site: Site, kept: Kept) -> bool:
@@ -113,7 +121,9 @@ class Gauge:
 
     def read(self, operands: Operands) -> Sums:
         """Return the site's four sums, each an estimate of the sum over all positions."""
-        operands = _refuse_derivatives(operands)
+        return on_auto_axes(self._read, _refuse_derivatives(operands), like=self.like)
+
+    def _read(self, operands: Operands) -> Sums:
         # Where a sample starts is hashed from the cotangent, so that it varies from step to step
         # with no key to pass. Of absolute values: a softmax's cotangents sum to zero.
         size = jnp.sum(jnp.abs(operands.cotangent.astype(jnp.float32)))

@@ -48,13 +48,18 @@ _SITE_MAKERS: Mapping[str, Callable[[Product], Site]] = MappingProxyType(
 
 
 def find_layers(
-    closed: Any, leaf_shapes: Sequence[tuple[int, ...]], *, num_outputs: int | None = None
+    closed: Any,
+    leaf_shapes: Sequence[tuple[int, ...]],
+    *,
+    num_held: int = 0,
+    num_outputs: int | None = None,
 ) -> Layers:
     """Find the layers of a traced loss.
 
     Args:
       closed: the ``ClosedJaxpr`` of the loss; its first inputs are the parameter leaves.
       leaf_shapes: the leaves' shapes.
+      num_held: how many of the inputs after the leaves are constants of the loss, no arguments.
       num_outputs: how many of its first outputs are differentiated; None for all.
 
     Returns:
@@ -65,7 +70,7 @@ def find_layers(
         inputs[leaf] = identity_view(leaf, shape)
     walk = Walk(Findings(leaf_shapes), _RULES, mesh_sizes={})
     plan, _ = walk(closed.jaxpr, inputs)
-    walk.findings.drop(no_layers(closed.jaxpr, plan, (len(leaf_shapes), num_outputs)))
+    walk.findings.drop(no_layers(closed.jaxpr, plan, (len(leaf_shapes), num_held, num_outputs)))
     return walk.findings.settle(plan)
 
 

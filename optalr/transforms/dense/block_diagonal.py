@@ -125,7 +125,7 @@ def scale_by_block_diagonal(
             roots=bare.unflatten(memory.roots),
         )
 
-    return transformation("scale_by_block_diagonal", init_fn, update_fn)
+    return transformation("scale_by_block_diagonal", init_fn, update_fn, on_auto=True)
 
 
 def _first_state(params: Any, damping: Any) -> BlockDiagonalState:

@@ -164,7 +164,7 @@ def _whole(
             root=memory.roots[0],
         )
 
-    return transformation("scale_by_full_matrix", init_fn, update_fn)
+    return transformation("scale_by_full_matrix", init_fn, update_fn, on_auto=True)
 
 
 def _memory(state: FullMatrixState) -> Memory:

@@ -88,7 +88,7 @@ def scale_by_window(
             gradients=jax.tree.unflatten(jax.tree.structure(unboxed(updates)), window.gradients),
         )
 
-    return transformation("scale_by_full_matrix", init_fn, update_fn)
+    return transformation("scale_by_full_matrix", init_fn, update_fn, on_auto=True)
 
 
 def _first_state(params: Any, size: int, damping: Any) -> WindowedState:
@@ -102,7 +102,9 @@ def _first_state(params: Any, size: int, damping: Any) -> WindowedState:
         update_norm=jnp.zeros([], jnp.float32),
         gram=jnp.zeros((size, size), working_dtype(jax.tree.leaves(params))),
         gradients=jax.tree.map(
-            lambda x: jnp.zeros((size, *x.shape), wide_dtype(x)), unboxed(params)
+            # Stacked copies of zeros like the leaf, so that they are sharded as that is.
+            lambda x: jnp.stack([jnp.zeros_like(x, dtype=wide_dtype(x))] * size),
+            unboxed(params),
         ),
     )
 

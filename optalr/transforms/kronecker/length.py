@@ -15,6 +15,7 @@ from optalr.states import count_up, settle_like
 from optalr.transforms.kronecker.leaves import Bias, Elementwise, Kernel, Leaf
 from optalr.transforms.kronecker.memory import LeafMemory, factors_of
 from optalr.transforms.kronecker.spectrum import Step
+from optalr.transforms.shared.gradient_watch import Admitted
 
 
 def bound(
@@ -98,31 +99,34 @@ def _scaled(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return small, jnp.sqrt(jnp.sum(jnp.square(small), (-2, -1), keepdims=True)), largest
 
 
-def graft(
+def run_graft(
     transformation: optax.GradientTransformation,
-    new: Sequence[jax.Array],
+    given: Admitted,
     state: Any,
     *,
-    updates: Any,
     params: Any,
     extras: Mapping[str, Any],
-    usable: jax.Array,
 ) -> tuple[list[jax.Array], Any]:
+    """Return what another method makes of the gradient, leaf by leaf, and the state after it."""
+    other = optax.with_extra_args_support(transformation)
+    wide, wide_params = at_least_float32(given.updates), at_least_float32(params)
+    others, after = other.update(wide, state.graft, wide_params, **extras)
+    after = settle_like(after, state.graft)
+    # A bad gradient, of which only zeros are left, must not move the other method's moments.
+    after = jax.tree.map(lambda x, old: jnp.where(given.bad, old, x), after, state.graft)
+    return jax.tree.leaves(others), state._replace(graft=after)
+
+
+def graft(
+    new: Sequence[jax.Array], others: Sequence[jax.Array], *, started: jax.Array
+) -> list[jax.Array]:
     """Return updates with the norms of another method's; before the first roots, that method's own.
 
     Norms are taken leaf by leaf.
     """
-    other = optax.with_extra_args_support(transformation)
-    wide, wide_params = at_least_float32(updates), at_least_float32(params)
-    others, after = other.update(wide, state.graft, wide_params, **extras)
-    after = settle_like(after, state.graft)
-    # A bad gradient, of which only zeros are left, must not move the other method's moments.
-    after = jax.tree.map(lambda x, old: jnp.where(usable, x, old), after, state.graft)
-    started = state.num_refreshes > 0
-    others = [x.astype(u.dtype) for x, u in zip(jax.tree.leaves(others), new, strict=True)]
+    others = [x.astype(u.dtype) for x, u in zip(others, new, strict=True)]
     grafted = _take_norms(new, others)
-    new = [jnp.where(started, u, x) for u, x in zip(grafted, others, strict=True)]
-    return new, state._replace(graft=after)
+    return [jnp.where(started, u, x) for u, x in zip(grafted, others, strict=True)]
 
 
 def finish(step: Step, new: Sequence[jax.Array], state: Any) -> tuple[list[jax.Array], Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.arrays import all_finite, moving_average
+from optalr.arrays import all_finite, moving_average, wide_dtype
 from optalr.linalg import spd
 from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
@@ -61,10 +61,12 @@ class Folded(NamedTuple):
     bounded: jax.Array
 
 
-def init_leaf(spectrum: Spectrum, leaf: Leaf, dtype: Any) -> LeafMemory:
+def init_leaf(spectrum: Spectrum, leaf: Leaf, parameter: jax.Array) -> LeafMemory:
     """Return what a leaf remembers before the first batch."""
+    dtype = wide_dtype(parameter)
     if isinstance(leaf, Elementwise):
-        return LeafMemory(second_moment=jnp.zeros(leaf.shape, dtype))
+        # Like the parameter, so that it is sharded as that is.
+        return LeafMemory(second_moment=jnp.zeros_like(parameter, dtype=dtype))
     if not isinstance(leaf, Kernel):
         return LeafMemory()
     rows, cols = (spectrum.start(side, leaf.stack, dtype) for side in leaf.sides)
@@ -136,7 +138,8 @@ def fold_batch(
             average = moving_average(old, share * new, spectrum.rule.decay)
             folded[i] = LeafMemory(second_moment=jnp.where(good, average, old))
             bounded |= over & good
-    return Folded(folded, good, bounded)
+    # Before there are roots the average is young, and its first batches may well differ that much.
+    return Folded(folded, good, bounded & batch.started)
 
 
 def _measure_kernel(

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
-from optalr.arrays import at_least_float32, wide_dtype
+from optalr.arrays import at_least_float32, on_auto_axes, wide_dtype
 from optalr.signals.coverage import Coverage
 from optalr.states import count_up, settle
 from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves
-from optalr.transforms.kronecker.length import bound, finish, graft
+from optalr.transforms.kronecker.length import bound, finish, graft, run_graft
 from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
 from optalr.transforms.kronecker.memory import LeafMemory, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
@@ -122,9 +122,9 @@ def scale_by_kronecker(
 
     *What can go wrong.* If a root misses its residual on either side, the last good pair stays in
     place. A gradient that is not finite gives a zero update, and its moments are not folded in. One
-    more than ten times as long as any of late is shortened to that. Moments with more than 30 times
-    the mean eigenvalue of their average are scaled down to that: one batch in twenty then lengthens
-    or shortens steps by a factor of 2.5 at most, and is forgotten within two refresh intervals.
+    more than ten times as long as any of late is shortened to those. Moments with more than 30
+    times the mean eigenvalue of their average are scaled down to that: one batch then changes the
+    average of a factor 2.5-fold at most, and is forgotten within two refresh intervals.
     ``failures`` counts each of these.
 
     *Scale.* A gradient that was multiplied by c since the loss gave it (clipping, loss scaling)
@@ -228,11 +228,8 @@ class _Kronecker:
         return SPECTRA[self.options.spectrum](rule, self.options.root_method)
 
     def init(self, params: Any) -> KroneckerState:
-        dtypes = [wide_dtype(leaf) for leaf in jax.tree.leaves(params)]
-        memories = [
-            init_leaf(self.spectrum(), leaf, dtype)
-            for leaf, dtype in zip(self.plan(params), dtypes, strict=True)
-        ]
+        plans = zip(self.plan(params), jax.tree.leaves(params), strict=True)
+        memories = [init_leaf(self.spectrum(), leaf, parameter) for leaf, parameter in plans]
         other = self.options.graft
         return KroneckerState(
             count=jnp.zeros([], jnp.int32),
@@ -253,32 +250,40 @@ class _Kronecker:
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        check_places("scale_by_kronecker", updates, extras.get("point"))
         given = admit(updates, state.gradients, squares=False)
-        updates, failures = given.updates, count_up(state.failures, given.failed)
+        failures = count_up(state.failures, given.failed)
         state = state._replace(gradients=given.watch, failures=failures)
-        step = self._step(updates, extras)
-        structure = jax.tree.structure(updates)
+        others = None
+        if self.options.graft is not None:
+            inputs = {"params": params, "extras": extras}
+            others, state = run_graft(self.options.graft, given, state, **inputs)
+        read = {name: extras[name] for name in ("signals", "measure", "grad") if name in extras}
+        # Nothing in here calls the loss, which may be written for explicit axes.
+        return on_auto_axes(self._advance, (given, others), read, state, like=(updates, state))
+
+    def _advance(self, arrived: Any, read: dict[str, Any], state: Any) -> Any:
+        """Return the update and the state, given what arrived and the extras that are read."""
+        given, others = arrived
+        updates, step = given.updates, self._step(given.updates, read)
         grads = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
         memories = from_trees(state.memory, updates)
 
-        arrived = Arrived(grads, updates, extras.get("grad"), usable=~given.bad)
-        memories, state = measure(step, memories, state, arrived=arrived)
+        gradient = Arrived(grads, updates, read.get("grad"), usable=~given.bad)
+        memories, state = measure(step, memories, state, arrived=gradient)
         memories, state = refresh(step, memories, state)
         new = directions(step, memories, state, grads=grads)
-        if self.options.graft is not None:
-            inputs = {"updates": updates, "params": params, "extras": extras}
-            new, state = graft(self.options.graft, new, state, usable=~given.bad, **inputs)
+        if others is not None:
+            new = graft(new, others, started=state.num_refreshes > 0)
         if self.options.max_update is not None:
             limits = {"weight": state.weight, "max_update": self.options.max_update}
             new = bound(step.leaves, memories, new, **limits)
         new, state = finish(step, new, state)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
-        return structure.unflatten(new), state._replace(
-            memory=to_trees(memories, updates, step.spectrum.kept)
-        )
+        kept = to_trees(memories, updates, step.spectrum.kept)
+        return jax.tree.structure(updates).unflatten(new), state._replace(memory=kept)
 
     def _step(self, updates: Any, extras: Any) -> Step:
-        check_places("scale_by_kronecker", updates, extras.get("point"))
         signals = measured_later = None
         if self.from_signals:
             signals = require_extra(extras, "signals", "scale_by_kronecker", remedy=_REMEDY)

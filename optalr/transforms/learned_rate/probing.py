@@ -17,6 +17,7 @@ from optalr.signals.ray import (
     loss_along,
 )
 from optalr.transforms.learned_rate.rate_rule import Reading
+from optalr.transforms.shared.rescaling import tree_scale
 
 _PROBE_REMEDY = (
     "Pass tx.update(grads, opt_state, params, **extras, {probe}=jax.tree_util.Partial(...)), a "
@@ -119,6 +120,8 @@ class Probe:
         kind = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in by_path(updates).values()))
         ray = loss_along(value_fn, point, updates)
         compares = self.compares and "grad" in extras
+        # A direction that was rescaled since the loss gave it is that of a loss so much larger.
+        scale = tree_scale(updates, extras.get("grad"))
         # The extra value is f(0) of the training batch only.
         known = self.name == "value_fn" and "value" in extras
 
@@ -128,8 +131,8 @@ class Probe:
             if compares:
                 start = extras["value"] if known else ray(jnp.zeros_like(eta))
                 decrease = inner_product(updates, extras["grad"])
-            found = self._differentiate(ray, eta)
-            return Reading(*(jnp.asarray(x).astype(kind) for x in (*found, start, decrease)))
+            found = (*self._differentiate(ray, eta), start, decrease)
+            return Reading(*(scale.astype(kind) * jnp.asarray(x).astype(kind) for x in found))
 
         return measure
 
@@ -165,7 +168,9 @@ class GradientComparison:
     def read(self, inputs: UpdateInputs, rate: jax.Array, due: jax.Array) -> Reading:
         """Return the reading of the last step. It costs nothing, so ``due`` does not matter."""
         del rate, due
-        slope = -inner_product(inputs.last_direction, inputs.extras.get("grad", inputs.updates))
+        gradient = inputs.extras.get("grad", inputs.updates)
+        slope = -inner_product(inputs.last_direction, gradient)
+        slope = slope * tree_scale(inputs.updates, gradient)
         zero = jnp.zeros_like(slope)
         return Reading(zero, slope, zero, zero, zero)
 

@@ -33,7 +33,7 @@ class RateSafeguards:
       nonfinite: k > 1. Where f(η) is not finite no step is made, and η becomes the lesser of η/k
         and the average rate. Where only a derivative is not finite, η stays as it is. A direction
         that is not finite gives a zero update and leaves η alone. One more than ten times as long
-        as any of late is shortened to that, and η learns nothing from it. Counted as ``failures``.
+        as any of late is shortened to those, and η learns nothing from it. Counted as ``failures``.
         None lets NaN through, and directions of any length.
       floor: the least rate, > 0. The paper's is 1e-6, which is too much for a loss that is a sum
         over many examples.

@@ -36,7 +36,7 @@ class LipschitzGuards:
       max_step: greatest norm of an update, > 0. It holds from the first step on whose loss is
         above ``max_rise`` times the first loss, or not finite. Infinity or None is the paper's
         rule. It needs the extra ``value``, and does nothing without it. Unless it is None, a
-        direction more than ten times as long as any of late is shortened to that from the first
+        direction more than ten times as long as any of late is shortened to those from the first
         step on, and counted in ``failures``.
       max_rise: see ``max_step``, ≥ 0. A first loss L below zero may rise to L + (max_rise − 1)|L|.
         With 0 the bound holds from the first step on.

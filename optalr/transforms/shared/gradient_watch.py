@@ -5,7 +5,7 @@ divides by almost nothing. Its gradient must not reach a momentum, a moment or a
 would stay for hundreds of steps. Whatever is large is judged by the largest gradient of late, which
 needs no scale from the user:
 
-    m ← max(min(n, 10 m), 0.999 m),    g ← g · min(1, 10 m / n),    n = ‖g‖.
+    g ← g m / n  if n = ‖g‖ > 10 m,    m ← max(min(n, 10 m), 0.999 m).
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from optalr.arrays import wide_dtype
 
-# A step ten times as long as any of late is unusual, and still does little harm.
+# Nothing shorter is touched. A scale that has really changed is caught up with at this rate.
 _PROPORTION = 10.0
 # The largest norm is forgotten over some thousand steps. A mean would forget the hard examples of a
 # well fitted set, which come once in a hundred batches with a thousand times the usual gradient.
@@ -66,7 +66,7 @@ def admit(updates: Any, watch: GradientWatch, *, squares: bool = True) -> Admitt
     limit = _PROPORTION * watch.largest_norm
     # A first gradient has nothing to be judged by, and zeros say nothing of the scale.
     long = ~bad & (watch.largest_norm > 0) & (norm > limit)
-    share = jnp.where(long, limit / jnp.where(long, norm, 1), 1)
+    share = jnp.where(long, watch.largest_norm / jnp.where(long, norm, 1), 1)
     seen = jnp.maximum(
         jnp.minimum(norm, jnp.where(long, limit, norm)), _MEMORY * watch.largest_norm
     )

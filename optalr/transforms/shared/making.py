@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_numbers
-from optalr.arrays import as_inexact
+from optalr.arrays import as_inexact, on_auto_axes
 from optalr.states import unboxed
 
 
@@ -23,6 +23,7 @@ def transformation(
     update: Callable[..., Any],
     *,
     keeps_leaves: bool = True,
+    on_auto: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that ``init`` and ``update`` make.
 
@@ -32,6 +33,8 @@ def transformation(
       update: ``update(updates, state, params, **extras) -> (updates, state)``.
       keeps_leaves: whether the method itself keeps arrays whose shapes follow from the parameters'.
         False also for one whose state holds that of another transformation, which looks after it.
+      on_auto: whether ``update`` contracts or reshapes leaves, and calls no function of the user.
+        On a mesh with explicit axes it then runs where the compiler chooses the shardings.
     """
 
     def init_fn(params: Any) -> Any:
@@ -44,7 +47,11 @@ def transformation(
         if keeps_leaves:
             # A lambda, which jax cannot take for one that it has traced with other hyperparameters.
             _check_state(method, state, jax.eval_shape(lambda like: init(like), updates))
-        return update(updates, state, params, **extras)
+        if not on_auto:
+            return update(updates, state, params, **extras)
+        return on_auto_axes(
+            lambda *args: update(*args, **extras), updates, state, params, like=(updates, state)
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -46,16 +46,16 @@ class _Found(NamedTuple):
     in_loop: bool
 
 
-def no_layers(jaxpr: Any, plan: Plan, sizes: tuple[int, int | None]) -> dict[Site, str]:
+def no_layers(jaxpr: Any, plan: Plan, sizes: tuple[int, int, int | None]) -> dict[Site, str]:
     """Return the products of a traced loss that are no layers, each with the reason.
 
     Args:
       jaxpr: the loss's; its first inputs are the parameter leaves.
       plan: what was found in it.
-      sizes: how many parameter leaves there are, and how many of the first outputs are
-        differentiated (None for all).
+      sizes: how many parameter leaves there are, how many of the inputs after them are constants of
+        the loss, and how many of the first outputs are differentiated (None for all).
     """
-    num_leaves, num_outputs = sizes
+    num_leaves, num_held, num_outputs = sizes
     bits = [input_bit(i) for i in range(len(jaxpr.invars) + len(jaxpr.constvars))]
     inputs, constants = bits[: len(jaxpr.invars)], bits[len(jaxpr.invars) :]
     felt = [num_outputs is None or i < num_outputs for i in range(len(jaxpr.outvars))]
@@ -64,7 +64,7 @@ def no_layers(jaxpr: Any, plan: Plan, sizes: tuple[int, int | None]) -> dict[Sit
     reasons = {site: _UNFELT_BY_HAND if site.by_hand else _UNFELT for site in unfelt}
     # What the user declares to be a layer is one, if the loss feels it.
     left = [x for x in found if x.is_felt and not x.site.by_hand]
-    unfed = _unfed(left, union(inputs[num_leaves:]))
+    unfed = _unfed(left, union(inputs[num_leaves + num_held :]))
     left = [x for x in left if x.site not in unfed]
     reasons.update(dict.fromkeys(unfed, _UNFED))
     reasons.update(dict.fromkeys(_single(left, union(inputs[:num_leaves])), _SINGLE))

@@ -1,0 +1,99 @@
+"""Steps in which one batch is broken: its inputs, its loss or its gradient."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optalr
+from tests.contract import problem
+
+WARM = 12  # steps before a late fault: past every switch of the registry
+AFTER = 8  # steps after a fault
+ZEROS = 10  # steps of a run of zeros
+
+
+class Fault(NamedTuple):
+    """What is wrong with a batch.
+
+    Attributes:
+      inputs: stands in place of one input.
+      loss: multiplies the loss, and so all that it reveals.
+      gradient: multiplies the gradient between the loss and the method.
+      steps: for how many batches.
+      counts: whether the method must count it.
+    """
+
+    inputs: float | None = None
+    loss: float = 1.0
+    gradient: float = 1.0
+    steps: int = 1
+    counts: bool = True
+
+
+FAULTS = {
+    "nan": Fault(inputs=np.nan),
+    "inf": Fault(inputs=np.inf),
+    "loss_1e30": Fault(loss=1e30),
+    "loss_1e4": Fault(loss=1e4),
+    "gradient_1e30": Fault(gradient=1e30),
+    "gradient_1e12": Fault(gradient=1e12),
+    "zeros": Fault(loss=0.0, steps=ZEROS, counts=False),
+}
+
+
+class Record(NamedTuple):
+    """A run: its last parameters, the updates' norms, and the count of failures after each step."""
+
+    params: dict
+    norms: np.ndarray
+    failures: list
+
+
+def _predict(params, inputs, labels, scale):
+    del scale
+    return problem.predict(params, inputs, labels)
+
+
+def _output_loss(logits, inputs, labels, scale):
+    return scale * problem.output_loss(logits, inputs, labels)
+
+
+@functools.cache
+def compiled(method):
+    """Return a transformation and its compiled step on a loss of any scale."""
+    tx = method.make()
+    evaluate = optalr.value_grad_and_extras(optalr.composite_loss(_predict, _output_loss))
+
+    def step(params, state, batch, scales):
+        loss_scale, gradient_scale = scales
+        wanted = optalr.wants_signals(state)
+        _, grads, extras = evaluate(params, *batch, loss_scale, signals=wanted)
+        grads = jax.tree.map(lambda g: gradient_scale * g, grads)
+        extras["validation_value"] = jnp.float32(1.0)
+        updates, state = tx.update(grads, state, params, **extras)
+        failures = optalr.metrics(state).get("failures", jnp.int32(0))
+        report = updates, optax.tree.norm(updates), failures
+        return optax.apply_updates(params, updates), state, report
+
+    return tx, jax.jit(step)
+
+
+def run(method, num_steps, fault=None, at=0):
+    """Train on batches of one distribution, with a fault from step ``at`` on."""
+    tx, step = compiled(method)
+    params = problem.make_params()
+    state, norms, failures = tx.init(params), [], []
+    for t in range(num_steps):
+        inputs, labels = problem.make_batch(seed=t)
+        broken = fault is not None and at <= t < at + fault.steps
+        if broken and fault.inputs is not None:
+            inputs = inputs.at[0, 0].set(fault.inputs)
+        scales = (fault.loss, fault.gradient) if broken else (1.0, 1.0)
+        params, state, (_, norm, count) = step(params, state, (inputs, labels), np.float32(scales))
+        norms.append(float(norm))
+        failures.append(int(count))
+    return Record(params, np.array(norms), failures)
