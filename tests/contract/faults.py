@@ -97,3 +97,34 @@ def run(method, num_steps, fault=None, at=0):
         norms.append(float(norm))
         failures.append(int(count))
     return Record(params, np.array(norms), failures)
+
+
+def recovery(method, share=0.5):
+    """Return, by fault, the updates until one has this share of its usual length."""
+    expected = run(method, WARM + ZEROS + AFTER)
+    usual = np.median(expected.norms[expected.norms > 0])
+    found = {}
+    for name, fault in FAULTS.items():
+        updates = []
+        for at in (1, WARM):
+            end = at + fault.steps
+            norms = run(method, end + AFTER, fault, at).norms[end:]
+            normal = norms >= share * np.minimum(expected.norms[end : end + AFTER], usual)
+            updates.append(int(np.argmax(normal)) + 1 if normal.any() else None)
+        found[name] = "never" if None in updates else max(updates)
+    return found
+
+
+def main():
+    """Print a table for the page on faults: ``python -m tests.contract.faults``."""
+    from tests.contract.registry import METHODS
+
+    print("| method |", *(f"{name} |" for name in FAULTS))
+    print("|---" * (1 + len(FAULTS)) + "|")
+    for method in METHODS:
+        if method.guards:
+            print(f"| `{method.name}` |", *(f"{n} |" for n in recovery(method).values()))
+
+
+if __name__ == "__main__":
+    main()
