@@ -49,7 +49,7 @@ def add_learned_decay(
     min_factor: Any = 3e-4,
     max_factor: Any = 12.0,
     smoothing: Any = 0.9,
-    memory: Any = 0.99,
+    memory: Any = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
     """Add weight decay to a direction, with a strength that is learned from a validation loss.
 
