@@ -59,6 +59,7 @@ from optalr.transforms.guard import guard
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
 from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
+from optalr.transforms.learned_decay.transform import add_learned_decay
 from optalr.transforms.learned_rate.probing import SuccessiveGradients
 from optalr.transforms.learned_rate.safeguards import RateSafeguards
 from optalr.transforms.learned_rate.transform import scale_by_learned_rate
@@ -82,6 +83,7 @@ __all__ = [
     "KroneckerOptions",
     "scale_by_block_diagonal",
     "scale_by_full_matrix",
+    "add_learned_decay",
     # Flows: curvature products, their solver, their decay.
     "edf",
     "scale_by_krylov_flow",

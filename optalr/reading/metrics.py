@@ -36,6 +36,8 @@ REPORTED = (
     "clipped_rates",
     "bounded_steps",
     "guarded_rates",
+    "weight_decay",
+    "hypergradient",
 )
 # Fields of common optax states, and the name they are reported under.
 FOREIGN = {

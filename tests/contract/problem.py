@@ -45,4 +45,8 @@ def _supplied():
 def evaluate(params, batch, signals=True):
     """Return value, gradient and every extra of the vocabulary."""
     value, grads, extras = _supplied()(params, *batch, signals=signals)
-    return value, grads, {**extras, "validation_value": value.astype(jnp.float32)}
+    validation = {
+        "validation_value": value.astype(jnp.float32),
+        "validation_value_fn": extras["value_fn"],
+    }
+    return value, grads, {**extras, **validation}

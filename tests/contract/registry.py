@@ -47,6 +47,7 @@ def _stages(phase, first=None):
 
 PHASE = ("phase", "steps_since_switch")
 RATE = ("learning_rate", "failures", "average_rate", "nonconvex_probes", "runaway_steps")
+DECAY = ("weight_decay", "hypergradient", "failures")
 
 # What a method is also tried with, beside its defaults.
 CHOICES = {
@@ -58,6 +59,7 @@ CHOICES = {
     "kronecker_grafted",
     "edf_hessian",
     "successive_gradients",
+    "learned_decay_per_leaf",
 }
 
 METHODS = (
@@ -243,6 +245,30 @@ METHODS = (
         needs=("value_fn",),
         reports=(*RATE, *PHASE),
         rtol=1e-3,
+    ),
+    Method(
+        "add_learned_decay",
+        lambda initial_decay=0.1, meta_rate=0.03, smoothing=0.9: optalr.add_learned_decay(
+            initial_decay, meta_rate=meta_rate, smoothing=smoothing
+        ),
+        needs=("validation_value_fn",),
+        reports=DECAY,
+        guards=False,
+    ),
+    Method(
+        "learned_decay_per_leaf",
+        lambda min_factor=1e-2, max_factor=10.0, memory=0.99: optalr.add_learned_decay(
+            0.1,
+            every=2,
+            per_leaf=True,
+            probe="value_fn",
+            min_factor=min_factor,
+            max_factor=max_factor,
+            memory=memory,
+        ),
+        needs=("value_fn",),
+        reports=DECAY,
+        guards=False,
     ),
     Method(
         "scale_by_lipschitz_rate",

@@ -57,7 +57,8 @@ def train(tx, params, num_steps=3):
     update = jax.jit(tx.update)
     for _ in range(num_steps):
         value, grads, extras = supplied()(params, *batch)
-        updates, state = update(grads, state, params, **extras, validation_value=value)
+        extras |= {"validation_value": value, "validation_value_fn": extras["value_fn"]}
+        updates, state = update(grads, state, params, **extras)
         params = optax.apply_updates(params, updates)
     return params, state
 
@@ -257,6 +258,7 @@ def test_a_gradient_of_an_integer_is_refused_by_name():
         lambda: optalr.scale_by_kronecker(statistics="gradient"),
         optalr.scale_by_krylov_flow,
         lambda: optalr.scale_by_learned_rate(0.1),
+        lambda: optalr.add_learned_decay(0.1),
     ],
 )
 @pytest.mark.parametrize("point", ["point", None])
