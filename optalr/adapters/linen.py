@@ -36,7 +36,9 @@ class TrainState(train_state.TrainState):
         """Whether the next ``apply_gradients`` will read signals."""
         return wants_signals(self.opt_state)
 
-    def apply_gradients(self, *, grads: Any, extras: dict[str, Any] | None = None, **kwargs: Any):
+    def apply_gradients(
+        self, *, grads: Any, extras: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
         """Return the state after one update.
 
         Args:

@@ -74,6 +74,7 @@ def compiled(method):
         _, grads, extras = evaluate(params, *batch, loss_scale, signals=wanted)
         grads = jax.tree.map(lambda g: gradient_scale * g, grads)
         extras["validation_value"] = jnp.float32(1.0)
+        extras["validation_value_fn"] = extras["value_fn"]
         updates, state = tx.update(grads, state, params, **extras)
         failures = optalr.metrics(state).get("failures", jnp.int32(0))
         report = updates, optax.tree.norm(updates), failures

@@ -63,6 +63,7 @@ def step_of(tx, model):
     def step(params, state, batch):
         value, grads, extras = evaluate(params, *batch, signals=optalr.wants_signals(state))
         extras["validation_value"] = value.astype(jnp.float32)
+        extras["validation_value_fn"] = extras["value_fn"]
         updates, state = tx.update(grads, state, params, **extras)
         return optax.apply_updates(params, updates), state
 
