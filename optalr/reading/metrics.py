@@ -102,7 +102,9 @@ def metrics(opt_state: Any) -> dict[str, Any]:
         report[name] = _COMBINED[name](values) if name in _COMBINED else values[0]
         if len(entries) > 1 and name != "step":
             for i, (label, value) in enumerate(entries):
-                report.setdefault(label if label not in report else f"{label}_{i}", value)
+                # The first without a path has the plain name already.
+                if i or label != name:
+                    report.setdefault(label if label not in report else f"{label}_{i}", value)
     rate = _rate_in_charge(opt_state)
     if rate is not None:
         report["learning_rate"] = rate

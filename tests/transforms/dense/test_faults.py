@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import optalr
 from optalr import scale_by_block_diagonal, scale_by_full_matrix
 from tests.transforms.dense.problems import ALL, jitted, sequence, trajectory
 
@@ -85,3 +86,22 @@ def test_a_root_that_is_kept_back_keeps_its_residual():
     assert int(after.root_age) == 0  # not every step may pay for another try
     _, after = jitted(tx.update)(params, after._replace(moments=state.moments))
     assert float(after.root_residual) < 1e-2
+
+
+@pytest.mark.parametrize("power", [-1.0, -0.5, -0.25])
+@pytest.mark.parametrize("make", [scale_by_full_matrix, scale_by_block_diagonal])
+def test_a_root_out_of_date_makes_no_update_longer_than_a_fresh_one_could(make, power):
+    """After zeros the roots are those of a moment that has nearly faded away."""
+    after = [*sequence((6,), 6, seed=3)]
+    zeros = [jnp.zeros(6)] * 80
+    stale, state = trajectory(make(power, update_every=2), [*after, *zeros, *after])
+    lengths = np.array([float(jnp.linalg.norm(u)) for u in stale[-len(after) :]])
+    q, share = -power, 0.05
+    for length, g in zip(lengths, after, strict=True):
+        norm = float(jnp.linalg.norm(g))
+        # A fresh root holds g itself with the weight of the newest gradient.
+        limit = norm ** (1 - 2 * q) * share**-q if q <= 0.5 else np.inf
+        assert length <= 1.06 * limit
+    assert int(state.bounded_steps) > 0
+    assert int(optalr.metrics(state)["bounded_steps"]) == int(state.bounded_steps)
+    assert int(state.failures) == 0

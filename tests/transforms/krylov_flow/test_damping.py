@@ -8,6 +8,7 @@ import pytest
 
 import optalr
 from optalr import LevenbergMarquardt, scale_by_krylov_flow
+from tests.contract import problem
 from tests.transforms.compiling import quick_jit
 from tests.transforms.krylov_flow.problems import rosenbrock, squared
 
@@ -159,3 +160,32 @@ def test_a_mapping_of_fields_is_a_rule():
         jax.tree.map(np.testing.assert_array_equal, found, expected)
     with pytest.raises(TypeError, match="damping has no field 'inital'; its fields are initial,"):
         scale_by_krylov_flow(damping={"inital": 0.5})
+
+
+@pytest.mark.parametrize("inputs", [0.0, 1.0])
+def test_steps_that_fit_one_batch_each_stay_bounded(inputs):
+    """Inputs say nothing and labels change, so each step fits one batch alone."""
+    params = problem.make_params()
+    tx = optalr.edf(
+        0.5,
+        curvature="hessian",
+        num_steps=2,
+        damping=optalr.LevenbergMarquardt(),
+        acceleration="W2",
+    )
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, batch):
+        value, grads, extras = problem.evaluate(params, batch, signals=False)
+        updates, state = tx.update(grads, state, params, **extras)
+        return optax.apply_updates(params, updates), state, value
+
+    losses = []
+    for seed in range(150):
+        _, labels = problem.make_batch(seed=seed)
+        batch = jnp.full((problem.NUM_EXAMPLES, problem.NUM_INPUTS), inputs), labels
+        params, state, value = step(params, state, batch)
+        losses.append(float(value))
+    assert max(losses) < 10 * losses[0]
+    assert int(optalr.metrics(state)["bounded_steps"]) > 0
