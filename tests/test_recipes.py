@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optalr
@@ -30,3 +31,34 @@ def test_the_second_stage_may_have_a_momentum_that_starts_from_zero(second_rate)
 def test_a_second_momentum_outside_its_range_is_refused():
     with pytest.raises(ValueError, match="second_momentum"):
         optalr.tso_alra(0.1, second_momentum=1.0)
+
+
+@pytest.mark.parametrize("second_rate", [None, 0.05])
+def test_weight_decay_is_decoupled_and_spares_vectors(second_rate):
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    tx = optalr.tso_alra(
+        0.1,
+        switch_at=1,
+        second_learning_rate=second_rate,
+        statistics="gradient",
+        weight_decay=0.5,
+    )
+    state = tx.init(params)
+    for rate in (0.1, second_rate or 0.1):  # one update in each phase; nothing but the decay moves
+        updates, state = tx.update(grads, state, params)
+        np.testing.assert_allclose(updates["kernel"], -rate * 0.5 * params["kernel"], rtol=1e-6)
+        np.testing.assert_array_equal(updates["bias"], 0)
+        params = optax.apply_updates(params, updates)
+
+
+def test_no_decay_adds_nothing_to_the_state_and_a_negative_one_is_refused():
+    structures = [
+        jax.tree.structure(
+            optalr.tso_alra(0.1, statistics="gradient", **more).init(jnp.ones((2, 2)))
+        )
+        for more in ({}, {"weight_decay": 0.0})
+    ]
+    assert structures[0] == structures[1]
+    with pytest.raises(ValueError, match="weight_decay"):
+        optalr.tso_alra(0.1, weight_decay=-1.0)

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optalr import phases
-from optalr.arguments import check_interval
+from optalr.arguments import check_interval, is_concrete
 from optalr.signals.coverage import Coverage
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
@@ -27,6 +28,7 @@ def tso_alra(
     signals_every: Any = None,
     momentum: float | None = 0.9,
     second_momentum: float | None = None,
+    weight_decay: Any = 0.0,
     layout: Coverage | None = None,
     options: KroneckerOptions | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -36,8 +38,8 @@ def tso_alra(
     phase gets there fast. Plain SGD after the switch leaves the gradient noise as it is, which
     F^{-1/2} makes isotropic (theorem 2 of the paper). With p the power,
 
-        phase 0:   v ← momentum · v + F^p g,   θ ← θ − η v
-        phase 1:   θ ← θ − η g
+        phase 0:   v ← momentum · v + F^p g,   θ ← θ − η (v + λ θ)
+        phase 1:   θ ← θ − η (g + λ θ)
 
     where F is the Kronecker-factored Fisher matrix of ``scale_by_kronecker``, with its warm-up, its
     bound on the update and its relative damping. A rate of 1e-2 is a good start in phase 0. In
@@ -60,6 +62,8 @@ def tso_alra(
       momentum: momentum of phase 0, in [0, 1); None for none.
       second_momentum: momentum of phase 1, in [0, 1), starting from zero at the switch; None for
         none. A momentum of m makes a rate act as if divided by 1 − m.
+      weight_decay: λ ≥ 0, decoupled: in both phases ``θ ← θ − η λ θ`` besides, for leaves of two or
+        more axes. It is not preconditioned, and no momentum takes it in.
       layout: what ``optalr.coverage(loss_fn, params, *args)`` returned, where it is needed.
       options: further options of ``scale_by_kronecker``, a ``KroneckerOptions`` or a mapping of its
         fields.
@@ -105,17 +109,14 @@ def tso_alra(
     )
     if momentum is not None:
         direction = optax.chain(direction, optax.trace(momentum))
-    second = _sgd_direction(second_momentum)
+    second, penalty = _sgd_direction(second_momentum), _penalty(weight_decay)
     if second_learning_rate is None:
         # One rate for both phases, on one clock: a schedule does not start again at the switch.
         staged = phases.two_stage(direction, second, phase)
-        return optax.chain(staged, scale_by_recorded_rate(learning_rate))
-    second_rate = scale_by_recorded_rate(second_learning_rate)
-    return phases.two_stage(
-        optax.chain(direction, scale_by_recorded_rate(learning_rate)),
-        second_rate if second_momentum is None else optax.chain(second, second_rate),
-        phase,
-    )
+        return optax.chain(staged, *penalty, scale_by_recorded_rate(learning_rate))
+    links = [*([] if second_momentum is None else [second]), *penalty]
+    first = optax.chain(direction, *penalty, scale_by_recorded_rate(learning_rate))
+    return phases.two_stage(first, _ending(links, second_learning_rate), phase)
 
 
 def _phase_scheduler(switch_at: int | None, phase: Any) -> Any:
@@ -136,6 +137,25 @@ def _sgd_direction(second_momentum: float | None) -> optax.GradientTransformatio
         return optax.identity()
     check_interval("second_momentum", second_momentum, 0.0, 1.0, open_high=True)
     return optax.trace(second_momentum)
+
+
+def _ending(links: list[Any], learning_rate: Rate) -> optax.GradientTransformation:
+    """Return the links of a stage with a rate of its own behind them."""
+    rate = scale_by_recorded_rate(learning_rate)
+    return optax.chain(*links, rate) if links else rate
+
+
+def _penalty(weight_decay: Any) -> list[optax.GradientTransformation]:
+    """Return what adds the decay of matrices; nothing where it is known to be zero."""
+    check_interval("weight_decay", weight_decay, 0.0)
+    if is_concrete(weight_decay) and float(weight_decay) == 0:
+        return []
+    return [optax.add_decayed_weights(weight_decay, mask=_is_matrix)]
+
+
+def _is_matrix(params: Any) -> Any:
+    """Return which leaves have two or more axes: kernels, but no biases or norm scales."""
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
 
 
 def _never(step: jax.Array) -> float:
