@@ -8,6 +8,7 @@ needs no scale from the user:
     g ← g m / n  if n = ‖g‖ > 10 m,    m ← max(min(n, 10 m), 0.999 m).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,17 +87,38 @@ def _norm(updates: Any) -> tuple[jax.Array, jax.Array]:
     The square may be out of range where the norm is not.
     """
     leaves = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
+    plain = _sum_of_squares(leaves, None)
+    in_range = jnp.isfinite(plain) & (plain > _UNIT)
 
-    def total(unit: float) -> jax.Array:
-        # A barrier, because XLA would turn (x u)² into x² u², which is out of range again.
-        factor = jax.lax.optimization_barrier(jnp.float32(unit))
-        parts = [jnp.sum(jnp.square(jnp.abs(leaf) * factor.astype(_real(leaf)))) for leaf in leaves]
-        return sum(parts, start=jnp.float32(0))
+    def select(plain: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+        return jnp.where(in_range, jnp.sqrt(plain), _far_norm(leaves))
 
-    # Three sums in one pass over the numbers: as they are, and for those too large or too small.
-    plain, of_large, of_small = total(1.0), total(_UNIT), total(1 / _UNIT)
-    norm = jnp.where(jnp.isfinite(plain), jnp.sqrt(plain), jnp.sqrt(of_large) / _UNIT)
-    return jnp.where(plain < _UNIT, jnp.sqrt(of_small) * _UNIT, norm), plain
+    def branch(plain: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+        return jax.lax.cond(in_range, lambda _: jnp.sqrt(plain), _far_norm, leaves)
+
+    # An accelerator takes all sums in one pass, and would wait for the answer of a branch. A CPU
+    # takes a pass for each.
+    return jax.lax.platform_dependent(plain, leaves, cpu=branch, default=select), plain
+
+
+def _far_norm(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Return the norm of numbers of which the squares are out of range."""
+    large = jnp.sqrt(_sum_of_squares(leaves, _UNIT)) / _UNIT
+    small = jnp.sqrt(_sum_of_squares(leaves, 1 / _UNIT)) * _UNIT
+    return jnp.where(jnp.isfinite(small), small, large)
+
+
+def _sum_of_squares(leaves: Sequence[jax.Array], unit: float | None) -> jax.Array:
+    """Return the sum of squares of all numbers, each times ``unit``."""
+    total = jnp.float32(0)
+    for leaf in leaves:
+        numbers = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
+        if unit is not None:
+            # A barrier, because XLA would turn (x u)² into x² u², which is out of range again.
+            factor = jax.lax.optimization_barrier(jnp.float32(unit))
+            numbers = numbers * factor.astype(numbers.dtype)
+        total = total + jnp.sum(jnp.square(numbers))
+    return total
 
 
 def _real(array: jax.Array) -> Any:
