@@ -5,7 +5,7 @@ divides by almost nothing. Its gradient must not reach a momentum, a moment or a
 would stay for hundreds of steps. Whatever is large is judged by the largest gradient of late, which
 needs no scale from the user:
 
-    g ← g m / n  if n = ‖g‖ > 10 m,    m ← max(min(n, 10 m), 0.999 m).
+    g ← g m / n,  m ← 1.5 m    if n = ‖g‖ > 10 m,    else    m ← max(n, 0.999 m).
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,11 @@ import jax.numpy as jnp
 
 from optalr.arrays import wide_dtype
 
-# Nothing shorter is touched. A scale that has really changed is caught up with at this rate.
+# Nothing shorter than this many times the longest of late is touched.
 _PROPORTION = 10.0
+# A scale that has really changed is caught up with at this rate. Twelve steps are soon enough for a
+# scale of a thousand, because steps keep about their old length until then.
+_GROWTH = 1.5
 # The largest norm is forgotten over some thousand steps. A mean would forget the hard examples of a
 # well fitted set, which come once in a hundred batches with a thousand times the usual gradient.
 _MEMORY = 0.999
@@ -68,9 +71,8 @@ def admit(updates: Any, watch: GradientWatch, *, squares: bool = True) -> Admitt
     # A first gradient has nothing to be judged by, and zeros say nothing of the scale.
     long = ~bad & (watch.largest_norm > 0) & (norm > limit)
     share = jnp.where(long, watch.largest_norm / jnp.where(long, norm, 1), 1)
-    seen = jnp.maximum(
-        jnp.minimum(norm, jnp.where(long, limit, norm)), _MEMORY * watch.largest_norm
-    )
+    seen = jnp.where(long, _GROWTH * watch.largest_norm, norm)
+    seen = jnp.maximum(seen, _MEMORY * watch.largest_norm)
     largest = jnp.where(bad | (norm == 0), watch.largest_norm, seen).astype(jnp.float32)
 
     def tame(leaf: jax.Array) -> jax.Array:
