@@ -38,8 +38,8 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
       A transformation whose updates have the dtypes they came in. A gradient whose squared norm is
       not finite gives a zero update and leaves the state. One that is more than ten times as long
       as any of late is shortened to those. Both count in ``failures``. A first gradient that is too
-      long cannot be told. Where the scale has really changed, ``m`` grows by half a step: after 12
-      steps a gradient a thousand times as long is the usual one.
+      long cannot be told. Where the scale has really changed, each gradient in a row lets the
+      next be half as long again: after 12 one a thousand times as long is the usual one.
 
     Raises:
       TypeError: ``inner`` is not a gradient transformation.

@@ -41,6 +41,7 @@ FAULTS = {
     "loss_1e4": Fault(loss=1e4),
     "gradient_1e30": Fault(gradient=1e30),
     "gradient_1e12": Fault(gradient=1e12),
+    "ten_losses_1e4": Fault(loss=1e4, steps=10),
     "zeros": Fault(loss=0.0, steps=ZEROS, counts=False),
 }
 

@@ -246,7 +246,7 @@ def _advance(
 ) -> LearnedRateState:
     """Return the state after one update, but for the direction."""
     refreshed = due & ~outcome.failed & (outcome.next_rate > 0)
-    updates_so_far = state.count // jnp.asarray(every, jnp.int32) + 1 - state.failures
+    updates_so_far = count_up(state.count // jnp.asarray(every, jnp.int32)) - state.failures
     share = 1 / jnp.clip(updates_so_far, 1, AVERAGED_UPDATES).astype(jnp.float32)
     # Geometric, because rates differ by factors: one that is far too large must not rule the mean.
     average = state.average_rate * (outcome.next_rate / state.average_rate) ** share

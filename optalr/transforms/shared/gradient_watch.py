@@ -3,9 +3,12 @@
 One batch in a million is broken: a corrupt record, an overflow in half precision, a loss that
 divides by almost nothing. Its gradient must not reach a momentum, a moment or a parameter, where it
 would stay for hundreds of steps. Whatever is large is judged by the largest gradient of late, which
-needs no scale from the user:
+needs no scale from the user. With n = ‖g‖, and k gradients too long in a row before it,
 
-    g ← g m / n,  m ← 1.5 m    if n = ‖g‖ > 10 m,    else    m ← max(n, 0.999 m).
+    g ← g m / n,  k ← k + 1    if n > 10 · 1.5ᵏ m,    else    m ← max(n, 0.999 m),  k ← 0.
+
+So steps keep their old length until a scale that has really changed is believed. A single fault,
+or one in every few batches, changes nothing.
 """
 
 from collections.abc import Sequence
@@ -15,12 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arrays import wide_dtype
+from optalr.states import count_up
 
 # Nothing shorter than this many times the longest of late is touched.
 _PROPORTION = 10.0
-# A scale that has really changed is caught up with at this rate. Twelve steps are soon enough for a
-# scale of a thousand, because steps keep about their old length until then.
+# How much more is believed with each gradient in a row: twelve steps for a scale of a thousand.
 _GROWTH = 1.5
+_LONGEST_ROW = 200  # its power of the growth is still in range
 # The largest norm is forgotten over some thousand steps. A mean would forget the hard examples of a
 # well fitted set, which come once in a hundred batches with a thousand times the usual gradient.
 _MEMORY = 0.999
@@ -32,6 +36,7 @@ class GradientWatch(NamedTuple):
     """What is remembered of the gradients' lengths."""
 
     largest_norm: jax.Array  # () float32, m; 0 before the first gradient that is not zero
+    num_long: jax.Array  # () int32, k, gradients in a row that were too long
 
 
 class Admitted(NamedTuple):
@@ -52,7 +57,7 @@ class Admitted(NamedTuple):
 
 def start_gradient_watch() -> GradientWatch:
     """Return the memory before the first gradient."""
-    return GradientWatch(jnp.zeros((), jnp.float32))
+    return GradientWatch(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
 
 
 def admit(updates: Any, watch: GradientWatch, *, squares: bool = True) -> Admitted:
@@ -67,20 +72,22 @@ def admit(updates: Any, watch: GradientWatch, *, squares: bool = True) -> Admitt
     # The norm of anything not finite is not finite either. A square that overflows would end every
     # moment of squares.
     bad = ~jnp.isfinite(total if squares else norm)
-    limit = _PROPORTION * watch.largest_norm
+    row = jnp.minimum(watch.num_long, _LONGEST_ROW).astype(jnp.float32)
+    limit = _PROPORTION * jnp.power(jnp.float32(_GROWTH), row) * watch.largest_norm
     # A first gradient has nothing to be judged by, and zeros say nothing of the scale.
     long = ~bad & (watch.largest_norm > 0) & (norm > limit)
     share = jnp.where(long, watch.largest_norm / jnp.where(long, norm, 1), 1)
-    seen = jnp.where(long, _GROWTH * watch.largest_norm, norm)
-    seen = jnp.maximum(seen, _MEMORY * watch.largest_norm)
-    largest = jnp.where(bad | (norm == 0), watch.largest_norm, seen).astype(jnp.float32)
+    usual = ~(bad | long | (norm == 0))
+    seen = jnp.maximum(norm, _MEMORY * watch.largest_norm)
+    largest = jnp.where(usual, seen, watch.largest_norm).astype(jnp.float32)
+    num_long = jnp.where(usual, 0, count_up(watch.num_long, long))
 
     def tame(leaf: jax.Array) -> jax.Array:
         wide = leaf.astype(wide_dtype(leaf))
         shorter = (wide * share.astype(_real(wide))).astype(leaf.dtype)
         return jnp.where(bad, jnp.zeros_like(leaf), jnp.where(long, shorter, leaf))
 
-    return Admitted(jax.tree.map(tame, updates), GradientWatch(largest), bad, bad | long)
+    return Admitted(jax.tree.map(tame, updates), GradientWatch(largest, num_long), bad, bad | long)
 
 
 def _norm(updates: Any) -> tuple[jax.Array, jax.Array]:
