@@ -20,6 +20,15 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer) and not callable(value)
 
 
+def is_python_zero(value: Any) -> bool:
+    """Return whether ``value`` is the Python number 0, for which a part may be left out.
+
+    A state's structure must not depend on a number that ``optax.inject_hyperparams`` makes an array
+    of: it is known at ``init`` and traced at ``update``.
+    """
+    return isinstance(value, int | float) and value == 0
+
+
 def check_interval(
     name: str,
     value: Any,

@@ -62,3 +62,37 @@ def test_no_decay_adds_nothing_to_the_state_and_a_negative_one_is_refused():
     assert structures[0] == structures[1]
     with pytest.raises(ValueError, match="weight_decay"):
         optalr.tso_alra(0.1, weight_decay=-1.0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax.inject_hyperparams(optalr.tso_alra)(0.1),
+        lambda: optax.inject_hyperparams(optalr.lipschitz_sgd)("softmax", num_classes=2),
+        lambda: optax.inject_hyperparams(optalr.lipschitz_adam)("softmax", num_classes=2),
+    ],
+    ids=["tso_alra", "lipschitz_sgd", "lipschitz_adam"],
+)
+def test_recipes_with_their_defaults_may_be_injected(make):
+    def loss_fn(params, x):
+        return jnp.mean((x @ params["w"]) ** 2)
+
+    tx, params, x = make(), {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    _, grads, extras = optalr.value_grad_and_extras(loss_fn)(params, x)
+    state = tx.init(params)
+    updates, after = jax.jit(lambda g, s, p, e: tx.update(g, s, p, **e))(
+        grads, state, params, extras
+    )
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert bool(jnp.any(updates["w"] != 0))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0, 3), (4, 2)])
+def test_one_bare_array_may_be_all_parameters(shape):
+    params = jnp.ones(shape)
+    tx = optalr.tso_alra(0.1)
+    evaluate = optalr.value_grad_and_extras(lambda p: jnp.sum(jnp.square(p - 2)))
+    _, grads, extras = evaluate(params)
+    updates, _ = tx.update(grads, tx.init(params), params, **extras)
+    assert updates.shape == shape
+    assert bool(jnp.all(updates > 0))

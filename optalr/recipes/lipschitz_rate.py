@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from optalr.arguments import check_interval, is_concrete
+from optalr.arguments import check_interval, is_python_zero
 from optalr.transforms.guard import guard
 from optalr.transforms.lipschitz_rate.guards import LipschitzGuards
 from optalr.transforms.lipschitz_rate.transform import scale_by_lipschitz_rate
@@ -153,7 +153,7 @@ def lipschitz_adam(
 
 
 def _penalty(weight_decay: Any) -> list[optax.GradientTransformation]:
-    """Return what adds the penalty's gradient; nothing where the decay is known to be zero."""
-    if is_concrete(weight_decay) and weight_decay == 0:
+    """Return what adds the penalty's gradient; nothing for the number 0."""
+    if is_python_zero(weight_decay):
         return []
     return [optax.add_decayed_weights(weight_decay)]

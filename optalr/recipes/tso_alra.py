@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr import phases
-from optalr.arguments import check_interval, is_concrete
+from optalr.arguments import check_interval, is_python_zero
 from optalr.signals.coverage import Coverage
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
@@ -146,9 +146,9 @@ def _ending(links: list[Any], learning_rate: Rate) -> optax.GradientTransformati
 
 
 def _penalty(weight_decay: Any) -> list[optax.GradientTransformation]:
-    """Return what adds the decay of matrices; nothing where it is known to be zero."""
+    """Return what adds the decay of matrices; nothing for the number 0."""
     check_interval("weight_decay", weight_decay, 0.0)
-    if is_concrete(weight_decay) and float(weight_decay) == 0:
+    if is_python_zero(weight_decay):
         return []
     return [optax.add_decayed_weights(weight_decay, mask=_is_matrix)]
 

@@ -254,10 +254,9 @@ class _Kronecker:
         given = admit(updates, state.gradients, squares=False)
         failures = count_up(state.failures, given.failed)
         state = state._replace(gradients=given.watch, failures=failures)
-        others = None
-        if self.options.graft is not None:
-            inputs = {"params": params, "extras": extras}
-            others, state = run_graft(self.options.graft, given, state, **inputs)
+        others, other = None, self.options.graft
+        if other is not None:
+            others, state = run_graft(other, given, state, params=params, extras=extras)
         read = {name: extras[name] for name in ("signals", "measure", "grad") if name in extras}
         # Nothing in here calls the loss, which may be written for explicit axes.
         return on_auto_axes(self._advance, (given, others), read, state, like=(updates, state))
@@ -284,13 +283,14 @@ class _Kronecker:
         return jax.tree.structure(updates).unflatten(new), state._replace(memory=kept)
 
     def _step(self, updates: Any, extras: Any) -> Step:
-        signals = measured_later = None
-        if self.from_signals:
-            signals = require_extra(extras, "signals", "scale_by_kronecker", remedy=_REMEDY)
-            measured_later = extras.get("measure")
+        # One bare array without a layer has signals of None.
+        if self.from_signals and "signals" not in extras:
+            require_extra(extras, "signals", "scale_by_kronecker", remedy=_REMEDY)
+        read = extras if self.from_signals else {}
         plans = self.plan(updates)
+        signals, measure = read.get("signals"), read.get("measure")
         leaves = with_signals(plans, signals)
-        return Step(self.spectrum(), plans, leaves, self.clock, signals, measured_later)
+        return Step(self.spectrum(), plans, leaves, self.clock, signals, measure)
 
 
 _REMEDY = (
