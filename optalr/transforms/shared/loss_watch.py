@@ -16,7 +16,7 @@ from optalr.transforms.shared.lengths import length
 class LossWatch(NamedTuple):
     """What is remembered of the loss."""
 
-    first_value: jax.Array  # () float32, the first loss that was finite and not 0; 0 before
+    first_value: jax.Array  # () float32, the first loss that was finite; 0 before
     started: jax.Array  # () bool, whether there was one
     risen: jax.Array  # () bool, whether it ever rose by a share of its size, or was not finite
 
@@ -39,8 +39,8 @@ def watch_loss(watch: LossWatch, value: Any, max_rise: float) -> LossWatch:
     if value is None:
         return watch
     value = jnp.asarray(value).astype(jnp.float32)
-    # A loss that is not finite, or zero, is nothing to compare with.
-    begins = ~watch.started & jnp.isfinite(value) & (value != 0)
+    # A loss that is not finite is nothing to compare with.
+    begins = ~watch.started & jnp.isfinite(value)
     first = jnp.where(begins, value, watch.first_value)
     # By a share of its size, so that a loss below zero is watched like one above it.
     limit = first + (max_rise - 1) * jnp.abs(first)
