@@ -14,8 +14,13 @@ import optax
 from optalr.arguments import check_count
 from optalr.arrays import wide_dtype
 from optalr.states import unboxed
-from optalr.transforms.dense.second_moment import Memory, SecondMoment, precondition
-from optalr.transforms.shared.gradient_watch import GradientWatch, start_gradient_watch
+from optalr.transforms.dense.second_moment import (
+    Memory,
+    SecondMoment,
+    first_memory,
+    precondition,
+)
+from optalr.transforms.shared.gradient_watch import GradientWatch
 from optalr.transforms.shared.lengths import length
 from optalr.transforms.shared.making import transformation
 
@@ -109,19 +114,14 @@ def scale_by_block_diagonal(
         leaves, structure = jax.tree.flatten(updates)
         bare = jax.tree.structure(unboxed(updates))
         vectors = [leaf.astype(wide_dtype(leaf)).reshape(-1) for leaf in leaves]
-        new, memory = precondition(rule, _memory(state), vectors, update_every=update_every)
+        kept = Memory.of(state, jax.tree.leaves(state.moments), jax.tree.leaves(state.roots))
+        new, memory = precondition(rule, kept, vectors, update_every=update_every)
         shaped = [u.reshape(x.shape).astype(x.dtype) for u, x in zip(new, leaves, strict=True)]
         return structure.unflatten(shaped), BlockDiagonalState(
-            count=memory.count,
-            weight=memory.weight,
-            root_age=memory.root_age,
-            failures=memory.failures,
-            bounded_steps=memory.bounded_steps,
-            gradients=memory.gradients,
+            **memory.shared(),
             damping=jnp.asarray(damping, jnp.float32),
             update_norm=length(new),
             moments=bare.unflatten(memory.moments),
-            root_residual=memory.root_residual,
             roots=bare.unflatten(memory.roots),
         )
 
@@ -132,32 +132,11 @@ def _first_state(params: Any, damping: Any) -> BlockDiagonalState:
     """Return the state before the first update."""
     params = unboxed(params)  # a block has none of the axes that a box names
     return BlockDiagonalState(
-        count=jnp.zeros([], jnp.int32),
-        weight=jnp.zeros([], jnp.float32),
-        root_age=jnp.zeros([], jnp.int32),
-        failures=jnp.zeros([], jnp.int32),
-        bounded_steps=jnp.zeros([], jnp.int32),
-        gradients=start_gradient_watch(),
+        **first_memory().shared(),
         damping=jnp.array(damping, jnp.float32),
         update_norm=jnp.zeros([], jnp.float32),
         moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),
-        root_residual=jnp.zeros([], jnp.float32),
         roots=jax.tree.map(lambda x: jnp.eye(x.size, dtype=wide_dtype(x)), params),
-    )
-
-
-def _memory(state: BlockDiagonalState) -> Memory:
-    """Return what the state remembers, leaf by leaf."""
-    return Memory(
-        count=state.count,
-        weight=state.weight,
-        root_age=state.root_age,
-        failures=state.failures,
-        bounded_steps=state.bounded_steps,
-        gradients=state.gradients,
-        moments=jax.tree.leaves(state.moments),
-        root_residual=state.root_residual,
-        roots=jax.tree.leaves(state.roots),
     )
 
 

@@ -14,11 +14,12 @@ from optalr.arguments import check_count
 from optalr.transforms.dense.second_moment import (
     Memory,
     SecondMoment,
+    first_memory,
     precondition,
     working_dtype,
 )
 from optalr.transforms.dense.window import scale_by_window
-from optalr.transforms.shared.gradient_watch import GradientWatch, start_gradient_watch
+from optalr.transforms.shared.gradient_watch import GradientWatch
 from optalr.transforms.shared.lengths import length
 from optalr.transforms.shared.making import transformation
 
@@ -129,16 +130,10 @@ def _whole(
     def init_fn(params: Any) -> FullMatrixState:
         size, dtype = _checked_size(params, max_size)
         return FullMatrixState(
-            count=jnp.zeros([], jnp.int32),
-            weight=jnp.zeros([], jnp.float32),
-            root_age=jnp.zeros([], jnp.int32),
-            failures=jnp.zeros([], jnp.int32),
-            bounded_steps=jnp.zeros([], jnp.int32),
-            gradients=start_gradient_watch(),
+            **first_memory().shared(),
             damping=jnp.array(rule.damping, jnp.float32),
             update_norm=jnp.zeros([], jnp.float32),
             moment=jnp.zeros((size, size), dtype),
-            root_residual=jnp.zeros([], jnp.float32),
             root=jnp.eye(size, dtype=dtype),
         )
 
@@ -149,37 +144,17 @@ def _whole(
         leaves, structure = jax.tree.flatten(updates)
         flat = [leaf.astype(state.moment.dtype).reshape(-1) for leaf in leaves]
         vector = jnp.concatenate([jnp.zeros(0, state.moment.dtype), *flat])
-        (new,), memory = precondition(rule, _memory(state), [vector], update_every=update_every)
+        kept = Memory.of(state, [state.moment], [state.root])
+        (new,), memory = precondition(rule, kept, [vector], update_every=update_every)
         return structure.unflatten(_split(new, leaves)), FullMatrixState(
-            count=memory.count,
-            weight=memory.weight,
-            root_age=memory.root_age,
-            failures=memory.failures,
-            bounded_steps=memory.bounded_steps,
-            gradients=memory.gradients,
+            **memory.shared(),
             damping=jnp.asarray(rule.damping, jnp.float32),
             update_norm=length(new),
             moment=memory.moments[0],
-            root_residual=memory.root_residual,
             root=memory.roots[0],
         )
 
     return transformation("scale_by_full_matrix", init_fn, update_fn, on_auto=True)
-
-
-def _memory(state: FullMatrixState) -> Memory:
-    """Return what the state remembers, as the memory of one vector."""
-    return Memory(
-        count=state.count,
-        weight=state.weight,
-        root_age=state.root_age,
-        failures=state.failures,
-        bounded_steps=state.bounded_steps,
-        gradients=state.gradients,
-        moments=[state.moment],
-        root_residual=state.root_residual,
-        roots=[state.root],
-    )
 
 
 def _split(vector: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:

@@ -15,7 +15,7 @@ from optalr.arguments import check_choice, check_interval, is_concrete
 from optalr.arrays import all_finite, wide_dtype
 from optalr.linalg import inverse_roots, mean_eigenvalue, spd
 from optalr.states import count_up, update_when
-from optalr.transforms.shared.gradient_watch import GradientWatch, admit
+from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 
 # By how much a root's rounding may exceed a bound.
 _ROUNDING = 1.05
@@ -103,6 +103,35 @@ class Memory(NamedTuple):
     moments: Sequence[jax.Array]  # (k, k) for a vector of k numbers
     root_residual: jax.Array  # () float32, the worst among the roots in use
     roots: Sequence[jax.Array]  # (k, k), as the moments
+
+    @classmethod
+    def of(cls, state: Any, moments: Sequence[jax.Array], roots: Sequence[jax.Array]) -> "Memory":
+        """Return what a method's state remembers, given its matrices as lists."""
+        shared = {name: getattr(state, name) for name in _SHARED}
+        return cls(moments=moments, roots=roots, **shared)
+
+    def shared(self) -> dict[str, Any]:
+        """Return the fields that the methods' states have too, by name."""
+        return {name: getattr(self, name) for name in _SHARED}
+
+
+# Everything but the matrices, which each method keeps in a structure of its own.
+_SHARED = tuple(name for name in Memory._fields if name not in ("moments", "roots"))
+
+
+def first_memory() -> Memory:
+    """Return the memory before the first update, without matrices."""
+    return Memory(
+        count=jnp.zeros([], jnp.int32),
+        weight=jnp.zeros([], jnp.float32),
+        root_age=jnp.zeros([], jnp.int32),
+        failures=jnp.zeros([], jnp.int32),
+        bounded_steps=jnp.zeros([], jnp.int32),
+        gradients=start_gradient_watch(),
+        moments=(),
+        root_residual=jnp.zeros([], jnp.float32),
+        roots=(),
+    )
 
 
 def precondition(

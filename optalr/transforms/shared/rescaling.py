@@ -6,25 +6,18 @@ depends on a scale that means nothing. Both ends are known: ``extras["grad"]`` i
 the loss gave it, and ``updates`` is what arrived.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optalr.arrays import wide_dtype
+from optalr.arrays import at_least_float32
+from optalr.linalg.minres.vectors import divide, dot, largest, nonzero
 from optalr.signals.ray import by_path
 
 # Two gradients are multiples of each other where sin² of the angle between them is below this.
 # Rounding to bfloat16 turns a gradient by 1e-5. A momentum or a penalty turns it by far more.
 _PARALLEL = 1e-3
-
-
-class _Products(NamedTuple):
-    """Inner products of two arrays that are divided by their largest entries."""
-
-    of_updates: jax.Array
-    of_gradient: jax.Array
-    mixed: jax.Array
 
 
 def leaf_scales(updates: Any, gradient: Any) -> list[jax.Array]:
@@ -57,25 +50,14 @@ def tree_scale(updates: Any, gradient: Any) -> jax.Array:
 
 def _scale(updates: list[jax.Array], gradient: list[jax.Array]) -> jax.Array:
     """Return |c| where ``updates`` is c times ``gradient``, and 1 elsewhere; float32."""
-    new, new_unit = _in_units(updates)
-    old, old_unit = _in_units(gradient)
-    products = _Products(_inner(new, new), _inner(old, old), _inner(new, old))
-    measurable = (products.of_updates > 0) & (products.of_gradient > 0)
-    both = jnp.where(measurable, products.of_updates * products.of_gradient, 1)
-    parallel = measurable & (1 - jnp.square(products.mixed) / both <= _PARALLEL)
-    ratio = jnp.abs(products.mixed) / jnp.where(measurable, products.of_gradient, 1)
-    scale = ratio * (new_unit / old_unit)
+    # In units of the largest entries, so that no square leaves float32's range.
+    wide = at_least_float32(updates), at_least_float32(gradient)
+    units = [largest(tree) for tree in wide]
+    new, old = (divide(tree, unit) for tree, unit in zip(wide, units, strict=True))
+    new_square, old_square, mixed = dot(new, new), dot(old, old), dot(new, old)
+    measurable = (new_square > 0) & (old_square > 0)
+    both = jnp.where(measurable, new_square * old_square, 1)
+    parallel = measurable & (1 - jnp.square(mixed) / both <= _PARALLEL)
+    ratio = jnp.abs(mixed) / jnp.where(measurable, old_square, 1)
+    scale = ratio * (units[0] / nonzero(units[1]))
     return jnp.where(parallel & jnp.isfinite(scale), scale, 1).astype(jnp.float32)
-
-
-def _in_units(leaves: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-    """Return arrays over the largest entry of all, so that no square leaves float32's range."""
-    wide = [leaf.astype(wide_dtype(leaf)) for leaf in leaves]
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in wide]))
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return [leaf / unit.astype(jnp.finfo(leaf.dtype).dtype) for leaf in wide], unit
-
-
-def _inner(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    products = [jnp.sum(x * jnp.conj(y)).real for x, y in zip(a, b, strict=True)]
-    return sum(products[1:], start=products[0])
