@@ -14,6 +14,7 @@ from tests.contract import problem
 WARM = 12  # steps before a late fault: past every switch of the registry
 AFTER = 8  # steps after a fault
 ZEROS = 10  # steps of a run of zeros
+NOW_AND_THEN = 41  # steps with a fault in every fifth
 
 
 class Fault(NamedTuple):
@@ -23,7 +24,8 @@ class Fault(NamedTuple):
       inputs: stands in place of one input.
       loss: multiplies the loss, and so all that it reveals.
       gradient: multiplies the gradient between the loss and the method.
-      steps: for how many batches.
+      steps: over how many batches.
+      every: how many batches of these come to one that is broken.
       counts: whether the method must count it.
     """
 
@@ -31,6 +33,7 @@ class Fault(NamedTuple):
     loss: float = 1.0
     gradient: float = 1.0
     steps: int = 1
+    every: int = 1
     counts: bool = True
 
 
@@ -91,7 +94,7 @@ def run(method, num_steps, fault=None, at=0):
     state, norms, failures = tx.init(params), [], []
     for t in range(num_steps):
         inputs, labels = problem.make_batch(seed=t)
-        broken = fault is not None and at <= t < at + fault.steps
+        broken = fault is not None and at <= t < at + fault.steps and (t - at) % fault.every == 0
         if broken and fault.inputs is not None:
             inputs = inputs.at[0, 0].set(fault.inputs)
         scales = (fault.loss, fault.gradient) if broken else (1.0, 1.0)

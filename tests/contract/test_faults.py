@@ -10,8 +10,8 @@ import pytest
 
 import optalr
 from tests.contract import problem
-from tests.contract.faults import AFTER, FAULTS, WARM, ZEROS, compiled, run
-from tests.contract.registry import METHODS
+from tests.contract.faults import AFTER, FAULTS, NOW_AND_THEN, WARM, Fault, compiled, run
+from tests.contract.registry import METHODS, Method
 
 guarding = pytest.mark.parametrize("method", [m for m in METHODS if m.guards], ids=repr)
 every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
@@ -21,12 +21,12 @@ NORMAL = 0.3
 # Updates after a fault until that is so. Docs and docstrings say "at once".
 WITHIN = 2
 # No fault makes an update longer than this many times what it would have been.
-LONGEST = 10.0
+TOO_LONG = 10.0
 
 
 @functools.cache
 def healthy(method):
-    return run(method, WARM + ZEROS + AFTER)
+    return run(method, WARM + NOW_AND_THEN + AFTER)
 
 
 @guarding
@@ -43,7 +43,29 @@ def test_training_goes_on_after_a_fault(method, at, name):
     recovered = record.norms[end:] >= NORMAL * np.minimum(expected.norms[end : end + AFTER], usual)
     assert recovered[:WITHIN].any(), record.norms[end:] / usual
     assert recovered.any()
-    assert record.norms.max() <= LONGEST * expected.norms.max()
+    assert record.norms.max() <= TOO_LONG * expected.norms.max()
+
+
+# A rate of order 2 without a bound on its steps diverges on batches as small as these without any
+# fault (``RateSafeguards.max_step`` says so). It is tried with the bound.
+UNBOUNDED = {"scale_by_learned_rate", "learned_rate_then", "pass_extras"}
+BOUNDED = {"max_step": 1.0, "max_rise": 0.0}
+STEADY = [
+    *(m for m in METHODS if m.guards and m.name not in UNBOUNDED),
+    Method("learned_rate_bounded", lambda: optalr.learned_rate_sgd(0.1, safeguards=BOUNDED)),
+]
+
+
+@pytest.mark.parametrize("method", STEADY, ids=repr)
+@pytest.mark.parametrize("size", [1e4, 1e15])
+def test_faults_now_and_then_are_all_counted_and_never_believed(method, size):
+    fault = Fault(gradient=size, steps=NOW_AND_THEN, every=5)
+    end = WARM + fault.steps
+    record, expected = run(method, end + AFTER, fault, WARM), healthy(method)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(record.params))
+    num_faults = len(range(0, fault.steps, fault.every))
+    assert record.failures[-1] - record.failures[WARM - 1] >= num_faults
+    assert record.norms.max() <= TOO_LONG * expected.norms.max()
 
 
 @every_method
@@ -82,6 +104,23 @@ def test_clipping_before_the_method_does_not_depend_on_the_size_of_the_loss(scal
     for _ in range(150):
         params, state, loss = step(params, state)
     assert float(loss) < 0.05
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optalr.tso_alra(1e-2),
+        lambda: optalr.tso_alra(1e-2, options={"spectrum": "exact"}),
+        lambda: optalr.tso_alra(1e-2, options={"spectrum": "measured"}),
+        lambda: optalr.tso_alra(1e-2, statistics="gradient"),
+    ],
+    ids=["factored", "exact", "measured", "gradient"],
+)
+def test_an_outlier_in_the_very_first_batch_does_not_own_the_factors(make):
+    plain, spoiled = (
+        run(Method("tso_alra", make), 200, fault) for fault in (None, FAULTS["loss_1e4"])
+    )
+    assert spoiled.norms[100:].mean() > 0.5 * plain.norms[100:].mean()
 
 
 def test_an_outlying_batch_is_forgotten_within_two_refresh_intervals():

@@ -20,8 +20,11 @@ from optalr.transforms.kronecker.memory import (
 from optalr.transforms.kronecker.pairing import sides_of, with_signals
 from optalr.transforms.kronecker.proportion import (
     Measurement,
+    Shares,
+    Tamed,
+    Trust,
     in_proportion,
-    share_in_proportion,
+    shares,
 )
 from optalr.transforms.kronecker.rule import Rule
 from optalr.transforms.kronecker.spectrum import Spectrum, Step
@@ -123,21 +126,21 @@ def fold_batch(
         elif isinstance(leaf, Elementwise):
             measured[i] = batch.num_examples * jnp.square(batch.grads[i])
     good, bounded = all_finite(measured), jnp.bool_(False)
+    trust = Trust(batch.weight, ~batch.started)
     folded = list(memories)
     for i, new in measured.items():
         leaf, memory = leaves[i], memories[i]
         if isinstance(leaf, Kernel):
             seen = good if leaf.moments is None else good & (leaf.moments.count > 0)
-            tame, over = in_proportion(new, leaf, memory, weight=batch.weight)
-            folded[i] = _fold_kernel(spectrum.rule, leaf, memory, new=tame, keep=seen)
-            bounded |= over & seen
+            tamed = in_proportion(new, leaf, memory, trust=trust)
+            folded[i] = _fold_kernel(spectrum.rule, memory, tamed=tamed, keep=seen)
+            bounded |= tamed.over & seen
         else:
             old = memory.second_moment
-            before = jnp.mean(old) / jnp.where(batch.weight > 0, batch.weight, 1).astype(old.dtype)
-            share, over = share_in_proportion(jnp.mean(new), before)
-            average = moving_average(old, share * new, spectrum.rule.decay)
+            left = shares(jnp.mean(new), jnp.mean(old), trust)
+            average = moving_average(left.average * old, left.new * new, spectrum.rule.decay)
             folded[i] = LeafMemory(second_moment=jnp.where(good, average, old))
-            bounded |= over & good
+            bounded |= left.over & good
     # Before there are roots the average is young, and its first batches may well differ that much.
     return Folded(folded, good, bounded & batch.started)
 
@@ -202,23 +205,22 @@ def _normalized_grams(
     return rows.scaled(num_examples), cols.scaled(inverse)
 
 
-def _fold_kernel(
-    rule: Rule, leaf: Kernel, memory: LeafMemory, *, new: Measurement, keep: jax.Array
-) -> LeafMemory:
+def _fold_kernel(rule: Rule, memory: LeafMemory, *, tamed: Tamed, keep: jax.Array) -> LeafMemory:
     """Return a kernel's memory after one more batch, or as it was where ``keep`` is false."""
 
     def choose(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
 
-    def fold_side(side: SideMemory, form: Structured, new: Structured) -> SideMemory:
-        average = form.holding(side.factor).fold(new, rule.decay)
+    def fold_side(side: SideMemory, new: Structured, left: Shares) -> SideMemory:
+        average = new.holding(side.factor).scaled(left.average).fold(new, rule.decay)
         return side._replace(factor=choose(average.stored, side.factor))
 
     average = partial(moving_average, decay=rule.decay)
+    new = tamed.new
     moment = jax.tree.map(average, memory.eigen_moment, new.second_moment)
     return LeafMemory(
-        rows=fold_side(memory.rows, leaf.rows, new.rows),
-        cols=fold_side(memory.cols, leaf.cols, new.cols),
+        rows=fold_side(memory.rows, new.rows, tamed.rows),
+        cols=fold_side(memory.cols, new.cols, tamed.cols),
         eigen_moment=choose(moment, memory.eigen_moment),
     )
 

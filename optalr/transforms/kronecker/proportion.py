@@ -21,6 +21,13 @@ from optalr.transforms.kronecker.memory import LeafMemory
 _PROPORTION = 30.0
 
 
+class Trust(NamedTuple):
+    """What the averages are worth."""
+
+    weight: jax.Array  # () float32, the sum of their weights
+    is_young: jax.Array  # () bool, whether no roots were taken of them yet
+
+
 class Measurement(NamedTuple):
     """The statistics of one kernel in one batch."""
 
@@ -29,40 +36,68 @@ class Measurement(NamedTuple):
     second_moment: Any  # where one is kept
 
 
-def in_proportion(
-    new: Measurement, leaf: Kernel, memory: LeafMemory, *, weight: jax.Array
-) -> tuple[Measurement, jax.Array]:
-    """Return a kernel's statistics, scaled down where they are too large; and whether they were.
+class Shares(NamedTuple):
+    """What is left of two numbers that are out of proportion: each is scaled by its share."""
+
+    new: jax.Array  # of the measurement
+    average: jax.Array  # of the average so far
+    over: jax.Array  # bool, whether the measurement is scaled down
+
+
+class Tamed(NamedTuple):
+    """A kernel's statistics in proportion to their averages."""
+
+    new: Measurement
+    rows: Shares
+    cols: Shares
+
+    @property
+    def over(self) -> jax.Array:
+        """Whether anything of the batch was scaled down."""
+        return jnp.any(self.rows.over) | jnp.any(self.cols.over)
+
+
+def in_proportion(new: Measurement, leaf: Kernel, memory: LeafMemory, *, trust: Trust) -> Tamed:
+    """Return a kernel's statistics, scaled down where they are too large.
 
     Args:
       new: what this batch shows.
       leaf: the kernel.
       memory: the averages without this batch.
-      weight: the sum of the averages' weights.
+      trust: what the averages are worth.
     """
-    row_share, row_over = _share(new.rows, leaf.rows.holding(memory.rows.factor), weight)
-    col_share, col_over = _share(new.cols, leaf.cols.holding(memory.cols.factor), weight)
+    rows = _shares_of(new.rows, leaf.rows.holding(memory.rows.factor), trust)
+    cols = _shares_of(new.cols, leaf.cols.holding(memory.cols.factor), trust)
     moments = new.second_moment
     if isinstance(moments, jax.Array):
         # Squares of a batch's gradient are out of proportion where its factors are. By themselves
         # they may be N times those of the factors, in a batch whose examples agree.
-        moments = moments * spd.align(row_share * col_share, moments)
-    tame = Measurement(new.rows.scaled(row_share), new.cols.scaled(col_share), moments)
-    return tame, jnp.any(row_over) | jnp.any(col_over)
+        moments = moments * spd.align(rows.new * cols.new, moments)
+    tame = Measurement(new.rows.scaled(rows.new), new.cols.scaled(cols.new), moments)
+    return Tamed(tame, rows, cols)
 
 
-def share_in_proportion(new: jax.Array, average: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the share of a measurement that is in proportion, and whether that is less than 1.
+def shares(new: jax.Array, total: jax.Array, trust: Trust) -> Shares:
+    """Return what is left of a measurement, and of the average so far.
 
     Args:
       new: mean eigenvalue, or mean square, of the measurement.
-      average: that of the average so far; 0 where nothing has been seen, which bounds nothing.
+      total: that of the average, not corrected for its start at zero; 0 where nothing has been
+        seen, which bounds nothing.
+      trust: what the average is worth.
     """
+    average = total / jnp.where(trust.weight > 0, trust.weight, 1).astype(total.dtype)
     limit = _PROPORTION * average
     over = (average > 0) & (new > limit) & jnp.isfinite(new)
-    return jnp.where(over, limit / jnp.where(over, new, 1), 1).astype(new.dtype), over
+    # The first batch has nothing to be judged by. So while the average is young the later ones
+    # judge it.
+    under = trust.is_young & (new > 0) & (average > _PROPORTION * new)
+    return Shares(
+        jnp.where(over, limit / jnp.where(over, new, 1), 1).astype(new.dtype),
+        jnp.where(under, _PROPORTION * new / jnp.where(under, average, 1), 1).astype(new.dtype),
+        over,
+    )
 
 
-def _share(new: Structured, kept: Structured, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    average = kept.mean() / jnp.where(weight > 0, weight, 1).astype(kept.stored.dtype)
-    return share_in_proportion(new.mean(), average)
+def _shares_of(new: Structured, kept: Structured, trust: Trust) -> Shares:
+    return shares(new.mean(), kept.mean(), trust)
