@@ -94,6 +94,15 @@ def check_count(name: str, value: Any, low: int = 1, *, remedy: str = "") -> Non
         raise ValueError(f"{name} must be at least {low}, got {value!r}. {remedy}".rstrip())
 
 
+def check_known(name: str, value: Any) -> None:
+    """Raise ``TypeError`` if ``value`` is traced: it decides shapes or the structure of a state."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} must be a known number, because shapes depend on it, got a traced one. Under "
+            f"optax.inject_hyperparams pass static_args=({name!r},)."
+        )
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -63,8 +63,8 @@ def set_phase(opt_state: Any, phase: float | None, *, level: int = 0) -> Any:
     new_state = at_level(opt_state, level)
     if not found:
         raise ValueError(
-            f"opt_state holds no phase at level {level}. Build the optimizer with "
-            "optalr.two_stage(first, second, optalr.switch_at(...))."
+            f"opt_state holds no phase at level {level} that can be set. Build the optimizer with "
+            "optalr.two_stage(first, second, optalr.switch_at(...)); swats decides by itself."
         )
     return new_state
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_count
+from optalr.arguments import check_count, check_known
 from optalr.arrays import wide_dtype
 from optalr.states import unboxed
 from optalr.transforms.dense.second_moment import (
@@ -100,6 +100,7 @@ def scale_by_block_diagonal(
     """
     rule = SecondMoment(power, decay, damping, damping_form, bias_correction)
     check_count("update_every", update_every)
+    check_known("max_size", max_size)
     check_count("max_size", max_size)
 
     def init_fn(params: Any) -> BlockDiagonalState:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_count
+from optalr.arguments import check_count, check_known
 from optalr.transforms.dense.second_moment import (
     Memory,
     SecondMoment,
@@ -115,9 +115,11 @@ def scale_by_full_matrix(
     check_count("update_every", update_every)
     if max_size is None:
         max_size = _MAX_SIZE if window is None else _MAX_SIZE_WINDOWED
+    check_known("max_size", max_size)
     check_count("max_size", max_size)
     if window is None:
         return _whole(rule, update_every, max_size)
+    check_known("window", window)
     check_count("window", window)
     return scale_by_window(rule, int(window), max_size=max_size)
 

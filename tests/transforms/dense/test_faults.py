@@ -110,3 +110,21 @@ def test_a_root_out_of_date_makes_no_update_longer_than_a_fresh_one_could(make, 
     assert int(state.bounded_steps) > 0
     assert int(optalr.metrics(state)["bounded_steps"]) == int(state.bounded_steps)
     assert int(state.failures) == 0
+
+
+@pytest.mark.parametrize(
+    ("factory", "given", "name"),
+    [
+        (scale_by_block_diagonal, {}, "max_size"),
+        (scale_by_full_matrix, {"window": 3}, "window"),
+        (scale_by_full_matrix, {"max_size": 100}, "max_size"),
+    ],
+)
+def test_a_traced_number_that_decides_shapes_is_refused_by_name(factory, given, name):
+    tx, params = optax.inject_hyperparams(factory)(**given), jnp.ones(3)
+    state = tx.init(params)
+    with pytest.raises(TypeError, match=rf"{name} .*static_args=\('{name}',\)"):
+        jax.jit(tx.update)(params, state, params)
+    static = optax.inject_hyperparams(factory, static_args=(name,))(**given)
+    updates, _ = jax.jit(static.update)(params, static.init(params), params)
+    assert bool(jnp.isfinite(updates).all())
