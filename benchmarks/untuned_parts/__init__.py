@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/untuned.py``: problems, methods, runs, and what is made of them."""
