@@ -118,7 +118,9 @@ def run_problem(problem: str, args: argparse.Namespace, code: str) -> str:
             progress.stored += 1
             return
         record = run(problem, method, numbers, seed=seed, num_points=num_points)
-        store.add({**record, "num_points": num_points, **made_by})
+        # Seconds of runs that were made under different loads cannot be compared.
+        load = round(os.getloadavg()[0], 1)
+        store.add({**record, "num_points": num_points, **made_by, "load": load})
         progress.made += 1
         row = record["curve"][-1]
         print(

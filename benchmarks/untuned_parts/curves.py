@@ -16,19 +16,22 @@ class Run(NamedTuple):
       seconds: what all its steps took.
       numbers: of a tuned method, those that were chosen.
       made_by: code, jax and machine, as far as they are known.
+      load: processes that wanted a core when it ended; NaN if unknown.
     """
 
     curve: np.ndarray
     seconds: float
     numbers: dict[str, float]
     made_by: dict[str, str]
+    load: float
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Run":
         """Return what a stored record says of a run."""
         made_by = {name: record.get(name, "unknown") for name in ("code", "jax", "machine")}
         curve = np.asarray(record["curve"], float)
-        return cls(curve, record["seconds"], record["numbers"], made_by)
+        load = record.get("load", np.nan)
+        return cls(curve, record["seconds"], record["numbers"], made_by, load)
 
     def losses(self, column: int) -> np.ndarray:
         """Return a column of losses, with infinity for what is no number."""

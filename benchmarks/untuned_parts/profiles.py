@@ -23,11 +23,10 @@ def profile(costs: np.ndarray, factors: np.ndarray) -> np.ndarray:
     Returns:
       ``(methods, factors)`` shares. A problem that no method solves counts against all.
     """
-    best = costs.min(axis=1, keepdims=True)
-    solved = np.isfinite(costs)
     # 0 of 0 is as good as the best, so zeros are made a little more.
-    tiny = np.finfo(float).tiny
-    ratios = np.where(solved, np.maximum(costs, tiny) / np.maximum(best, tiny), np.inf)
+    costs = np.maximum(costs, 1e-200)
+    best = costs.min(axis=1, keepdims=True)
+    ratios = costs / np.where(np.isfinite(best), best, 1.0)
     within = ratios[:, :, None] <= factors * (1 + 1e-12)
     return within.mean(axis=0)
 

@@ -1,8 +1,8 @@
 """What is made of the stored runs: a page with all tables, two pictures, a summary to print."""
 
 import pathlib
-from collections import Counter
-from collections.abc import Mapping
+
+import numpy as np
 
 from . import pictures
 from .gathering import REFERENCE, Bench
@@ -83,11 +83,17 @@ def summary(bench: Bench, recipe: str) -> str:
 
 
 def made_by(bench: Bench) -> str:
-    """Return which code made the runs, on what, and how many it made."""
-    runs = [run.made_by for by_seed in bench.runs.values() for run in by_seed.values()]
-    shown: Mapping[tuple[str, ...], int] = Counter(tuple(run.values()) for run in runs)
-    rows = [[str(count), *names] for names, count in shown.items()]
-    return table(("runs", "code", "jax", "machine"), rows)
+    """Return which code made the runs, on what, under which load, and how many it made."""
+    loads: dict[tuple[str, ...], list[float]] = {}
+    for by_seed in bench.runs.values():
+        for run in by_seed.values():
+            loads.setdefault(tuple(run.made_by.values()), []).append(run.load)
+    rows = []
+    for names, found in loads.items():
+        known = [load for load in found if np.isfinite(load)]
+        shown = f"{min(known):g} to {max(known):g}" if known else "unknown"
+        rows.append([str(len(found)), *names, shown])
+    return table(("runs", "code", "jax", "machine", "load"), rows)
 
 
 def page(bench: Bench, recipe: str) -> str:
