@@ -107,6 +107,7 @@ def draw_profiles(bench: Bench, recipe: str) -> Figure:
             method = costs.methods[at]
             look = look_of(method, recipe)
             style = {"color": look.color, "lw": look.width, "zorder": 3 if look is _RECIPE else 2}
+            style["drawstyle"] = "steps-post"
             axis.plot(factors, shares[at], look.dashes, **style)
             _name_line(axis, label_of(bench, method), look, heights=(shares[at, -1], height))
         axis.set_title(_TITLES[name], fontsize="medium")

@@ -1,5 +1,7 @@
 """Stored runs: what was cut off is run again, what is dropped is gone, the best numbers win."""
 
+import pathlib
+
 import pytest
 
 from benchmarks.untuned_parts import problems
@@ -87,3 +89,11 @@ def test_data_that_is_missing_is_named_with_its_cure(monkeypatch):
 def test_half_the_problems_are_kept_for_the_end():
     roles = [problem.role for problem in problems.PROBLEMS.values()]
     assert (roles.count("development"), roles.count("end")) == (5, 5)
+
+
+def test_the_page_describes_every_problem_as_it_is():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "untuned.md").read_text()
+    for problem in problems.PROBLEMS.values():
+        sizes = " / ".join(map(str, problem.sizes))
+        cells = (problem.about, sizes, problem.batch, problem.epochs, problem.role)
+        assert f"| `{problem.name}` | " + " | ".join(map(str, cells)) + " |" in page
