@@ -25,6 +25,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import threading
 import time
 
 from untuned_parts.storing import FOLDER, Record, Store, chosen, key
@@ -79,6 +80,15 @@ def origin(code: str) -> dict[str, str]:
 
 def settle_down() -> None:
     """Keep a process to one core: so runs beside each other disturb each other least."""
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        # A bench that is killed leaves no worker behind that runs on.
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):  # not on a Mac
         cores = sorted(os.sched_getaffinity(0))
         # The workers of a pool are numbered from 1.

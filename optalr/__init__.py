@@ -28,6 +28,7 @@ from optalr.recipes import (
     lipschitz_adam,
     lipschitz_sgd,
     tso_alra,
+    untuned,
 )
 from optalr.schedules import (
     exponential_profile,
@@ -126,6 +127,7 @@ __all__ = [
     "set_phase",
     "release_first_stage",
     # Recipes: complete optimizers.
+    "untuned",
     "tso_alra",
     "learned_rate_sgd",
     "learned_rate_then",

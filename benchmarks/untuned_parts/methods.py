@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,9 +140,92 @@ def _soap(_: Any, total: int) -> optax.GradientTransformation:
     )
 
 
+def _untuned(**changes: Any) -> Callable[..., optax.GradientTransformation]:
+    return lambda _, total: optalr.untuned(total, **changes)
+
+
+def _open_ended(_: Any, total: int) -> optax.GradientTransformation:
+    del total
+    return optalr.untuned(None)
+
+
+def _switched(_: Any, total: int) -> optax.GradientTransformation:
+    at = 7 * total // 10
+    rate = cosine(2e-2, total - at, warmup=1)
+    sgd = optax.chain(optax.trace(0.9), optalr.scale_by_recorded_rate(rate))
+    return optalr.two_stage(optalr.untuned(total), sgd, optalr.switch_at(at))
+
+
+class AverageState(NamedTuple):
+    """The average of the iterates, with the structure of the parameters."""
+
+    average: Any
+
+
+def _averaged(_: Any, total: int) -> optax.GradientTransformation:
+    weight = 1 / max(1, total // 20)
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        del extras
+        new = optax.apply_updates(params, updates)
+        return updates, AverageState(optax.incremental_update(new, state.average, weight))
+
+    link = optax.GradientTransformationExtraArgs(init, update)
+    return optax.chain(optalr.untuned(total), link)
+
+
+class CurbState(NamedTuple):
+    """The lowest validation loss so far, and what the update is multiplied by."""
+
+    best: jax.Array
+    factor: jax.Array
+
+
+def _curbed(_: Any, total: int) -> optax.GradientTransformation:
+    def init(params: Any) -> CurbState:
+        del params
+        return CurbState(jnp.float32(jnp.inf), jnp.float32(1))
+
+    def update(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        del params
+        value, is_new = extras["validation_value"]
+        factor = jnp.where(is_new & (value > state.best), state.factor / 2, state.factor)
+        best = jnp.where(is_new, jnp.minimum(value, state.best), state.best)
+        return jax.tree.map(lambda u: u * factor, updates), CurbState(best, factor)
+
+    return optax.chain(optalr.untuned(total), optax.GradientTransformationExtraArgs(init, update))
+
+
+def _vectors_by_adam(_: Any, total: int) -> optax.GradientTransformation:
+    def label(params: Any) -> Any:
+        return jax.tree.map(lambda p: "matrix" if p.ndim >= 2 else "vector", params)
+
+    adam = optax.adam(schedule(3e-3, total))
+    return optax.partition({"matrix": optalr.untuned(total), "vector": adam}, label)
+
+
+def _average(state: Any, params: Any) -> Any:
+    del params
+    return state[1].average
+
+
+def _no_leaf(params: Any) -> Any:
+    return jax.tree.map(lambda _: False, params)
+
+
+def _recipe(name: str, about: str, build: Any = None, **more: Any) -> Method:
+    """Return the recipe, or one that differs from it in one part."""
+    given = {"reads_signals": True, "reads_validation": True, **more}
+    return Method(name, about, build or _untuned(), **given)
+
+
 METHODS = {
     method.name: method
     for method in (
+        _recipe("untuned", "optalr.untuned"),
         Method("adam", "Adam, 6 rates × 2 b1", _adam, _grid(rate=RATES, b1=(0.9, 0.99))),
         Method(
             "adamw",
@@ -173,5 +256,43 @@ METHODS = {
         Method("prodigy", "Prodigy", _prodigy),
         Method("muon", "optax's muon, 2e-2", _muon),
         Method("soap", "SOAP-like: second moments in eigenbases, 3e-3", _soap, reads_signals=True),
+        _recipe(
+            "untuned_no_validation",
+            "without validation losses: the decay stays 3/Σ η",
+            reads_validation=False,
+            ablation=True,
+        ),
+        _recipe("untuned_no_decay", "without decay", _untuned(decay_mask=_no_leaf), ablation=True),
+        _recipe(
+            "untuned_no_damping", "damping 1e-3 for 0.1", _untuned(damping=1e-3), ablation=True
+        ),
+        _recipe("untuned_no_momentum", "without momentum", _untuned(momentum=0.0), ablation=True),
+        _recipe("untuned_open_end", "without a known end", _open_ended, ablation=True),
+        _recipe(
+            "untuned_measured",
+            "second moments measured in the eigenbases, added",
+            _untuned(options={"spectrum": "measured"}),
+            ablation=True,
+        ),
+        _recipe(
+            "untuned_curbed",
+            "the rate halved whenever the validation loss has not fallen, added",
+            _curbed,
+            ablation=True,
+        ),
+        _recipe(
+            "untuned_vectors",
+            "Adam at 3e-3 for leaves of one axis, added",
+            _vectors_by_adam,
+            ablation=True,
+        ),
+        _recipe("untuned_switched", "SGD after 7/10 of the run, added", _switched, ablation=True),
+        _recipe(
+            "untuned_averaged",
+            "average over the last twentieth, added",
+            _averaged,
+            shown=_average,
+            ablation=True,
+        ),
     )
 }

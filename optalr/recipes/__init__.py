@@ -5,6 +5,7 @@ from optalr.recipes.flows import edf
 from optalr.recipes.learned_rate import learned_rate_sgd, learned_rate_then
 from optalr.recipes.lipschitz_rate import lipschitz_adam, lipschitz_sgd
 from optalr.recipes.tso_alra import tso_alra
+from optalr.recipes.untuned import untuned
 
 __all__ = [
     "CLASSICAL_RULES",
@@ -15,4 +16,5 @@ __all__ = [
     "lipschitz_adam",
     "lipschitz_sgd",
     "tso_alra",
+    "untuned",
 ]

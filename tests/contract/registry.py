@@ -271,6 +271,15 @@ METHODS = (
         guards=False,
     ),
     Method(
+        "untuned",
+        lambda scale=1.0, momentum=0.9, damping=0.1: optalr.untuned(
+            400, scale=scale, momentum=momentum, damping=damping, update_every=3
+        ),
+        needs=("signals",),
+        reports=("learning_rate", "weight_decay", "root_residual", "failures"),
+        rtol=1e-3,
+    ),
+    Method(
         "scale_by_lipschitz_rate",
         lambda weight_decay=1e-3: optalr.scale_by_lipschitz_rate(
             "softmax", num_classes=3, weight_decay=weight_decay, steps_per_epoch=2

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -249,3 +250,14 @@ def test_a_method_may_probe_the_validation_examples(configs, capsys):
     (configs / "probing.toml").write_text(text.replace("[train]", extra))
     cli.main(["run", str(configs / "probing.toml")])
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_the_untuned_recipe_gets_the_length_of_the_run_and_validation_batches(configs):
+    text = SMALL.format(name="untuned").replace("learning_rate = 3e-3", "")
+    (configs / "untuned.toml").write_text(text.split("[tune]")[0])
+    cli.main(["run", str(configs / "untuned.toml")])
+    lines = Path("runs/small-untuned-seed0/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[-1] < 0.02 * max(rates)  # a cosine that ends with the run
+    assert len({row["weight_decay"] for row in rows}) > 1

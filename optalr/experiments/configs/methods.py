@@ -27,7 +27,10 @@ RECIPES = (
     "lipschitz_sgd",
     "swats",
     "tso_alra",
+    "untuned",
 )
+# Those of them that read `validation_value_fn` without being told.
+_PROBING = ("untuned",)
 PHASES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "switch_at": optalr.switch_at,
@@ -76,7 +79,8 @@ def build_method(
     # A method of optalr gets a plain number as it is, which can still be injected or traced.
     rate = number if config.schedule.name == "constant" else schedule
     options = _in_steps(config.method.options, steps_per_epoch, section="method")
-    given = {key: value for key, value in (given or {}).items() if key not in options}
+    given = {"total_steps": total_steps, **(given or {})}
+    given = {key: value for key, value in given.items() if key not in options}
     factory, origin = find_method(config.method.name)
     if config.phase.name:
         given["phase"] = _build_phase(config, factory, steps_per_epoch)
@@ -89,6 +93,12 @@ def build_method(
     method = optax.with_extra_args_support(method)
     before = _on_the_gradient(config.train)
     return optax.chain(*before, method) if before else method
+
+
+def probes_validation(config: Config) -> bool:
+    """Return whether the config's method probes the loss of validation examples."""
+    method = config.method
+    return method.name in _PROBING or "validation_value_fn" in method.options.values()
 
 
 def find_method(name: str) -> tuple[Callable[..., Any], str]:

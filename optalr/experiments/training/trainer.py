@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optalr.experiments.configs.config import Config
-from optalr.experiments.configs.methods import build_method
+from optalr.experiments.configs.methods import build_method, probes_validation
 from optalr.experiments.data import Dataset, load
 from optalr.experiments.data.augment import Augmentation, build_augmentation
 from optalr.experiments.errors import ExperimentError
@@ -90,7 +90,7 @@ class Trainer:
         self._check_validation()
         self.scans = self._choose_loop()
         self.augment = self._augmentation()
-        probes = "validation_value_fn" in config.method.options.values()
+        probes = probes_validation(config)
         self.step = make_step(
             self.loss_fn,
             self.tx,

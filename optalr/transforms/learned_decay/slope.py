@@ -37,16 +37,24 @@ class SlopeProbe:
       every: steps between probes.
       derivative: ``"forward"`` or ``"backward"``.
       per_leaf: whether each leaf has a slope of its own.
+      required: whether a step without the extra is an error.
     """
 
     name: str
     every: Any
     derivative: str
     per_leaf: bool
+    required: bool
 
     def __post_init__(self):
         check_count("every", self.every)
         check_choice("derivative", self.derivative, ("forward", "backward"))
+
+    def due(self, extras: dict[str, Any], count: jax.Array) -> jax.Array:
+        """Return whether the update after ``count`` others measures a slope."""
+        if not self.required and self.name not in extras:
+            return jnp.zeros((), bool)
+        return count % jnp.asarray(self.every, jnp.int32) == 0
 
     def read(self, extras: dict[str, Any], decaying: Any, *, params: Any, due: jax.Array) -> Any:
         """Return the slope, float32, and zero where none is due.
@@ -60,6 +68,9 @@ class SlopeProbe:
         Returns:
           A scalar, or with ``per_leaf`` a tree of them with the structure of ``unboxed(decaying)``.
         """
+        if not self.required and self.name not in extras:
+            zero = jnp.zeros((), jnp.float32)
+            return jax.tree.map(lambda _: zero, unboxed(decaying)) if self.per_leaf else zero
         remedy = "" if self.name == "value_fn" else _REMEDY.format(probe=self.name)
         value_fn = require_extra(extras, self.name, METHOD, remedy)
         point = extras.get("point", params)

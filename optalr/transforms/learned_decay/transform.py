@@ -46,8 +46,9 @@ def add_learned_decay(
     mask: Any = None,
     probe: str = "validation_value_fn",
     derivative: str = "forward",
+    required: bool = True,
     min_factor: Any = 3e-4,
-    max_factor: Any = 12.0,
+    max_factor: Any = 100.0,
     smoothing: Any = 0.9,
     memory: Any = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
@@ -94,6 +95,9 @@ def add_learned_decay(
         protects from that.
       derivative: ``"forward"`` for a forward pass with tangents; ``"backward"`` for a gradient, as
         a loss with a ``jax.custom_vjp`` in it needs. With ``per_leaf`` it is always a gradient.
+      required: whether a step without that extra is an error. Where it is not, such a step learns
+        nothing, and λ stays what it is. Whether the extra is there decides what is compiled; so
+        give it in every step or in none.
       min_factor: lower bound of λ/λ₀, in (0, 1].
       max_factor: upper bound of λ/λ₀, ≥ 1.
       smoothing: β in [0, 1), of the average of slopes.
@@ -141,7 +145,7 @@ def add_learned_decay(
     """
     check_interval("initial_decay", initial_decay, 0.0, open_low=True)
     check_interval("meta_rate", meta_rate, 0.0)
-    measuring = SlopeProbe(probe, every, derivative, per_leaf)
+    measuring = SlopeProbe(probe, every, derivative, per_leaf, required)
     rule = DecayRule(smoothing, memory, min_factor, max_factor)
 
     def initial_at(count: jax.Array) -> jax.Array:
@@ -158,7 +162,7 @@ def add_learned_decay(
         decaying = _decaying(params, mask)
 
         # Measure the slope of the probed loss, where it is due.
-        due = state.count % jnp.asarray(every, jnp.int32) == 0
+        due = measuring.due(extras, state.count)
         slopes = measuring.read(extras, decaying, params=params, due=due)
 
         # Refresh the decay.

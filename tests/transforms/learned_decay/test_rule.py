@@ -256,3 +256,17 @@ def test_what_update_lacks_is_named_with_the_call_that_supplies_it():
     call = re.escape("validation_value_fn=jax.tree_util.Partial(loss_fn, x=x, y=y)")
     with pytest.raises(TypeError, match=f"'validation_value_fn'.*{call}"):
         tx.update({"w": W}, state, {"w": W})
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_a_probe_that_is_not_required_may_be_missing_and_the_decay_stays(per_leaf):
+    tx = optalr.add_learned_decay(0.1, required=False, per_leaf=per_leaf)
+    params, zeros = {"w": W}, {"w": jnp.zeros_like(W)}
+    state = probes(tx, [PULL])[-1]
+    learned = float(state.weight_decay)
+    assert learned != pytest.approx(0.1, rel=1e-4)
+    updates, state = jax.jit(tx.update)(zeros, state, params)
+    np.testing.assert_allclose(updates["w"], learned * W, rtol=1e-6)
+    assert (float(state.weight_decay), int(state.probes)) == (learned, 1)
+    _, state = jax.jit(tx.update)(zeros, state, params, validation_value_fn=Partial(pulled, a=PULL))
+    assert int(state.probes) == 2
