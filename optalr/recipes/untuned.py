@@ -12,7 +12,7 @@ from optalr.signals.coverage import Coverage
 from optalr.states import settle
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.learned_decay.transform import add_learned_decay
-from optalr.transforms.recorded_rate import scale_by_recorded_rate
+from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
 
 # Chosen once, on the bench's development problems, and good for all of them: neither the batch size
 # (32 to 2000), the width (32 to 256) nor the loss's scale asked for another.
@@ -79,7 +79,7 @@ def untuned(
     decay there than the whole run wants.
 
     *Without an end* (``total_steps=None``) the rate is ``0.02/√(1 + t/1000)`` and never reaches
-    zero. Losses end lower where the end is known.
+    zero. On the ten problems below that ends with a test loss 18 % higher.
 
     *Evidence.* Ten small nets on real data, three seeds (docs/untuned.md has the tables). The test
     loss ends lower than that of Adam tuned over 12 settings on nine of them (geometric mean of the
@@ -179,9 +179,7 @@ def _length_and_profile(total_steps: Any) -> tuple[Any, Callable[..., jax.Array]
     return total_steps, _cosine
 
 
-def _schedule(
-    peak: Any, length: Any, *, warmup: Any, profile: Callable[..., jax.Array]
-) -> optax.Schedule:
+def _schedule(peak: Any, length: Any, *, warmup: Any, profile: Callable[..., jax.Array]) -> Rate:
     """Return what rises to ``peak`` over ``warmup`` updates, and then follows ``profile``."""
 
     def rate(count: jax.Array) -> jax.Array:
