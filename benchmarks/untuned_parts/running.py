@@ -121,10 +121,7 @@ class Runner:
 
             extras["validation_value_fn"] = jax.tree_util.Partial(probe, (stats, px, py))
             extras["validation_value"] = validation_value
-        if extras:
-            updates, state = tx.update(grads, state, params, **extras)
-        else:
-            updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, **extras)
         return optax.apply_updates(params, updates), new, state
 
     @functools.cached_property
@@ -134,19 +131,16 @@ class Runner:
         def fetch(part: Any, index: jax.Array) -> Any:
             return part[0][index], part[1][index]
 
-        def steps(numbers: Any, carry: Any, data: Any, indices: Any, value: Any) -> Any:
+        def steps(numbers: Any, carry: Any, data: Any, entries: Any, value: Any) -> Any:
             def one(carry: Any, entry: Any) -> Any:
-                (training, probing), first = entry
-                # The value counts once, in the step after it was measured.
-                shown = (value, first)
-                batch = fetch(data[0], training), fetch(data[1], probing), shown
+                training, probing, is_new = entry
+                batch = fetch(data[0], training), fetch(data[1], probing), (value, is_new)
                 return self.step(numbers, carry, batch), None
 
-            first = jnp.arange(len(indices[0])) == 0
             if self.like.problem.loops:
-                return jax.lax.scan(one, carry, (indices, first))[0]
-            (entry,) = zip(*indices, strict=True)
-            return one(carry, (entry, first[0]))[0]
+                return jax.lax.scan(one, carry, entries)[0]
+            (entry,) = zip(*entries, strict=True)
+            return one(carry, entry)[0]
 
         return jax.jit(steps, donate_argnums=1)
 
@@ -172,13 +166,14 @@ class Runner:
         params, stats = self.objective.init(seed)
         traced = {name: jnp.float32(number) for name, number in numbers.items()}
         carry = params, stats, self.start(traced, params)
-        indices = loaded.batches(seed)
-        data = tuple((part.x, part.y) for part in (loaded.train, loaded.validation))
         ends = np.linspace(0, loaded.steps, num_points + 1).round().astype(int)
+        # A validation loss is new in the step after it was measured, and in no other.
+        entries = *loaded.batches(seed), np.isin(np.arange(loaded.steps), ends)
+        data = tuple((part.x, part.y) for part in (loaded.train, loaded.validation))
         curve, seconds = [self._point(0, carry, loaded)], 0.0
         # Compilation is not timed: a first call on a copy.
         for size in sorted({*np.diff(ends)} if loaded.problem.loops else {1}):
-            warm = tuple(jnp.asarray(index[:size]) for index in indices)
+            warm = tuple(jnp.asarray(entry[:size]) for entry in entries)
             copy = jax.tree.map(jnp.copy, carry)
             jax.block_until_ready(self.compiled(traced, copy, data, warm, jnp.float32(1)))
         for begin, end in itertools.pairwise(ends):
@@ -186,7 +181,7 @@ class Runner:
             start = time.perf_counter()
             size = end - begin if loaded.problem.loops else 1
             for at in range(begin, end, size):
-                chunk = tuple(jnp.asarray(index[at : at + size]) for index in indices)
+                chunk = tuple(jnp.asarray(entry[at : at + size]) for entry in entries)
                 carry = self.compiled(traced, carry, data, chunk, value)
             jax.block_until_ready(carry)
             seconds += time.perf_counter() - start

@@ -113,12 +113,19 @@ def test_clipping_before_the_method_does_not_depend_on_the_size_of_the_loss(scal
         lambda: optalr.tso_alra(1e-2, options={"spectrum": "exact"}),
         lambda: optalr.tso_alra(1e-2, options={"spectrum": "measured"}),
         lambda: optalr.tso_alra(1e-2, statistics="gradient"),
+        lambda: optalr.untuned(1000),
+        lambda: optalr.untuned(1000, options={"spectrum": "measured"}),
+        lambda: optalr.untuned(1000, statistics="gradient"),
+        lambda: optalr.tso_alra(1e-2, options={"warmup": 0, "min_batches": 1}),
     ],
-    ids=["factored", "exact", "measured", "gradient"],
+    ids=[
+        *("factored", "exact", "measured", "gradient"),
+        *("untuned", "untuned_measured", "untuned_gradient", "early_roots"),
+    ],
 )
 def test_an_outlier_in_the_very_first_batch_does_not_own_the_factors(make):
     plain, spoiled = (
-        run(Method("tso_alra", make), 200, fault) for fault in (None, FAULTS["loss_1e4"])
+        run(Method("first", make), 200, fault) for fault in (None, FAULTS["loss_1e4"])
     )
     assert spoiled.norms[100:].mean() > 0.5 * plain.norms[100:].mean()
 

@@ -19,6 +19,7 @@ from optalr.transforms.kronecker.memory import (
 )
 from optalr.transforms.kronecker.pairing import sides_of, with_signals
 from optalr.transforms.kronecker.proportion import (
+    YOUNG,
     Measurement,
     Shares,
     Tamed,
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
     scales: Sequence[jax.Array]  # of all leaves, what their gradient was multiplied by
     num_examples: jax.Array  # () float32
     started: jax.Array  # () bool, whether there are roots
-    weight: jax.Array  # () float32, the sum of the averages' weights before this batch
+    trust: Trust  # what the averages are worth before this batch
 
 
 class Folded(NamedTuple):
@@ -95,7 +96,8 @@ def measure(
         return fold_batch(step.spectrum, leaves, carry.memories, batch=batch)
 
     started = state.num_refreshes > 0
-    batch = Batch(arrived.grads, (), num_examples, started, weight=state.weight)
+    young = ~started | (state.measurements < YOUNG)
+    batch = Batch(arrived.grads, (), num_examples, started, Trust(state.weight, young))
     signals = step.signals if step.measure is None else step.measure
     inputs = batch, (arrived.updates, arrived.original), signals
     carry = Folded(list(memories), jnp.bool_(True), jnp.bool_(False))
@@ -126,18 +128,17 @@ def fold_batch(
         elif isinstance(leaf, Elementwise):
             measured[i] = batch.num_examples * jnp.square(batch.grads[i])
     good, bounded = all_finite(measured), jnp.bool_(False)
-    trust = Trust(batch.weight, ~batch.started)
     folded = list(memories)
     for i, new in measured.items():
         leaf, memory = leaves[i], memories[i]
         if isinstance(leaf, Kernel):
             seen = good if leaf.moments is None else good & (leaf.moments.count > 0)
-            tamed = in_proportion(new, leaf, memory, trust=trust)
+            tamed = in_proportion(new, leaf, memory, trust=batch.trust)
             folded[i] = _fold_kernel(spectrum.rule, memory, tamed=tamed, keep=seen)
             bounded |= tamed.over & seen
         else:
             old = memory.second_moment
-            left = shares(jnp.mean(new), jnp.mean(old), trust)
+            left = shares(jnp.mean(new), jnp.mean(old), batch.trust)
             average = moving_average(left.average * old, left.new * new, spectrum.rule.decay)
             folded[i] = LeafMemory(second_moment=jnp.where(good, average, old))
             bounded |= left.over & good

@@ -19,13 +19,16 @@ from optalr.transforms.kronecker.memory import LeafMemory
 # the average then grows at most 2.5-fold. A scale that has really changed is caught up with at that
 # rate; during the first measurements, whose share is larger, faster still.
 _PROPORTION = 30.0
+# An average is young before there are roots, and for so many measurements even if roots come early:
+# else a first batch that is out of proportion would own it.
+YOUNG = 10
 
 
 class Trust(NamedTuple):
     """What the averages are worth."""
 
     weight: jax.Array  # () float32, the sum of their weights
-    is_young: jax.Array  # () bool, whether no roots were taken of them yet
+    is_young: jax.Array  # () bool, whether later batches may still judge them
 
 
 class Measurement(NamedTuple):

@@ -50,9 +50,13 @@ class SlopeProbe:
         check_count("every", self.every)
         check_choice("derivative", self.derivative, ("forward", "backward"))
 
+    def is_missing(self, extras: dict[str, Any]) -> bool:
+        """Return whether there is nothing to probe, and need not be."""
+        return not self.required and self.name not in extras
+
     def due(self, extras: dict[str, Any], count: jax.Array) -> jax.Array:
         """Return whether the update after ``count`` others measures a slope."""
-        if not self.required and self.name not in extras:
+        if self.is_missing(extras):
             return jnp.zeros((), bool)
         return count % jnp.asarray(self.every, jnp.int32) == 0
 
@@ -68,7 +72,7 @@ class SlopeProbe:
         Returns:
           A scalar, or with ``per_leaf`` a tree of them with the structure of ``unboxed(decaying)``.
         """
-        if not self.required and self.name not in extras:
+        if self.is_missing(extras):
             zero = jnp.zeros((), jnp.float32)
             return jax.tree.map(lambda _: zero, unboxed(decaying)) if self.per_leaf else zero
         remedy = "" if self.name == "value_fn" else _REMEDY.format(probe=self.name)
