@@ -64,10 +64,16 @@ def parse() -> argparse.Namespace:
 
 def commit() -> str:
     """Return which code runs; a + says that it is not as committed."""
-    command = ["git", "describe", "--always", "--dirty=+"]
-    root = pathlib.Path(__file__).parent
-    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    root = pathlib.Path(__file__).parents[1]
+
+    def git(*command: str) -> str:
+        found = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    # The stored runs are tracked too, and change while the bench runs.
+    code = ("optalr", "benchmarks/untuned.py", "benchmarks/untuned_parts")
+    changed = "+" if git("status", "--porcelain", "--", *code) else ""
+    return f"{git('rev-parse', '--short', 'HEAD') or 'unknown'}{changed}"
 
 
 def origin(code: str) -> dict[str, str]:

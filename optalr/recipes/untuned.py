@@ -84,8 +84,8 @@ def untuned(
     *Evidence.* Ten small nets on real data, three seeds (docs/untuned.md has the tables). The test
     loss ends lower than that of Adam tuned over 12 settings on nine of them (geometric mean of the
     ratios 0.78), and than that of AdamW tuned over 48 settings on six (0.83). It loses to AdamW by
-    6 and 9 % on the two nets with batch normalization, and by 1 % on two others. A step takes 1.8
-    to 7 times as long as Adam's on such nets on a CPU.
+    6 and 9 % on the two nets with batch normalization, and by 1 % on two others. A step takes 1.6
+    to 9 times as long as Adam's on such nets on a CPU.
 
     Args:
       total_steps: T, the updates of the whole run, >= 1; None if they are not known. After them the

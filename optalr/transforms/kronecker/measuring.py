@@ -142,8 +142,8 @@ def fold_batch(
             average = moving_average(left.average * old, left.new * new, spectrum.rule.decay)
             folded[i] = LeafMemory(second_moment=jnp.where(good, average, old))
             bounded |= left.over & good
-    # Before there are roots the average is young, and its first batches may well differ that much.
-    return Folded(folded, good, bounded & batch.started)
+    # While the average is young its batches may well differ that much.
+    return Folded(folded, good, bounded & ~batch.trust.is_young)
 
 
 def _measure_kernel(
