@@ -12,6 +12,7 @@ from optalr.phases import (
     switch_on_plateau,
     two_stage,
 )
+from optalr.programs.train_step import train_step
 from optalr.reading.geometry import geodesic, noise_spectrum
 from optalr.reading.metrics import metrics, state_bytes
 from optalr.reading.monitoring import monitor
@@ -72,6 +73,7 @@ from optalr.transforms.recorded_rate import scale_by_recorded_rate
 
 __all__ = [
     # What a loss reveals.
+    "train_step",
     "value_grad_and_extras",
     "composite_loss",
     "coverage",

@@ -56,6 +56,15 @@ def moving_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     return decay * old + (1 - decay) * new.astype(old.dtype)
 
 
+def diagonal(matrices: jax.Array) -> jax.Array:
+    """Return the diagonals of square matrices, ``(..., n)``, by one slice with a stride.
+
+    ``jnp.diagonal`` gathers, and holds a branch for each kind of device.
+    """
+    *stack, _, n = matrices.shape
+    return jax.lax.slice_in_dim(matrices.reshape(*stack, n * n), 0, n * n, n + 1, axis=-1)
+
+
 def damped_power(values: jax.Array, damping: Any, power: Any) -> jax.Array:
     """Return ``(values + damping)^power``, and 1 where the base is not positive."""
     base = values + damping

@@ -86,8 +86,12 @@ def count_up(count: jax.Array, by: Any = 1) -> jax.Array:
     A counter that wraps round would be negative: a failure count that hides failures, a step count
     that starts a schedule, or a phase, anew.
     """
-    limit, by = jnp.iinfo(count.dtype).max, jnp.asarray(by).astype(count.dtype)
-    return jnp.where(count > limit - by, limit, count + by)
+    limit, by = jnp.iinfo(count.dtype).max, jnp.asarray(by)
+    if by.dtype == jnp.bool_:
+        return count + (by & (count < limit)).astype(count.dtype)
+    # In place of a sum and a select: few operations, for what every update does to many counters.
+    by = by.astype(count.dtype)
+    return jnp.minimum(count, limit - by) + by
 
 
 def update_when(

@@ -15,7 +15,9 @@ import optax
 
 from optalr.arguments import check_count
 from optalr.arrays import wide_dtype
-from optalr.states import count_up, settle, settle_like, update_when
+from optalr.clocks import REFRESH, asking, period_of, permitted, run_when
+from optalr.states import count_up, settle, settle_like
+from optalr.transforms.shared.lengths import value_at
 from optalr.transforms.shared.making import transformation
 from optalr.transforms.shared.rescaling import tree_scale
 
@@ -29,6 +31,36 @@ class MultiStepsState(NamedTuple):
     acc_grads: Any  # like params, float32 or wider
     skip_state: Any  # what should_skip_update_fn returned; () without one
     emits: jax.Array  # () bool, whether the next call runs the inner transformation
+    told: jax.Array  # () int8, -1; for a program made for one answer (optalr/clocks.py)
+    period: jax.Array  # () int32, k of the update that is being gathered
+
+    @property
+    def clock(self) -> "EmitClock":
+        """When the inner transformation runs."""
+        return EmitClock(self.mini_step, self.period, self.emits)
+
+
+class EmitClock(NamedTuple):
+    """When gathered gradients are handed on."""
+
+    mini_step: Any  # () int32, gradients gathered since the last update
+    period: Any  # () int32, k
+    emits: Any  # () bool, whether the next call hands them on
+
+    def needs(self) -> Any:
+        """Return whether the next call runs the inner transformation."""
+        return REFRESH * self.emits
+
+    def after(self, told: Any) -> "EmitClock":
+        """Return the clock after a call that was told so."""
+        hands_on = self.emits & permitted(told, REFRESH)
+        mini_step = (self.mini_step + 1) * (1 - hands_on)
+        return self._replace(mini_step=mini_step, emits=mini_step + 1 >= self.period)
+
+    def opens(self, told: Any, child: str) -> Any:
+        """Return whether a call that is told so runs what it wraps."""
+        del child
+        return permitted(told, REFRESH)
 
 
 def multi_steps(
@@ -79,9 +111,8 @@ def multi_steps(
     check_count("every_k_schedule", every_k_schedule)
     inner, skips = optax.with_extra_args_support(inner), should_skip_update_fn or _never
 
-    def is_last(mini_step: Any, gradient_step: Any) -> jax.Array:
-        k = every_k_schedule(gradient_step) if callable(every_k_schedule) else every_k_schedule
-        return jnp.asarray(mini_step + 1 >= k)
+    def period(gradient_step: Any) -> jax.Array:
+        return period_of(value_at(every_k_schedule, gradient_step))
 
     def init_fn(params: Any) -> MultiStepsState:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p.dtype)), params)
@@ -89,8 +120,10 @@ def multi_steps(
         mini_step, gradient_step = (jnp.zeros((), jnp.int32) for _ in range(2))
         _, skip_state = skips(jax.tree.map(jnp.zeros_like, params), gradient_step, params)
         skip_state, state = settle(skip_state), settle(inner.init(params))
-        last = is_last(mini_step, gradient_step)
-        return MultiStepsState(mini_step, gradient_step, state, zeros, skip_state, last)
+        k = period(gradient_step)
+        return MultiStepsState(
+            mini_step, gradient_step, state, zeros, skip_state, mini_step + 1 >= k, asking(), k
+        )
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         skipped, skip_state = skips(updates, state.gradient_step, params)
@@ -98,15 +131,17 @@ def multi_steps(
         gathered = step.gather(updates)
         new_updates, inner_state = step.run(inner, gathered, (updates, params, extras))
         mini_step, gradient_step = step.counts()
-        new_state = MultiStepsState(
+        k = period(gradient_step)
+        return new_updates, MultiStepsState(
             mini_step,
             gradient_step,
             inner_state,
             jax.tree.map(lambda acc: jnp.where(step.emits, 0, acc), gathered),
             settle_like(skip_state, state.skip_state),
-            is_last(mini_step, gradient_step),
+            mini_step + 1 >= k,
+            asking(),
+            k,
         )
-        return new_updates, new_state
 
     return transformation("multi_steps", init_fn, update_fn, keeps_leaves=False)
 
@@ -122,7 +157,7 @@ class _Step(NamedTuple):
     def emits(self) -> jax.Array:
         """Whether the inner transformation runs."""
         # The state has said so to whoever asked, so this call does not judge anew.
-        return self.state.emits & ~self.skipped
+        return self.state.emits & ~self.skipped & permitted(self.state.told, REFRESH)
 
     def gather(self, updates: Any) -> Any:
         """Return what has been gathered, with these gradients."""
@@ -159,7 +194,8 @@ class _Step(NamedTuple):
 
         # A loop rather than a conditional: a donated state stays where it is in all other calls.
         carry = (zeros, self.state.inner_opt_state)
-        return update_when(self.emits, update, carry, (mean, params, extras))
+        may = permitted(self.state.told, REFRESH)
+        return run_when(self.emits, update, carry, inputs=(mean, params, extras), may=may)
 
 
 def _never(*_: Any) -> tuple[jax.Array, tuple[()]]:

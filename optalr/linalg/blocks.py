@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optalr.arrays import diagonal
 from optalr.linalg import spd
 from optalr.linalg.structured import Matrices
 
@@ -69,7 +70,7 @@ class Blocks(Matrices):
         """Hold the blocks of a Gram matrix, with its mean eigenvalue in the rows of zeros."""
         if self.padded_size == self.size:
             return self.holding(blocks)
-        mean = jnp.sum(jnp.diagonal(blocks, axis1=-2, axis2=-1), (-2, -1)) / self.size
+        mean = jnp.sum(diagonal(blocks), (-2, -1)) / self.size
         is_padding = (jnp.arange(self.padded_size) >= self.size).astype(blocks.dtype)
         corner = jax.vmap(jnp.diag)(is_padding.reshape(self.num_blocks, self.block))
         return self.holding(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optalr.arrays import damped_power, moving_average
+from optalr.arrays import damped_power, diagonal, moving_average
 from optalr.linalg import spd
 from optalr.linalg.roots.inverse_root import inverse_root
 
@@ -94,8 +94,8 @@ class Structured:
 
     def mean(self) -> jax.Array:
         """Return the mean eigenvalue ``tr(A)/n`` of each layer, ``(*stack,)``."""
-        diagonal = self.diagonal()
-        return jnp.mean(diagonal, tuple(range(len(self.stack), diagonal.ndim)))
+        entries = self.diagonal()
+        return jnp.mean(entries, tuple(range(len(self.stack), entries.ndim)))
 
     def pad(self, matrix: jax.Array, axis: int) -> jax.Array:
         """Pad an axis of ``matrix`` with zeros to whole blocks."""
@@ -156,7 +156,7 @@ class Matrices(Structured):
         return self.holding(jnp.broadcast_to(eye, (*stack, *self.shape)) + 0)
 
     def diagonal(self) -> jax.Array:  # noqa: D102
-        return jnp.diagonal(self.stored, axis1=-2, axis2=-1)
+        return diagonal(self.stored)
 
     def matrices(self) -> jax.Array:
         """Return all that is to be decomposed, ``(k, block, block)``."""
@@ -230,7 +230,7 @@ class Diagonal(Structured):
         return self.holding(jnp.sum(jnp.square(matrix), -1))
 
     def of_gram(self, gram: jax.Array) -> Self:  # noqa: D102
-        return self.holding(jnp.diagonal(gram, axis1=-2, axis2=-1))
+        return self.holding(diagonal(gram))
 
     def diagonal(self) -> jax.Array:  # noqa: D102
         return self.stored

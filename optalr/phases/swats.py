@@ -11,7 +11,8 @@ import optax
 
 from optalr.arguments import check_interval, is_concrete
 from optalr.arrays import wide_dtype
-from optalr.states import count_up, update_when
+from optalr.clocks import chosen
+from optalr.states import count_up
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 from optalr.transforms.shared.making import transformation
 
@@ -158,15 +159,15 @@ class _Swats:
         usable, in_adam = ~given.bad, state.phase < 1
         failures = count_up(state.failures, given.failed)
         carry = given.updates, state._replace(failures=failures, gradients=given.watch)
-        carry = update_when(usable & in_adam, self._adam_step, carry, None)
-        return update_when(usable & ~in_adam, self._sgd_step, carry, None)
+        # Both, in one pass over memory: the two read and write nearly the same arrays.
+        carry_on = chosen(in_adam, self._adam_step(carry), self._sgd_step(carry))
+        return chosen(usable, carry_on, carry)
 
     def _adam_rate(self, count: jax.Array) -> jax.Array:
         rate = self.learning_rate
         return jnp.asarray(rate(count) if callable(rate) else rate).astype(jnp.float32)
 
-    def _adam_step(self, carry: Any, inputs: Any) -> Any:
-        del inputs
+    def _adam_step(self, carry: Any) -> Any:
         updates, state = carry
         g = jax.tree.map(lambda u, m: u.astype(m.dtype), updates, state.moment)
         count = count_up(state.count)
@@ -200,8 +201,7 @@ class _Swats:
         agreed = defined & (jnp.abs(mean_rate - rate) < slack) & (mean_rate > 0) & (state.count > 1)
         return mean_rate.astype(jnp.float32), agreed
 
-    def _sgd_step(self, carry: Any, inputs: Any) -> Any:
-        del inputs
+    def _sgd_step(self, carry: Any) -> Any:
         updates, state = carry
         velocity = jax.tree.map(lambda v, u: self.b1 * v + u.astype(v.dtype), state.moment, updates)
         scale = 1.0 if self.second_scale is None else self.second_scale(state.steps_since_switch)

@@ -98,6 +98,20 @@ class CountState(NamedTuple):
     count: jax.Array
 
 
+class RampState(NamedTuple):
+    """State of a phase that rises from 0 to 1 between two steps.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      start: int32 scalar, up to which the phase is 0; for a switch it is 0 *before* it.
+      end: int32 scalar, from which the phase is 1.
+    """
+
+    count: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+
 class _FunctionOfStep:
     """A function of the step count, as a stateful schedule."""
 
@@ -114,6 +128,27 @@ class _FunctionOfStep:
     def __call__(self, state: CountState, **extra_args: Any) -> Any:
         del extra_args
         return self._schedule_fn(state.count)
+
+
+class _Ramp:
+    """A function of the step count that is 0 up to ``start`` and 1 from ``end`` on."""
+
+    def __init__(self, schedule_fn: Callable[[jax.Array], Any], start: Any, end: Any):
+        self._schedule_fn, self._start, self._end = schedule_fn, start, end
+
+    def init(self) -> RampState:
+        return self._state(jnp.zeros((), jnp.int32))
+
+    def update(self, state: RampState, **extra_args: Any) -> RampState:
+        del extra_args
+        return self._state(count_up(state.count))
+
+    def __call__(self, state: RampState, **extra_args: Any) -> Any:
+        del extra_args
+        return self._schedule_fn(state.count)
+
+    def _state(self, count: jax.Array) -> RampState:
+        return RampState(count, jnp.array(self._start, jnp.int32), jnp.array(self._end, jnp.int32))
 
 
 def phase_schedule(schedule: Any) -> PhaseSchedule:
@@ -189,7 +224,13 @@ def switch_at(step: int) -> PhaseSchedule:
       Switching from Block Diagonal Matrix Preconditioning to SGD", 2020, Algorithm 1.
     """
     check_count("step", step, 0, remedy="Give the number of updates that the first stage makes.")
-    return phase_schedule(lambda count: count >= step)
+    return phase_schedule(_Ramp(lambda count: count >= step, step - 1, step))
+
+
+def no_switch() -> PhaseSchedule:
+    """Stay in the first stage; only ``set_phase`` can leave it."""
+    last = jnp.iinfo(jnp.int32).max
+    return phase_schedule(_Ramp(lambda _: 0.0, last, last))
 
 
 def blend_between(
@@ -246,7 +287,7 @@ def blend_between(
         within = jnp.asarray(shape(fraction), jnp.float32)
         return jnp.where(fraction <= 0, 0.0, jnp.where(fraction >= 1, 1.0, within))
 
-    return phase_schedule(phase_at)
+    return phase_schedule(_Ramp(phase_at, start, end))
 
 
 _SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {

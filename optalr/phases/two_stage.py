@@ -15,6 +15,7 @@ import optax
 
 from optalr.arguments import check_choice, check_interval
 from optalr.arrays import wide_dtype
+from optalr.clocks import ASK, BLEND, FIRST, SECOND, TAKE_OVER, asking, chosen, is_told
 from optalr.phases.momentum import hand_over_momentum
 from optalr.phases.switching import phase_schedule
 from optalr.states import count_up, settle, settle_like, update_when
@@ -32,6 +33,8 @@ class TwoStageState(NamedTuple):
       second: the second stage's state.
       failures: int32 scalar, gradients that were not finite or out of proportion.
       gradients: what is remembered of the gradients' lengths, in both stages.
+      told: int8 scalar, -1; for whoever runs a program made for one phase (optalr/clocks.py).
+      hands_over: bool scalar, whether the second stage takes over a momentum at the switch.
     """
 
     phase: jax.Array
@@ -40,6 +43,8 @@ class TwoStageState(NamedTuple):
     second: Any
     failures: jax.Array
     gradients: GradientWatch
+    told: jax.Array
+    hands_over: jax.Array
 
 
 class Released(NamedTuple):
@@ -158,6 +163,8 @@ class _Stages:
         if self.transfer is not None:
             jax.eval_shape(self.transfer, first, second)  # refuses now what fails at the switch
         return TwoStageState(
+            told=asking(),
+            hands_over=jnp.array(self.transfer is not None),
             phase=jnp.array(self.phase, jnp.float32),
             steps_since_switch=jnp.zeros((), jnp.int32),
             first=first,
@@ -175,14 +182,18 @@ class _Stages:
         state = state._replace(
             failures=count_up(state.failures, given.failed), gradients=given.watch
         )
-        if isinstance(state.first, Released):
-            weight = jnp.ones((), jnp.float32)
-            steps = count_up(state.steps_since_switch)
-            updates, second = _run(self.second, (updates, state.second), inputs)
-            return updates, state._replace(phase=weight, steps_since_switch=steps, second=second)
+        told = int(state.told) if is_told(state.told) else ASK
+        if isinstance(state.first, Released) or told in (SECOND, TAKE_OVER):
+            return self._second_alone(updates, state, inputs, takes_over=told == TAKE_OVER)
+        if told == FIRST:
+            zero, steps = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+            updates, first = _run(self.first, (updates, state.first), inputs)
+            return updates, _moved(state, phase=zero, steps_since_switch=steps, first=first)
 
         weight = jnp.asarray(self.phase, jnp.float32)
         steps = jnp.where(weight > 0, count_up(state.steps_since_switch), 0)
+        if told == BLEND:
+            return self._blended(updates, state, inputs, weight=weight, steps=steps)
         second = self._take_over(steps == 1, state)
         # The updates are carried through and changed in place, with no second buffer in phase 1.
         updates, first, second = update_when(
@@ -194,8 +205,38 @@ class _Stages:
         updates, second = update_when(
             weight >= 1, partial(_run, self.second), (updates, second), inputs
         )
-        return updates, state._replace(
-            phase=weight, steps_since_switch=steps, first=first, second=second
+        return updates, _moved(
+            state, phase=weight, steps_since_switch=steps, first=first, second=second
+        )
+
+    def _second_alone(
+        self, updates: Any, state: TwoStageState, inputs: Any, *, takes_over: bool
+    ) -> tuple[Any, TwoStageState]:
+        """Run the second stage, in a program that holds no other."""
+        second = state.second
+        if takes_over and self.transfer is not None:
+            second = settle_like(self.transfer(state.first, second), second)
+        updates, second = _run(self.second, (updates, second), inputs)
+        steps = count_up(state.steps_since_switch)
+        one = jnp.ones((), jnp.float32)
+        return updates, _moved(state, phase=one, steps_since_switch=steps, second=second)
+
+    def _blended(
+        self, updates: Any, state: TwoStageState, inputs: Any, *, weight: Any, steps: jax.Array
+    ) -> tuple[Any, TwoStageState]:
+        """Run both stages, in a program that is made for phases between 0 and 1."""
+        before = state.second
+        if self.transfer is not None:
+            after = settle_like(self.transfer(state.first, before), before)
+            before = chosen(steps == 1, after, before)
+        from_first, first = _run(self.first, (updates, state.first), inputs)
+        from_second, second = _run(self.second, (updates, before), inputs)
+        # The clock on the host may be late: only stages that count advance.
+        first = chosen(weight < 1, first, state.first)
+        second = chosen(weight > 0, second, before)
+        blended = jax.tree.map(partial(_blend, weight), from_first, from_second)
+        return blended, _moved(
+            state, phase=weight, steps_since_switch=steps, first=first, second=second
         )
 
     def _take_over(self, is_switch: jax.Array, state: TwoStageState) -> Any:
@@ -220,6 +261,11 @@ class _Stages:
 
         blended, second = update_when(weight > 0, mix_in, (from_first, second), inputs)
         return blended, first, second
+
+
+def _moved(state: TwoStageState, **changes: Any) -> TwoStageState:
+    """Return the state after an update."""
+    return state._replace(told=asking(), **changes)
 
 
 def _run(

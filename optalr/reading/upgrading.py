@@ -15,6 +15,9 @@ _OLD_SIDES = {"rows": "row", "cols": "col"}
 _OLD_PARTS = {"factor": "factors", "root": "roots", "eigenvalues": "eigenvalues", "basis": "bases"}
 # Fields that states have gained since. They begin with zeros.
 _GAINED = frozenset({"gradients", "watch", "bounded_steps", "failures"})
+# Fields that say how the transformation was configured. They are those of the state at hand, and
+# -1, which the next update replaces, where that is known by its shapes alone.
+_CONFIGURED = frozenset({"told", "period", "periods", "hands_over", "start", "end"})
 # Flags that say what NaN said in another field, which is 0 now.
 _FLAGS = MappingProxyType({"started": "first_value", "overridden": "override"})
 _MARKED = frozenset(_FLAGS.values())
@@ -97,6 +100,10 @@ def _gained(saved: Any, way: Sequence[Any], leaf: Any) -> jax.Array:
         )
         if marked is not None:
             return ~jnp.isnan(jnp.asarray(_find(saved, marked)))
+    if not _CONFIGURED.isdisjoint(_names(way)):
+        return (
+            jnp.array(leaf) if isinstance(leaf, jax.Array) else jnp.full(leaf.shape, -1, leaf.dtype)
+        )
     if _GAINED.isdisjoint(_names(way)):
         return _take(saved, way, leaf)  # raises, and names the place
     return jnp.zeros(jnp.shape(leaf), leaf.dtype)

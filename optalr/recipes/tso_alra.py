@@ -9,6 +9,7 @@ import optax
 
 from optalr import phases
 from optalr.arguments import check_interval, is_python_zero
+from optalr.phases.switching import no_switch
 from optalr.signals.coverage import Coverage
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
@@ -122,7 +123,7 @@ def tso_alra(
 def _phase_scheduler(switch_at: int | None, phase: Any) -> Any:
     """Return what decides the phase: the scheduler given, a fixed step, or a switch by hand."""
     if switch_at is None:
-        return phases.phase_schedule(_never) if phase is None else phase
+        return no_switch() if phase is None else phase
     if phase is not None:
         raise ValueError(
             "switch_at and phase both say when to switch. Pass one of them: switch_at=2_000, or "
@@ -156,9 +157,3 @@ def _penalty(weight_decay: Any) -> list[optax.GradientTransformation]:
 def _is_matrix(params: Any) -> Any:
     """Return which leaves have two or more axes: kernels, but no biases or norm scales."""
     return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
-
-
-def _never(step: jax.Array) -> float:
-    """Return phase 0, for ever; only ``set_phase`` can leave it."""
-    del step
-    return 0.0

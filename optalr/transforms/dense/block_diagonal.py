@@ -16,6 +16,7 @@ from optalr.arrays import wide_dtype
 from optalr.states import unboxed
 from optalr.transforms.dense.second_moment import (
     Memory,
+    RootClock,
     SecondMoment,
     first_memory,
     precondition,
@@ -41,6 +42,14 @@ class BlockDiagonalState(NamedTuple):
     # every refresh
     root_residual: jax.Array  # () float32, the worst among the roots in use
     roots: Any  # (k, k), as the moments
+    # for whoever runs a program made for one answer of the clock (optalr/clocks.py)
+    told: jax.Array  # () int8, -1
+    period: jax.Array  # () int32, updates between roots
+
+    @property
+    def clock(self) -> RootClock:
+        """When to take roots."""
+        return RootClock(self.count, self.root_age, self.period)
 
 
 def scale_by_block_diagonal(
@@ -106,7 +115,7 @@ def scale_by_block_diagonal(
     def init_fn(params: Any) -> BlockDiagonalState:
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
             _refuse_large(path, leaf, max_size)
-        return _first_state(params, damping)
+        return _first_state(params, damping, update_every)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extras: Any
@@ -129,11 +138,11 @@ def scale_by_block_diagonal(
     return transformation("scale_by_block_diagonal", init_fn, update_fn, on_auto=True)
 
 
-def _first_state(params: Any, damping: Any) -> BlockDiagonalState:
+def _first_state(params: Any, damping: Any, update_every: Any) -> BlockDiagonalState:
     """Return the state before the first update."""
     params = unboxed(params)  # a block has none of the axes that a box names
     return BlockDiagonalState(
-        **first_memory().shared(),
+        **first_memory(update_every).shared(),
         damping=jnp.array(damping, jnp.float32),
         update_norm=jnp.zeros([], jnp.float32),
         moments=jax.tree.map(lambda x: jnp.zeros((x.size,) * 2, wide_dtype(x)), params),

@@ -13,6 +13,7 @@ import optax
 from optalr.arguments import check_count, check_known
 from optalr.transforms.dense.second_moment import (
     Memory,
+    RootClock,
     SecondMoment,
     first_memory,
     precondition,
@@ -45,6 +46,14 @@ class FullMatrixState(NamedTuple):
     # every refresh
     root_residual: jax.Array  # () float32, of the root in use
     root: jax.Array  # (P, P), as the moment
+    # for whoever runs a program made for one answer of the clock (optalr/clocks.py)
+    told: jax.Array  # () int8, -1
+    period: jax.Array  # () int32, updates between roots
+
+    @property
+    def clock(self) -> RootClock:
+        """When to take roots."""
+        return RootClock(self.count, self.root_age, self.period)
 
 
 def scale_by_full_matrix(
@@ -132,7 +141,7 @@ def _whole(
     def init_fn(params: Any) -> FullMatrixState:
         size, dtype = _checked_size(params, max_size)
         return FullMatrixState(
-            **first_memory().shared(),
+            **first_memory(update_every).shared(),
             damping=jnp.array(rule.damping, jnp.float32),
             update_norm=jnp.zeros([], jnp.float32),
             moment=jnp.zeros((size, size), dtype),

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from optalr.arguments import check_choice, check_interval, is_concrete
 from optalr.arrays import all_finite, wide_dtype
+from optalr.clocks import REFRESH, asking, larger, period_of, permitted, run_when, smaller
 from optalr.linalg import inverse_roots, mean_eigenvalue, spd
-from optalr.states import count_up, update_when
+from optalr.states import count_up
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 
 # By how much a root's rounding may exceed a bound.
@@ -91,9 +92,37 @@ class SecondMoment:
         return jnp.where(q > 0.5, steep * jnp.power(share, -0.5), gentle)
 
 
+class RootClock(NamedTuple):
+    """When roots are due: when as old as half the updates so far, at most every ``period``.
+
+    Early on moments change by a large share at every update, and a root is soon out of date.
+    """
+
+    count: Any  # () int32, updates so far
+    root_age: Any  # () int32, updates since roots were last due
+    period: Any  # () int32
+
+    def is_due(self) -> Any:
+        """Return whether an update that has aged the roots takes new ones."""
+        interval = smaller(larger(self.count // 2, 1), self.period)
+        return (self.count == 0) | (self.root_age >= interval)
+
+    def needs(self) -> Any:
+        """Return whether the next update takes roots."""
+        return REFRESH * self._replace(root_age=self.root_age + 1).is_due()
+
+    def after(self, told: Any) -> "RootClock":
+        """Return the clock after an update that was told so."""
+        aged = self._replace(root_age=self.root_age + 1)
+        due = aged.is_due() & permitted(told, REFRESH)
+        return aged._replace(count=self.count + 1, root_age=aged.root_age * (1 - due))
+
+
 class Memory(NamedTuple):
     """What is remembered between updates: one moment and one root per vector, in their order."""
 
+    told: jax.Array  # () int8, -1; see optalr/clocks.py
+    period: jax.Array  # () int32, updates between roots
     count: jax.Array  # () int32, updates so far
     weight: jax.Array  # () float32, sum of the moving average's weights
     root_age: jax.Array  # () int32, updates since roots were last due
@@ -119,9 +148,11 @@ class Memory(NamedTuple):
 _SHARED = tuple(name for name in Memory._fields if name not in ("moments", "roots"))
 
 
-def first_memory() -> Memory:
+def first_memory(update_every: Any) -> Memory:
     """Return the memory before the first update, without matrices."""
     return Memory(
+        told=asking(),
+        period=period_of(update_every),
         count=jnp.zeros([], jnp.int32),
         weight=jnp.zeros([], jnp.float32),
         root_age=jnp.zeros([], jnp.int32),
@@ -155,9 +186,11 @@ def precondition(
 
     # Refresh.
     age = count_up(memory.root_age)
-    due = _is_due(memory.count, age, update_every) & good
+    may = permitted(memory.told, REFRESH)
+    period = period_of(update_every)
+    due = RootClock(memory.count, age, period).is_due() & good & may
     memory = memory._replace(moments=moments, weight=weight)
-    roots, residual, kept_back = _refresh_roots(rule, memory, due)
+    roots, residual, kept_back = _refresh_roots(rule, memory, due, may=may)
 
     # Apply.
     new = [spd.matmul(root, vector) for root, vector in zip(roots, vectors, strict=True)]
@@ -166,6 +199,8 @@ def precondition(
     safe = good & all_finite(new)
     failed = given.failed | ~safe
     return [jnp.where(safe, u, 0) for u in new], memory._replace(
+        told=asking(),
+        period=period,
         count=count_up(memory.count),
         root_age=jnp.where(due, 0, age),
         failures=count_up(count_up(memory.failures, kept_back), failed),
@@ -195,15 +230,6 @@ def working_dtype(leaves: Sequence[Any]) -> Any:
     return wide_dtype(jnp.float32, *(leaf.dtype for leaf in leaves))
 
 
-def _is_due(count: jax.Array, root_age: jax.Array, update_every: Any) -> jax.Array:
-    """Return whether roots are due: at half the updates so far, up to every ``update_every``.
-
-    Early on moments change by a large share at every update, and a root is soon out of date.
-    """
-    interval = jnp.clip(count // 2, 1, jnp.asarray(update_every, jnp.int32))
-    return (count == 0) | (root_age >= interval)
-
-
 def _fold_vectors(
     rule: SecondMoment, memory: Memory, vectors: Sequence[jax.Array], *, usable: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
@@ -224,7 +250,7 @@ def _fold_vectors(
 
 
 def _refresh_roots(
-    rule: SecondMoment, memory: Memory, due: jax.Array
+    rule: SecondMoment, memory: Memory, due: jax.Array, *, may: Any
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """Return as ``_take_roots`` does: new roots where they are ``due``, else those in use."""
 
@@ -235,7 +261,7 @@ def _refresh_roots(
         return _take_roots(rule, using)
 
     carry = list(memory.roots), memory.root_residual, jnp.int32(0)
-    return update_when(due, take, carry, (list(memory.moments), memory.weight))
+    return run_when(due, take, carry, inputs=(list(memory.moments), memory.weight), may=may)
 
 
 def _take_roots(rule: SecondMoment, memory: Memory) -> tuple[list[jax.Array], jax.Array, jax.Array]:

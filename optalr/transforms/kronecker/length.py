@@ -6,14 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optalr.arrays import all_finite, at_least_float32
-from optalr.linalg import spd
+from optalr.arrays import at_least_float32
+from optalr.clocks import asking
 from optalr.signals.moments import default_view
 from optalr.states import count_up, settle_like
 from optalr.transforms.kronecker.leaves import Bias, Elementwise, Kernel, Leaf
-from optalr.transforms.kronecker.memory import LeafMemory, factors_of
+from optalr.transforms.kronecker.memory import LeafMemory
 from optalr.transforms.kronecker.spectrum import Step
 from optalr.transforms.shared.gradient_watch import Admitted
 
@@ -25,25 +26,86 @@ def bound(
     *,
     weight: jax.Array,
     max_update: float,
-) -> list[jax.Array]:
-    """Shrink each update so that it moves its layer's outputs by at most ``max_update`` RMS."""
-    bounded = []
-    for leaf, memory, update in zip(leaves, memories, updates, strict=True):
-        limit = jnp.asarray(max_update * _num_outputs(leaf) ** 0.5, update.dtype)
-        if not isinstance(leaf, Kernel):
-            layer = leaf.layer if isinstance(leaf, Bias | Elementwise) else None
-            stack = () if layer is None else layer.stack
-            rows = update.reshape(*stack, 1, -1)
-            bounded.append(_shrink(rows, limit).reshape(update.shape))
-            continue
-        if leaf.moments is not None:
+) -> tuple[list[jax.Array], jax.Array]:
+    """Shrink each update so that it moves its layer's outputs by at most ``max_update`` RMS.
+
+    What each leaf has one number of is computed for all leaves together, in few operations.
+
+    Return the updates, and their norm. That is NaN if a number is not finite.
+    """
+    matrices = [_as_matrices(leaf, update) for leaf, update in zip(leaves, updates, strict=True)]
+    if not matrices:
+        return [], jnp.float32(0)
+    limits = max_update * _limits(leaves, memories, matrices, weight=weight)
+    # Norms in units of the largest number: the square of 1e20 overflows, that of 1e-23 underflows.
+    unit = _of_all([_largest(m) for m in matrices])
+    unit = jnp.where(unit == 0, 1, unit)
+    each = zip(matrices, _to_each(unit, matrices), strict=True)
+    square = _of_all([jnp.sum(jnp.square(m / part), (-2, -1)) for m, part in each])
+    excess = jnp.sqrt(square) * (unit / limits)
+    share = jnp.where(excess > 1, 1 / excess, 1)
+    shrunk = [m * part for m, part in zip(matrices, _to_each(share, matrices), strict=True)]
+    norm = _norm(jnp.where(excess > 1, 1, excess) * limits)
+    return [_as_leaf(leaf, m, u) for leaf, m, u in zip(leaves, shrunk, updates, strict=True)], norm
+
+
+def _largest(matrices: jax.Array) -> jax.Array:
+    """Return the size of the largest entry of each matrix; 0 where there are none."""
+    if not matrices.size:
+        return jnp.zeros(matrices.shape[:-2], matrices.dtype)
+    return jnp.max(jnp.abs(matrices), (-2, -1))
+
+
+def _limits(
+    leaves: Sequence[Leaf],
+    memories: Sequence[LeafMemory],
+    matrices: Sequence[jax.Array],
+    *,
+    weight: jax.Array,
+) -> jax.Array:
+    """Return the norm at which a matrix moves outputs by 1 RMS, for all matrices of all leaves."""
+    outputs, means = [], []
+    for leaf, memory, matrix in zip(leaves, memories, matrices, strict=True):
+        outputs.append(np.full(math.prod(matrix.shape[:-2]), _num_outputs(leaf), np.float32))
+        mean: Any = np.ones(matrix.shape[:-2], np.float32)
+        if isinstance(leaf, Kernel) and leaf.moments is not None:
             # With isotropic inputs of mean square tr(A)/m, outputs move by ‖U‖² tr(A)/m in all.
-            mean = factors_of(leaf, memory, weight)[1 - leaf.output_side].mean()
-            limit = limit * jax.lax.rsqrt(jnp.where(mean > 0, mean, 1))
-        matrix = leaf.view.to_matrix(update)
-        matrix = _shrink(matrix, spd.align(limit, matrix) if limit.ndim else limit)
-        bounded.append(leaf.view.from_matrix(matrix, leaf.shape))
-    return bounded
+            side = 1 - leaf.output_side
+            mean = leaf.sides[side].holding(memory.sides[side].factor).mean()
+            mean = mean / jnp.where(weight > 0, weight, 1).astype(mean.dtype)
+        means.append(mean)
+    mean = _of_all(means)
+    return jax.lax.rsqrt(jnp.where(mean > 0, mean, 1)) * np.sqrt(np.concatenate(outputs))
+
+
+def _as_matrices(leaf: Leaf, update: jax.Array) -> jax.Array:
+    """Return an update as the matrices that are bounded each, ``(*stack, m, n)``."""
+    if isinstance(leaf, Kernel):
+        return leaf.view.to_matrix(update)
+    layer = leaf.layer if isinstance(leaf, Bias | Elementwise) else None
+    return update.reshape(*(() if layer is None else layer.stack), 1, -1)
+
+
+def _as_leaf(leaf: Leaf, matrices: jax.Array, like: jax.Array) -> jax.Array:
+    """Undo ``_as_matrices``."""
+    if isinstance(leaf, Kernel):
+        return leaf.view.from_matrix(matrices, leaf.shape)
+    return matrices.reshape(like.shape)
+
+
+def _of_all(parts: Sequence[Any]) -> jax.Array:
+    """Return the numbers of all leaves as one vector."""
+    return jnp.concatenate([jnp.ravel(part) for part in parts])
+
+
+def _to_each(numbers: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return each leaf's part of a vector, such that it multiplies its matrices."""
+    counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
+    parts = jnp.split(numbers, np.cumsum(counts)[:-1])
+    return [
+        part.reshape(*matrix.shape[:-2], 1, 1).astype(matrix.dtype)
+        for part, matrix in zip(parts, matrices, strict=True)
+    ]
 
 
 def _num_outputs(leaf: Leaf) -> int:
@@ -60,14 +122,6 @@ def _num_outputs(leaf: Leaf) -> int:
     if view is None:
         return max(1, math.prod(leaf.shape))
     return max(1, *view.matrix_shape(leaf.shape)[1:])
-
-
-def _shrink(matrix: jax.Array, limit: jax.Array) -> jax.Array:
-    """Scale each matrix of a stack to a Frobenius norm of at most ``limit``."""
-    small, norm, largest = _scaled(matrix)
-    return jnp.where(
-        norm * largest <= limit, matrix, small * (limit / jnp.where(norm == 0, 1, norm))
-    )
 
 
 def _take_norms(updates: Sequence[jax.Array], others: Sequence[jax.Array]) -> list[jax.Array]:
@@ -129,17 +183,38 @@ def graft(
     return [jnp.where(started, u, x) for u, x in zip(grafted, others, strict=True)]
 
 
-def finish(step: Step, new: Sequence[jax.Array], state: Any) -> tuple[list[jax.Array], Any]:
-    """Replace an update that is not finite by zero; note whether the next one wants signals."""
-    norms = [_norm(u).astype(jnp.float32) for u in new]
-    total = _norm(jnp.stack(norms)) if norms else jnp.float32(0)
-    finite = all_finite(new)
+def finish(
+    step: Step,
+    new: Sequence[jax.Array],
+    state: Any,
+    *,
+    norm: jax.Array,
+    usable: jax.Array,
+) -> tuple[list[jax.Array], Any]:
+    """Replace an update that is not finite by zero; note whether the next one wants signals.
+
+    Args:
+      step: what the update goes by.
+      new: the update, leaf by leaf.
+      state: the state so far.
+      norm: of the update; not finite if that is not.
+      usable: () bool, whether the gradient was finite; if not, that has been counted.
+    """
+    failed = usable & ~jnp.isfinite(norm)
+    finite = usable & ~failed
     new = [jnp.where(finite, u, 0) for u in new]
     count = count_up(state.count)
     return new, state._replace(
         count=count,
-        failures=count_up(state.failures, ~finite),
-        update_norm=jnp.where(finite, total, 0),
-        wants_signals=(step.signals is not None) & step.clock.measures(state.signal_age, count),
+        failures=count_up(state.failures, failed),
+        update_norm=jnp.where(finite, norm, 0).astype(jnp.float32),
+        wants_signals=(step.signals is not None) & state._replace(count=count).clock.measures(),
         damping=step.spectrum.rule.damping,
+        told=asking(),
     )
+
+
+def norm_of(updates: Sequence[jax.Array]) -> jax.Array:
+    """Return the norm of all leaves together."""
+    norms = [_norm(update).astype(jnp.float32) for update in updates]
+    return _norm(jnp.stack(norms)) if norms else jnp.float32(0)

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optalr.arrays import all_finite, moving_average, wide_dtype
+from optalr.clocks import MEASURE, permitted, run_when
 from optalr.linalg import spd
 from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
-from optalr.states import count_up, update_when
+from optalr.states import count_up
 from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf
 from optalr.transforms.kronecker.memory import (
     LeafMemory,
@@ -81,11 +83,14 @@ def measure(
     step: Step, memories: Sequence[LeafMemory], state: Any, *, arrived: Arrived
 ) -> tuple[list[LeafMemory], Any]:
     """Fold this batch into the statistics, where that is due and something was captured."""
+    may = permitted(state.told, MEASURE)
+    if isinstance(may, np.bool_) and not may:
+        return list(memories), state._replace(signal_age=count_up(state.signal_age))
     nodes = [node for node in jax.tree.leaves(step.signals, is_leaf=is_moments) if is_moments(node)]
     num_examples = jnp.float32(1)
     if nodes:  # every count is the batch's size, or 0 where nothing was captured
         num_examples = jnp.max(jnp.stack([jnp.asarray(n.count, jnp.float32) for n in nodes]))
-    due = step.clock.measures(state.signal_age, state.count) & (num_examples > 0) & arrived.usable
+    due = state.clock.measures() & (num_examples > 0) & arrived.usable
 
     def fold(carry: Folded, inputs: Any) -> Folded:
         batch, (updates, original), signals = inputs
@@ -101,7 +106,8 @@ def measure(
     signals = step.signals if step.measure is None else step.measure
     inputs = batch, (arrived.updates, arrived.original), signals
     carry = Folded(list(memories), jnp.bool_(True), jnp.bool_(False))
-    folded = update_when(due, fold, carry, inputs)
+    folded = run_when(due, fold, carry, inputs=inputs, may=may)
+    due &= may
     measured = due & folded.good
     decay = jnp.asarray(step.spectrum.rule.decay, jnp.float32)
     samples = samples_a_dimension(step.leaves)
@@ -110,6 +116,9 @@ def measure(
         failures=count_up(state.failures, ~folded.good | folded.bounded),
         measurements=count_up(state.measurements, measured),
         samples=state.samples + jnp.where(measured, samples, 0),
+        periods=state.periods._replace(
+            samples=jnp.where(measured, samples, state.periods.samples).astype(jnp.float32)
+        ),
         weight=jnp.where(measured, decay * state.weight + (1 - decay), state.weight),
     )
 

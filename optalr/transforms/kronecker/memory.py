@@ -23,6 +23,8 @@ import optax
 from optalr.linalg.structured import Structured
 from optalr.states import boxed_like, unboxed
 from optalr.transforms.kronecker.leaves import Kernel
+from optalr.transforms.kronecker.rule import KroneckerClock, Periods
+from optalr.transforms.shared.gradient_watch import GradientWatch
 
 # Stands in place of what is not kept. It is a pytree node without leaves, so it takes no memory.
 NOTHING = optax.MaskedNode()
@@ -57,6 +59,51 @@ class LeafMemory(NamedTuple):
     def sides(self) -> tuple[SideMemory, SideMemory]:
         """Rows and columns."""
         return self.rows, self.cols
+
+
+class KroneckerState(NamedTuple):
+    """Memory of ``scale_by_kronecker``.
+
+    For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers. Only
+    ``root_method="eigenbasis"`` (m² + n² more: the bases) and ``spectrum="measured"`` (mn more)
+    keep anything else of that order. A part that a leaf does not keep is ``optax.MaskedNode()``,
+    and so is a whole tree that no leaf keeps with these options. ``optax.tree.map_params`` over
+    further trees of the parameters' structure therefore takes
+    ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``.
+    """
+
+    # every update
+    count: jax.Array  # () int32, updates seen
+    signal_age: jax.Array  # () int32, updates from the last measurement to the next update
+    root_age: jax.Array  # () int32, updates since roots were last due (or since the start)
+    wants_signals: jax.Array  # () bool, will the next update read signals?
+    # () int32, roots kept back; gradients, measurements and updates not finite or out of proportion
+    failures: jax.Array
+    update_norm: jax.Array  # () float32, global norm of the last update
+    damping: jax.Array  # () float32, as applied in the last update
+    graft: Any  # state of options.graft
+    gradients: GradientWatch  # what is remembered of the gradients' lengths
+    # every measurement
+    measurements: jax.Array  # () int32, batches measured
+    samples: jax.Array  # () float32, samples per dimension of the factor that has the fewest
+    weight: jax.Array  # () float32, sum of the moving average's weights (bias correction)
+    # every refresh
+    num_refreshes: jax.Array  # () int32
+    root_residual: jax.Array  # () float32, the worst among the roots in use (0: none yet)
+    # Each of its parts is a tree of the parameters' structure. Factors and second moments change
+    # with every measurement, roots with every refresh.
+    memory: LeafMemory
+    # for whoever runs a program made for one answer of the clock (optalr/clocks.py)
+    told: jax.Array  # () int8, -1
+    periods: Periods  # scalars
+
+    @property
+    def clock(self) -> KroneckerClock:
+        """When to measure and when to take roots."""
+        ages = self.count, self.signal_age, self.root_age
+        return KroneckerClock(
+            *ages, self.measurements, self.samples, self.num_refreshes, self.periods
+        )
 
 
 _PARTS = jax.tree.structure(LeafMemory(), is_leaf=lambda node: node is NOTHING)

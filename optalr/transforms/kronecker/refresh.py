@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from optalr.clocks import REFRESH, permitted, run_when
 from optalr.linalg.spd import solve_by_size
 from optalr.linalg.structured import Diagonal, Matrices, Structured
-from optalr.states import count_up, update_when
+from optalr.states import count_up
 from optalr.transforms.kronecker.leaves import Kernel
 from optalr.transforms.kronecker.memory import (
     NOTHING,
@@ -37,14 +39,18 @@ class Roots(NamedTuple):
 def refresh(step: Step, memories: Sequence[LeafMemory], state: Any) -> tuple[list[LeafMemory], Any]:
     """Take new roots where they are due."""
     state = state._replace(root_age=count_up(state.root_age))
-    due = step.clock.refreshes(state)
+    may = permitted(state.told, REFRESH)
+    if isinstance(may, np.bool_) and not may:
+        return list(memories), state
+    due = state.clock.refreshes()
 
     def take(carry: Roots, inputs: Any) -> Roots:
         weight, first = inputs
         return take_roots(step, carry, weight=weight, first=first)
 
     carry = Roots(list(memories), state.root_residual, jnp.int32(0))
-    found = update_when(due, take, carry, (state.weight, state.num_refreshes == 0))
+    found = run_when(due, take, carry, inputs=(state.weight, state.num_refreshes == 0), may=may)
+    due &= may
     return found.memories, state._replace(
         root_age=jnp.where(due, 0, state.root_age),
         root_residual=found.residual,

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optalr.clocks import MEASURE, REFRESH, larger, permitted, smaller, where
 from optalr.linalg.kronecker import split_damping
 from optalr.linalg.structured import Structured
 
@@ -93,48 +94,96 @@ class Rule:
         return self.damping * jnp.mean(values, axes, keepdims=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Clock:
-    """When to measure and when to take roots. Numbers may be traced.
+class Periods(NamedTuple):
+    """What a clock goes by, as the state keeps it: scalars."""
 
-    Attributes:
-      update_every: updates between two roots, once intervals have stopped growing.
-      signals_every: updates between two measurements by then; None for a tenth of
-        ``update_every``.
-      decay: of the moving averages.
-      warmup: samples per dimension that every factor must have seen before the first roots.
-      min_batches: batches measured before the first roots.
-    """
+    update_every: Any  # int32, updates between two roots, once intervals have stopped growing
+    signals_every: Any  # int32, updates between two measurements by then
+    full_memory: Any  # float32, measurements after which waiting for more samples is in vain
+    warmup: Any  # float32, samples per dimension before the first roots
+    min_batches: Any  # int32, batches measured before the first roots
+    samples: Any  # float32, samples per dimension in the last measurement; 0 before the first
 
-    update_every: Any
-    signals_every: Any
-    decay: Any
-    warmup: float
-    min_batches: int
 
-    def measures(self, signal_age: jax.Array, count: jax.Array) -> jax.Array:
-        """Return whether the update after ``count`` others measures."""
-        longest = self.signals_every
-        if longest is None:
-            longest = jnp.asarray(self.update_every, jnp.int32) // _MEASUREMENTS_PER_ROOT
-        spacing = self._interval(count) // _MEASUREMENTS_PER_ROOT
-        steady = count // _GROWTH >= jnp.asarray(self.update_every, jnp.int32)
+def periods_of(
+    update_every: Any, signals_every: Any, decay: Any, *, warmup: float, min_batches: int
+) -> Periods:
+    """Return the periods that the arguments of ``scale_by_kronecker`` say; they may be traced."""
+    period = jnp.array(update_every, jnp.int32)
+    if signals_every is None:
+        signals_every = period // _MEASUREMENTS_PER_ROOT
+    return Periods(
+        update_every=period,
+        signals_every=jnp.array(signals_every, jnp.int32),
+        # A moving average never holds more than some 1/(1 − decay) batches.
+        full_memory=2 / (1 - jnp.asarray(decay, jnp.float32)),
+        warmup=jnp.array(warmup, jnp.float32),
+        min_batches=jnp.array(min_batches, jnp.int32),
+        samples=jnp.zeros([], jnp.float32),
+    )
+
+
+class KroneckerClock(NamedTuple):
+    """When to measure and when to take roots: scalars, of jax or of NumPy."""
+
+    count: Any  # int32, updates so far
+    signal_age: Any  # int32, updates from the last measurement to the next update
+    root_age: Any  # int32, updates since roots were last due
+    measurements: Any  # int32, batches measured
+    samples: Any  # float32, samples per dimension so far
+    num_refreshes: Any  # int32
+    periods: Periods
+
+    def measures(self) -> Any:
+        """Return whether the next update measures."""
+        longest = self.periods.signals_every
+        spacing = self._interval() // _MEASUREMENTS_PER_ROOT
+        steady = self.count // _GROWTH >= self.periods.update_every
         # While intervals grow, each needs its measurements, whatever signals_every says.
-        longest = jnp.asarray(longest, jnp.int32)
-        spacing = jnp.where(steady, longest, jnp.minimum(spacing, longest))
-        return signal_age >= jnp.maximum(spacing, 1)
+        spacing = where(steady, longest, smaller(spacing, longest))
+        return self.signal_age >= larger(spacing, 1)
 
-    def refreshes(self, state: Any) -> jax.Array:
-        """Return whether this update takes roots."""
-        # A moving average never holds more than some 1/(1 − decay) batches. After twice that many,
-        # waiting for more samples is in vain.
-        longest_memory = 1 / (1 - jnp.asarray(self.decay, jnp.float32))
-        seen = state.measurements.astype(jnp.float32)
-        enough = (state.samples >= self.warmup) | (seen >= 2 * longest_memory)
-        trusted = enough & (state.measurements >= self.min_batches)
-        due = (state.num_refreshes == 0) | (state.root_age >= self._interval(state.count))
+    def refreshes(self) -> Any:
+        """Return whether roots are taken in an update that has measured and aged the roots."""
+        seen = self.measurements
+        enough = (self.samples >= self.periods.warmup) | (seen >= self.periods.full_memory)
+        trusted = enough & (seen >= self.periods.min_batches)
+        due = (self.num_refreshes == 0) | (self.root_age >= self._interval())
         return trusted & due
 
-    def _interval(self, count: jax.Array) -> jax.Array:
+    def needs(self) -> Any:
+        """Return what the next update has to do, if its batch is usable."""
+        measures = self.measures()
+        return MEASURE * measures | REFRESH * self._measured(measures).refreshes()
+
+    def after(self, told: Any) -> "KroneckerClock":
+        """Return the clock after an update that was told so, and in which all went well."""
+        measures = self.measures() & permitted(told, MEASURE)
+        after = self._measured(measures)
+        refreshes = after.refreshes() & permitted(told, REFRESH)
+        return after._replace(
+            count=self.count + 1,
+            root_age=after.root_age * (1 - refreshes),
+            num_refreshes=self.num_refreshes + refreshes,
+        )
+
+    @property
+    def is_certain(self) -> Any:
+        """Whether it is known how many samples a batch has, as far as that matters."""
+        warm = (self.num_refreshes > 0) | (self.periods.warmup <= 0)
+        return warm | (self.periods.samples > 0)
+
+    def _measured(self, measures: Any) -> "KroneckerClock":
+        """Return the clock within an update, after the measurement."""
+        # Before the first batch nothing is known of its size: it may suffice for roots.
+        added = where(self.is_certain, self.periods.samples, self.periods.warmup)
+        return self._replace(
+            signal_age=where(measures, 1, self.signal_age + 1),
+            root_age=self.root_age + 1,
+            measurements=self.measurements + measures,
+            samples=self.samples + measures * added,
+        )
+
+    def _interval(self) -> Any:
         """Return the updates between roots: half the updates so far, at most ``update_every``."""
-        return jnp.clip(count // _GROWTH, 1, jnp.asarray(self.update_every, jnp.int32))
+        return smaller(larger(self.count // _GROWTH, 1), self.periods.update_every)

@@ -23,7 +23,7 @@ from optalr.linalg.roots.inverse_root import inverse_root
 from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.transforms.kronecker.leaves import Kernel, Leaf
 from optalr.transforms.kronecker.memory import NOTHING, LeafMemory, SideMemory, roots_of
-from optalr.transforms.kronecker.rule import Clock, Rule
+from optalr.transforms.kronecker.rule import Rule
 
 # An eigendecomposition succeeds if ‖AQ − QΛ‖_F/‖A‖_F is below this, in units of √n ε.
 _EIGH_TOLERANCE = 100.0
@@ -269,7 +269,6 @@ class Step(NamedTuple):
       spectrum: decomposes factors and applies the power, by the rule of this update.
       plans: what each leaf is, by its shape and the layout.
       leaves: the same with what this batch's signals say.
-      clock: when to measure and when to take roots.
       signals: all signals of this batch; None where the gradient must do.
       measure: given what is kept of each leaf, returns the signals' moments, measured where it is
         called; None where they are ready.
@@ -278,6 +277,5 @@ class Step(NamedTuple):
     spectrum: Spectrum
     plans: Sequence[Leaf]
     leaves: Sequence[Leaf]
-    clock: Clock
     signals: Any
     measure: Callable[[Mapping[str, Any]], Any] | None

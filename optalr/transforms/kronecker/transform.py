@@ -10,8 +10,9 @@ p = −1 the natural gradient, p = 0 the gradient.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,55 +20,27 @@ import optax
 
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.arrays import at_least_float32, on_auto_axes, wide_dtype
+from optalr.clocks import asking
 from optalr.signals.coverage import Coverage
 from optalr.states import count_up, settle
 from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves
-from optalr.transforms.kronecker.length import bound, finish, graft, run_graft
+from optalr.transforms.kronecker.length import bound, finish, graft, norm_of, run_graft
 from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
-from optalr.transforms.kronecker.memory import LeafMemory, from_trees, to_trees
+from optalr.transforms.kronecker.memory import KroneckerState, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
 from optalr.transforms.kronecker.pairing import with_signals
 from optalr.transforms.kronecker.refresh import refresh
-from optalr.transforms.kronecker.rule import DAMPING_FORMS, Clock, Rule
+from optalr.transforms.kronecker.rule import (
+    DAMPING_FORMS,
+    Periods,
+    Rule,
+    periods_of,
+)
 from optalr.transforms.kronecker.spectrum import SPECTRA, Spectrum, Step
-from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.gradient_watch import admit, start_gradient_watch
 from optalr.transforms.shared.making import transformation
 from optalr.transforms.shared.subtrees import check_places
-
-
-class KroneckerState(NamedTuple):
-    """Memory of ``scale_by_kronecker``.
-
-    For a kernel of matrix shape (m, n) factors and roots take 2(m² + n²) numbers. Only
-    ``root_method="eigenbasis"`` (m² + n² more: the bases) and ``spectrum="measured"`` (mn more)
-    keep anything else of that order. A part that a leaf does not keep is ``optax.MaskedNode()``,
-    and so is a whole tree that no leaf keeps with these options. ``optax.tree.map_params`` over
-    further trees of the parameters' structure therefore takes
-    ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``.
-    """
-
-    # every update
-    count: jax.Array  # () int32, updates seen
-    signal_age: jax.Array  # () int32, updates from the last measurement to the next update
-    root_age: jax.Array  # () int32, updates since roots were last due (or since the start)
-    wants_signals: jax.Array  # () bool, will the next update read signals?
-    # () int32, roots kept back; gradients, measurements and updates not finite or out of proportion
-    failures: jax.Array
-    update_norm: jax.Array  # () float32, global norm of the last update
-    damping: jax.Array  # () float32, as applied in the last update
-    graft: Any  # state of options.graft
-    gradients: GradientWatch  # what is remembered of the gradients' lengths
-    # every measurement
-    measurements: jax.Array  # () int32, batches measured
-    samples: jax.Array  # () float32, samples per dimension of the factor that has the fewest
-    weight: jax.Array  # () float32, sum of the moving average's weights (bias correction)
-    # every refresh
-    num_refreshes: jax.Array  # () int32
-    root_residual: jax.Array  # () float32, the worst among the roots in use (0: none yet)
-    # Each of its parts is a tree of the parameters' structure. Factors and second moments change
-    # with every measurement, roots with every refresh.
-    memory: LeafMemory
 
 
 def scale_by_kronecker(
@@ -194,8 +167,9 @@ def scale_by_kronecker(
             "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which says "
             "which bias belongs to which kernel."
         )
-    clock = Clock(update_every, signals_every, decay, options.warmup, options.min_batches)
-    method = _Kronecker(power, decay, damping, statistics == "signals", layout, options, clock)
+    first_roots = {"warmup": options.warmup, "min_batches": options.min_batches}
+    periods = partial(periods_of, update_every, signals_every, decay, **first_roots)
+    method = _Kronecker(power, decay, damping, statistics == "signals", layout, options, periods)
     return transformation("scale_by_kronecker", method.init, method.update)
 
 
@@ -209,7 +183,7 @@ class _Kronecker:
     from_signals: bool
     layout: Coverage | None
     options: KroneckerOptions
-    clock: Clock
+    periods: Callable[[], Periods]
 
     def plan(self, tree: Any) -> list[Leaf]:
         """Return what each leaf of a tree is."""
@@ -232,6 +206,8 @@ class _Kronecker:
         memories = [init_leaf(self.spectrum(), leaf, parameter) for leaf, parameter in plans]
         other = self.options.graft
         return KroneckerState(
+            told=asking(),
+            periods=self.periods(),
             count=jnp.zeros([], jnp.int32),
             signal_age=jnp.ones([], jnp.int32),  # so that the first update measures
             root_age=jnp.zeros([], jnp.int32),
@@ -251,10 +227,14 @@ class _Kronecker:
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         check_places("scale_by_kronecker", updates, extras.get("point"))
-        given = admit(updates, state.gradients, squares=False)
+        other = self.options.graft
+        # A bad gradient need not become zeros where its update does in the end.
+        given = admit(updates, state.gradients, squares=False, zeros=other is not None)
         failures = count_up(state.failures, given.failed)
-        state = state._replace(gradients=given.watch, failures=failures)
-        others, other = None, self.options.graft
+        # Periods may be injected anew at each update; the last batch's size is remembered.
+        periods = self.periods()._replace(samples=state.periods.samples)
+        state = state._replace(gradients=given.watch, failures=failures, periods=periods)
+        others = None
         if other is not None:
             others, state = run_graft(other, given, state, params=params, extras=extras)
         read = {name: extras[name] for name in ("signals", "measure", "grad") if name in extras}
@@ -274,10 +254,13 @@ class _Kronecker:
         new = directions(step, memories, state, grads=grads)
         if others is not None:
             new = graft(new, others, started=state.num_refreshes > 0)
-        if self.options.max_update is not None:
+        if self.options.max_update is None:
+            norm = norm_of(new)
+        else:
             limits = {"weight": state.weight, "max_update": self.options.max_update}
-            new = bound(step.leaves, memories, new, **limits)
-        new, state = finish(step, new, state)
+            new, norm = bound(step.leaves, memories, new, **limits)
+        usable = gradient.usable
+        new, state = finish(step, new, state, norm=norm, usable=usable)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
         kept = to_trees(memories, updates, step.spectrum.kept)
         return jax.tree.structure(updates).unflatten(new), state._replace(memory=kept)
@@ -290,7 +273,7 @@ class _Kronecker:
         plans = self.plan(updates)
         signals, measure = read.get("signals"), read.get("measure")
         leaves = with_signals(plans, signals)
-        return Step(self.spectrum(), plans, leaves, self.clock, signals, measure)
+        return Step(self.spectrum(), plans, leaves, signals, measure)
 
 
 _REMEDY = (

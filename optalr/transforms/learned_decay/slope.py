@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from optalr.arguments import check_choice, check_count, is_concrete, require_extra
 from optalr.arrays import wide_dtype
+from optalr.clocks import measure_when
 from optalr.signals.ray import by_path
 from optalr.states import unboxed
 from optalr.transforms.shared.subtrees import check_places
@@ -60,7 +61,9 @@ class SlopeProbe:
             return jnp.zeros((), bool)
         return count % jnp.asarray(self.every, jnp.int32) == 0
 
-    def read(self, extras: dict[str, Any], decaying: Any, *, params: Any, due: jax.Array) -> Any:
+    def read(
+        self, extras: dict[str, Any], decaying: Any, *, params: Any, due: jax.Array, may: Any
+    ) -> Any:
         """Return the slope, float32, and zero where none is due.
 
         Args:
@@ -68,6 +71,7 @@ class SlopeProbe:
           decaying: θ_m, a tree that holds leaves of the full parameters, by key path.
           params: the parameters, for a caller that gives no ``point``.
           due: () bool.
+          may: whether anything may be due; a NumPy bool where that is known.
 
         Returns:
           A scalar, or with ``per_leaf`` a tree of them with the structure of ``unboxed(decaying)``.
@@ -93,8 +97,7 @@ class SlopeProbe:
 
         if is_concrete(self.every) and int(self.every) == 1:
             return measure()  # always due: a branch would only hide the pass from XLA
-        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure))
-        return jax.lax.cond(due, measure, lambda: nothing)
+        return measure_when(due, measure, may=may)
 
     def _along(self, value: _Value, leaves: _Leaves) -> jax.Array:
         """Return ``⟨∇L, θ_m⟩``."""

@@ -14,6 +14,7 @@ import optax
 
 from optalr.arguments import check_interval
 from optalr.arrays import wide_dtype
+from optalr.clocks import PROBE, Periodic, asking, period_of, permitted
 from optalr.signals.ray import by_path
 from optalr.states import count_up, unboxed
 from optalr.transforms.learned_decay.rule import DecayMemory, DecayRule, Moved
@@ -35,6 +36,14 @@ class LearnedDecayState(NamedTuple):
     # helps. With per_leaf the mean.
     hypergradient: jax.Array
     memory: DecayMemory  # log(λ/λ₀) and averages: float32, () or with per_leaf a tree of ()
+    # for whoever runs a program made for one answer of the clock (optalr/clocks.py)
+    told: jax.Array  # () int8, -1
+    period: jax.Array  # () int32, updates between probes
+
+    @property
+    def clock(self) -> Periodic:
+        """When to probe."""
+        return Periodic(self.count, self.period)
 
 
 def add_learned_decay(
@@ -152,7 +161,8 @@ def add_learned_decay(
         return jnp.asarray(value_at(initial_decay, count)).astype(jnp.float32)
 
     def init_fn(params: Any) -> LearnedDecayState:
-        return _first_state(initial_at, _decaying(params, mask) if per_leaf else jnp.zeros(()))
+        like = _decaying(params, mask) if per_leaf else jnp.zeros(())
+        return _first_state(initial_at, like, every=every)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         if params is None:
@@ -162,13 +172,14 @@ def add_learned_decay(
         decaying = _decaying(params, mask)
 
         # Measure the slope of the probed loss, where it is due.
-        due = measuring.due(extras, state.count)
-        slopes = measuring.read(extras, decaying, params=params, due=due)
+        may = permitted(state.told, PROBE)
+        due = measuring.due(extras, state.count) & may
+        slopes = measuring.read(extras, decaying, params=params, due=due, may=may)
 
         # Refresh the decay.
         rate = jnp.asarray(value_at(meta_rate, state.count) * every, jnp.float32)
         moved = rule.move(state.memory, slopes, probes=state.probes, rate=rate)
-        initial = initial_at(state.count)
+        initial, state = initial_at(state.count), state._replace(period=period_of(every))
         state = _advance(state, moved, due=due, initial=initial)
 
         # Apply it.
@@ -209,7 +220,9 @@ def _add_decay(updates: Any, decaying: Any, decays: Any, *, per_leaf: bool) -> A
     return treedef.unflatten([add(*pair) for pair in zip(paths, leaves, strict=True)])
 
 
-def _first_state(initial_at: Callable[[jax.Array], jax.Array], like: Any) -> LearnedDecayState:
+def _first_state(
+    initial_at: Callable[[jax.Array], jax.Array], like: Any, *, every: Any
+) -> LearnedDecayState:
     """Return the state before the first update; ``like`` has a leaf for each decay."""
 
     def zeros() -> Any:
@@ -217,6 +230,8 @@ def _first_state(initial_at: Callable[[jax.Array], jax.Array], like: Any) -> Lea
 
     count = jnp.zeros((), jnp.int32)
     return LearnedDecayState(
+        told=asking(),
+        period=period_of(every),
         count=count,
         weight_decay=jnp.array(initial_at(count)),
         probes=jnp.zeros((), jnp.int32),
@@ -232,7 +247,8 @@ def _advance(
     """Return the state after one update."""
     used = due & ~moved.failed
     memory = jax.tree.map(lambda a, b: jnp.where(due, a, b), moved.memory, state.memory)
-    return LearnedDecayState(
+    return state._replace(
+        told=asking(),
         count=count_up(state.count),
         weight_decay=initial * jnp.exp(_mean(memory.log_factor)),
         probes=count_up(state.probes, used),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_choice, is_concrete, require_extra
+from optalr.clocks import measure_when
 from optalr.signals.ray import (
     ExactDerivatives,
     FiniteDifferences,
@@ -98,13 +100,12 @@ class Probe:
         """Return that part after a step."""
         return inputs.last_direction
 
-    def read(self, inputs: UpdateInputs, rate: jax.Array, due: jax.Array) -> Reading:
+    def read(self, inputs: UpdateInputs, rate: jax.Array, *, due: jax.Array, may: Any) -> Reading:
         """Return the reading at ``rate``, zeros where none is due."""
         measure = self._prepare(inputs)
         if is_concrete(self.every) and int(self.every) == 1:
             return measure(rate)  # always due: a branch would only hide the pass from XLA
-        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, rate))
-        return jax.lax.cond(due, measure, lambda _: nothing, rate)
+        return measure_when(due, partial(measure, rate), may=may)
 
     def _prepare(self, inputs: UpdateInputs) -> Callable[[jax.Array], Reading]:
         """Return the function of the rate that takes a reading along the step."""
@@ -165,9 +166,9 @@ class GradientComparison:
             lambda u, old: u.astype(old.dtype), inputs.updates, inputs.last_direction
         )
 
-    def read(self, inputs: UpdateInputs, rate: jax.Array, due: jax.Array) -> Reading:
+    def read(self, inputs: UpdateInputs, rate: jax.Array, *, due: jax.Array, may: Any) -> Reading:
         """Return the reading of the last step. It costs nothing, so ``due`` does not matter."""
-        del rate, due
+        del rate, due, may
         gradient = inputs.extras.get("grad", inputs.updates)
         slope = -inner_product(inputs.last_direction, gradient)
         slope = slope * tree_scale(inputs.updates, gradient)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count, check_interval
+from optalr.clocks import PROBE, Periodic, asking, period_of, permitted
 from optalr.states import count_up
 from optalr.transforms.learned_rate.probing import (
     Derivatives,
@@ -68,6 +69,14 @@ class LearnedRateState(NamedTuple):
     gradients: GradientWatch  # what is remembered of the directions' lengths
     # every update, with SuccessiveGradients
     direction: Any  # the last direction, like the parameters; else empty
+    # for whoever runs a program made for one answer of the clock (optalr/clocks.py)
+    told: jax.Array  # () int8, -1
+    period: jax.Array  # () int32, updates between updates of the rate
+
+    @property
+    def clock(self) -> Periodic:
+        """When to probe."""
+        return Periodic(self.count, self.period)
 
 
 def scale_by_learned_rate(
@@ -163,7 +172,7 @@ def scale_by_learned_rate(
     rule = RateRule(order, meta_rate, rate_momentum, lag, safeguards)
 
     def init_fn(params: Any) -> LearnedRateState:
-        return _first_state(initial_rate, reader.init_direction(params))
+        return _first_state(initial_rate, reader.init_direction(params), every=every)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         given = admit(updates, state.gradients, squares=False)
@@ -172,8 +181,8 @@ def scale_by_learned_rate(
 
         # Measure the loss along the ray, where it is due.
         inputs = UpdateInputs(updates, state.direction, params, extras)
-        due = state.count % jnp.asarray(every, jnp.int32) == 0
-        reading = reader.read(inputs, state.next_rate, due)
+        due, may = _is_due(state, every)
+        reading = reader.read(inputs, state.next_rate, due=due, may=may)
 
         # Refresh the rate.
         memory = RateMemory(state.next_rate, state.velocity, state.average_rate)
@@ -188,6 +197,12 @@ def scale_by_learned_rate(
         return follow_unless_zero(updates, outcome.applied), state
 
     return transformation("scale_by_learned_rate", init_fn, update_fn)
+
+
+def _is_due(state: LearnedRateState, every: Any) -> tuple[jax.Array, Any]:
+    """Return whether this update probes, and whether it may."""
+    may = permitted(state.told, PROBE)
+    return (state.count % jnp.asarray(every, jnp.int32) == 0) & may, may
 
 
 def _after_fault(outcome: Outcome, memory: RateMemory, given: Admitted) -> Outcome:
@@ -210,7 +225,7 @@ def _bound(
     return outcome._replace(applied=applied), state
 
 
-def _first_state(initial_rate: Any, direction: Any) -> LearnedRateState:
+def _first_state(initial_rate: Any, direction: Any, *, every: Any) -> LearnedRateState:
     """Return the state before the first update."""
 
     def rate() -> jax.Array:  # a buffer for each field, so that states can be donated
@@ -223,6 +238,8 @@ def _first_state(initial_rate: Any, direction: Any) -> LearnedRateState:
         return jnp.zeros((), jnp.int32)
 
     return LearnedRateState(
+        told=asking(),
+        period=period_of(every),
         count=counter(),
         learning_rate=rate(),
         next_rate=rate(),
@@ -251,6 +268,8 @@ def _advance(
     # Geometric, because rates differ by factors: one that is far too large must not rule the mean.
     average = state.average_rate * (outcome.next_rate / state.average_rate) ** share
     return state._replace(
+        told=asking(),
+        period=period_of(every),
         count=count_up(state.count),
         learning_rate=outcome.applied,
         next_rate=outcome.next_rate,

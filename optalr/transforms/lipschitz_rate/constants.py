@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import is_concrete
+from optalr.clocks import MEASURE, REFRESH, larger, run_when
 from optalr.signals.lipschitz import largest_weight_norm
 from optalr.transforms.lipschitz_rate.observing import METHOD, Measurement
 
@@ -21,26 +22,50 @@ class Constants(NamedTuple):
     square_constant: jax.Array  # the bound on the squared gradient in force
 
 
+class EpochClock(NamedTuple):
+    """When the constant may be replaced: in the whole first epoch, and as others begin."""
+
+    count: Any  # () int32, updates so far
+    period: Any  # () int32, updates of an epoch
+
+    def begins_epoch(self) -> Any:
+        """Return whether the next update is the first of an epoch."""
+        return self.count % larger(self.period, 1) == 0
+
+    def is_first_epoch(self) -> Any:
+        """Return whether the next update belongs to the first epoch."""
+        return self.count < self.period
+
+    def needs(self) -> Any:
+        """Return what every update does, and whether the next may replace the constant."""
+        return MEASURE | REFRESH * (self.begins_epoch() | self.is_first_epoch())
+
+    def after(self, told: Any) -> "EpochClock":
+        """Return the clock an update later."""
+        del told
+        return self._replace(count=self.count + 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Epochs:
     """When a new constant takes over; the arguments are those of ``scale_by_lipschitz_rate``."""
 
-    steps: Any
     weight_decay: Any
 
     def advance(
-        self, known: Constants, measured: Measurement, *, count: jax.Array, weights: Any
+        self, known: Constants, measured: Measurement, *, clock: EpochClock, weights: Any, may: Any
     ) -> Constants:
         """Take a measurement in, and replace the constant where an epoch has ended.
 
         Args:
           known: what was known before.
           measured: the minibatch of this update.
-          count: updates so far.
+          clock: of the updates and the epochs.
           weights: the parameters, read with weight decay only.
+          may: whether the constant may be replaced; a NumPy bool where that is known.
         """
-        period = jnp.asarray(self.steps, jnp.int32)
-        begins, first = count % period == 0, count < period
+        period = clock.period
+        begins, first = clock.begins_epoch(), clock.is_first_epoch()
         ended = begins & ~first & (known.loss_bound > 0) & (period > 1)
         largest = _largest(known, measured, fresh=begins & measured.usable)
         # The first epoch has no epoch before it, so it follows the largest so far.
@@ -48,16 +73,16 @@ class Epochs:
         bound = jnp.where(ended, known.loss_bound, largest.loss_bound)
         square = jnp.where(ended, known.square_bound, largest.square_bound)
 
-        def compute(old: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def compute(old: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
             decayed = self._decayed(weights)
             constant = (bound + decayed).astype(jnp.float32)
             squared = (square + 2 * decayed * bound).astype(jnp.float32)
             good = jnp.isfinite(constant) & jnp.isfinite(squared)
             return jnp.where(good, constant, old[0]), jnp.where(good, squared, old[1])
 
-        # A branch, because the norms of all weights are a pass over the parameters.
+        # Not always, because the norms of all weights are a pass over the parameters.
         old = known.lipschitz_constant, known.square_constant
-        constant, squared = jax.lax.cond(renew, compute, lambda kept: kept, old)
+        constant, squared = run_when(renew, compute, old, inputs=weights, may=may)
         return largest._replace(lipschitz_constant=constant, square_constant=squared)
 
     def _decayed(self, weights: Any) -> Any:

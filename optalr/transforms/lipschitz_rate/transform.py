@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import check_count, check_interval
+from optalr.clocks import REFRESH, asking, period_of, permitted
 from optalr.signals.lipschitz import lipschitz_scale
 from optalr.states import count_up
 from optalr.transforms.lipschitz_rate.averages import Averages, rate_for
-from optalr.transforms.lipschitz_rate.constants import Constants, Epochs
+from optalr.transforms.lipschitz_rate.constants import Constants, EpochClock, Epochs
 from optalr.transforms.lipschitz_rate.guards import LipschitzGuards, bound_rate, resolve_guards
-from optalr.transforms.lipschitz_rate.observing import Gauge, further_norms
+from optalr.transforms.lipschitz_rate.observing import Gauge, Measurement, further_norms
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
 from optalr.transforms.shared.lengths import follow_unless_zero
 from optalr.transforms.shared.loss_watch import LossWatch, bound_step, start_watch, watch_loss
@@ -49,6 +50,14 @@ class LipschitzRateState(NamedTuple):
     failures: jax.Array
     # never
     wants_signals: jax.Array  # () bool, always True: every update reads the last layer's moments
+    # for whoever runs a program made for one answer of the clock (optalr/clocks.py)
+    told: jax.Array  # () int8, -1
+    period: jax.Array  # () int32, updates of an epoch
+
+    @property
+    def clock(self) -> EpochClock:
+        """When the constant may be replaced."""
+        return EpochClock(self.count, self.period)
 
 
 def scale_by_lipschitz_rate(
@@ -140,11 +149,11 @@ def scale_by_lipschitz_rate(
     guards = resolve_guards(guards)
     norms = further_norms(loss, target_norm)
     gauge = Gauge(loss, num_classes, norms, last_layer, rate_of.wants_squares)
-    epochs = Epochs(steps_per_epoch, weight_decay)
+    epochs = Epochs(weight_decay)
 
     def init_fn(params: Any) -> LipschitzRateState:
         del params
-        return _first_state(guards.warmup_rate)
+        return _first_state(guards.warmup_rate, steps_per_epoch)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         # Measure.
@@ -154,7 +163,8 @@ def scale_by_lipschitz_rate(
 
         # Refresh the constant and its rate.
         weights = extras.get("point", params)
-        known = epochs.advance(_known(state), measured, count=state.count, weights=weights)
+        state = state._replace(period=period_of(steps_per_epoch))
+        known = _renewed(state, measured, epochs, weights=weights)
         averaged = rate_of.advance(Averages(state.average, state.square_average), known)
         raw = rate_of.rate(averaged, known, state.count)
         rate, guarded = bound_rate(raw, guards, count=state.count, known=known)
@@ -171,11 +181,20 @@ def scale_by_lipschitz_rate(
     return transformation("scale_by_lipschitz_rate", init_fn, update_fn, keeps_leaves=False)
 
 
+def _renewed(
+    state: LipschitzRateState, measured: Measurement, epochs: Epochs, *, weights: Any
+) -> Constants:
+    """Return what is known after a measurement."""
+    may = permitted(state.told, REFRESH)
+    return epochs.advance(_known(state), measured, clock=state.clock, weights=weights, may=may)
+
+
 def _count(
     state: LipschitzRateState, rate: jax.Array, *, guarded: jax.Array, failed: jax.Array
 ) -> LipschitzRateState:
     """Return the state with this update counted, and the rate that it applies."""
     return state._replace(
+        told=asking(),
         count=count_up(state.count),
         learning_rate=rate,
         guarded_rates=count_up(state.guarded_rates, guarded),
@@ -194,7 +213,7 @@ def _known(state: LipschitzRateState) -> Constants:
     )
 
 
-def _first_state(rate: float) -> LipschitzRateState:
+def _first_state(rate: float, steps_per_epoch: Any) -> LipschitzRateState:
     """Return the state before the first update."""
 
     def number() -> jax.Array:  # a buffer for each field, so that states can be donated
@@ -204,6 +223,8 @@ def _first_state(rate: float) -> LipschitzRateState:
         return jnp.zeros((), jnp.int32)
 
     return LipschitzRateState(
+        told=asking(),
+        period=period_of(steps_per_epoch),
         count=counter(),
         learning_rate=jnp.array(rate, jnp.float32),
         lipschitz_constant=number(),

@@ -11,7 +11,6 @@ So steps keep their old length until a scale that has really changed is believed
 or one in every few batches, changes nothing.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +27,9 @@ _LONGEST_ROW = 200  # its power of the growth is still in range
 # The largest norm is forgotten over some thousand steps. A mean would forget the hard examples of a
 # well fitted set, which come once in a hundred batches with a thousand times the usual gradient.
 _MEMORY = 0.999
-# A number whose square times 2^±128 is in range where its own square is not.
-_UNIT = 2.0**-64
+# A sum of squares below this has lost some of them to underflow.
+_SMALLEST = 2.0**-90
+_EXPONENT_BITS = 0x7F800000  # of a float32
 
 
 class GradientWatch(NamedTuple):
@@ -60,18 +60,21 @@ def start_gradient_watch() -> GradientWatch:
     return GradientWatch(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def admit(updates: Any, watch: GradientWatch, *, squares: bool = True) -> Admitted:
+def admit(
+    updates: Any, watch: GradientWatch, *, squares: bool = True, zeros: bool = True
+) -> Admitted:
     """Return what may be used of a gradient, in the dtypes that it came in.
 
     Args:
       updates: the gradient.
       watch: the memory so far.
       squares: whether squares are taken of it, so that they must be finite too.
+      zeros: whether zeros take the place of a bad one. Else its user makes its update zero.
     """
-    norm, total = _norm(updates)
+    norm = _norm(updates, watch.largest_norm)
     # The norm of anything not finite is not finite either. A square that overflows would end every
     # moment of squares.
-    bad = ~jnp.isfinite(total if squares else norm)
+    bad = ~jnp.isfinite(jnp.square(norm) if squares else norm)
     row = jnp.minimum(watch.num_long, _LONGEST_ROW).astype(jnp.float32)
     limit = _PROPORTION * jnp.power(jnp.float32(_GROWTH), row) * watch.largest_norm
     # A first gradient has nothing to be judged by, and zeros say nothing of the scale.
@@ -84,50 +87,41 @@ def admit(updates: Any, watch: GradientWatch, *, squares: bool = True) -> Admitt
 
     def tame(leaf: jax.Array) -> jax.Array:
         wide = leaf.astype(wide_dtype(leaf))
+        # The share is 1 for all that is neither, which changes no bit.
         shorter = (wide * share.astype(_real(wide))).astype(leaf.dtype)
-        return jnp.where(bad, jnp.zeros_like(leaf), jnp.where(long, shorter, leaf))
+        return jnp.where(bad, jnp.zeros_like(leaf), shorter) if zeros else shorter
 
     return Admitted(jax.tree.map(tame, updates), GradientWatch(largest, num_long), bad, bad | long)
 
 
-def _norm(updates: Any) -> tuple[jax.Array, jax.Array]:
-    """Return the 2-norm of all numbers together, and its square, in float32 or wider.
+def _norm(updates: Any, usual: jax.Array) -> jax.Array:
+    """Return the 2-norm of all numbers together, in float32 or wider, in one pass.
 
-    The square may be out of range where the norm is not.
+    Squares are taken in a unit near the ``usual`` norm, a power of two, which rounds nothing. Where
+    the norm is more than 2^60 away from that, a bound by the largest number stands for it.
     """
-    leaves = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
-    plain = _sum_of_squares(leaves, None)
-    in_range = jnp.isfinite(plain) & (plain > _UNIT)
-
-    def select(plain: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
-        return jnp.where(in_range, jnp.sqrt(plain), _far_norm(leaves))
-
-    def branch(plain: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
-        return jax.lax.cond(in_range, lambda _: jnp.sqrt(plain), _far_norm, leaves)
-
-    # An accelerator takes all sums in one pass, and would wait for the answer of a branch. A CPU
-    # takes a pass for each.
-    return jax.lax.platform_dependent(plain, leaves, cpu=branch, default=select), plain
-
-
-def _far_norm(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Return the norm of numbers of which the squares are out of range."""
-    large = jnp.sqrt(_sum_of_squares(leaves, _UNIT)) / _UNIT
-    small = jnp.sqrt(_sum_of_squares(leaves, 1 / _UNIT)) * _UNIT
-    return jnp.where(jnp.isfinite(small), small, large)
-
-
-def _sum_of_squares(leaves: Sequence[jax.Array], unit: float | None) -> jax.Array:
-    """Return the sum of squares of all numbers, each times ``unit``."""
-    total = jnp.float32(0)
+    unit = _power_of_two(usual)
+    inverse = 1 / unit  # exact; a product is cheaper than a quotient
+    squares, sizes, leaves = [], [], jax.tree.leaves(updates)
     for leaf in leaves:
-        numbers = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
-        if unit is not None:
-            # A barrier, because XLA would turn (x u)² into x² u², which is out of range again.
-            factor = jax.lax.optimization_barrier(jnp.float32(unit))
-            numbers = numbers * factor.astype(numbers.dtype)
-        total = total + jnp.sum(jnp.square(numbers))
-    return total
+        size = jnp.abs(leaf.astype(wide_dtype(leaf)))
+        squares.append(jnp.sum(jnp.square(size * inverse.astype(size.dtype))))
+        if size.size:
+            sizes.append(jnp.max(size))
+    if not sizes:
+        return jnp.float32(0)
+    # Few operations for each leaf: there are many leaves, and each operation is compiled.
+    total = jnp.sum(jnp.stack(squares))
+    in_range = jnp.isfinite(total) & (total > _SMALLEST)
+    most = jnp.max(jnp.stack(sizes)) * sum(leaf.size for leaf in leaves) ** 0.5
+    return jnp.where(in_range, jnp.sqrt(total) * unit, most)
+
+
+def _power_of_two(number: jax.Array) -> jax.Array:
+    """Return the power of two below a float32, within 2^±100; 1 for zero."""
+    bits = jax.lax.bitcast_convert_type(number, jnp.int32)
+    exponent = jax.lax.bitcast_convert_type(bits & _EXPONENT_BITS, jnp.float32)
+    return jnp.where(number > 0, jnp.clip(exponent, 2.0**-100, 2.0**100), 1)
 
 
 def _real(array: jax.Array) -> Any:

@@ -1,0 +1,105 @@
+"""Count what each kind of compiled step is made of, in multiples of Adam's step.
+
+    python benchmarks/operations.py
+
+Operations are those of the lowered program (StableHLO), nested functions included. So the counts
+are the same on every machine with this jax, and nothing is compiled or run. Control flow is counted
+apart: on an accelerator each piece of it may be a question whose answer the host waits for.
+"""
+
+import collections
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optalr
+
+OPERATION = re.compile(r"\b(?:stablehlo|chlo)\.(\w+)")
+KINDS = ("plain", "measuring", "refreshing", "second", "traced")
+
+
+def mlp(sizes: tuple[int, ...] = (784, 512, 512, 10)) -> tuple[Callable[..., Any], Any, Any]:
+    """Return the loss of an MLP, its parameters and a batch."""
+
+    def loss_fn(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+        hidden = inputs
+        for i, (kernel, bias) in enumerate(params):
+            hidden = hidden @ kernel + bias
+            hidden = jax.nn.relu(hidden) if i < len(params) - 1 else hidden
+        return optax.softmax_cross_entropy_with_integer_labels(hidden, labels).mean()
+
+    pairs = itertools.pairwise(sizes)
+    params = [(jnp.zeros((m, n)), jnp.zeros(n)) for m, n in pairs]
+    return loss_fn, params, (jnp.zeros((128, sizes[0])), jnp.zeros(128, jnp.int32))
+
+
+def vgg(widths: tuple[int, ...] = (64, 128, 256, 512)) -> tuple[Callable[..., Any], Any, Any]:
+    """Return the loss of a net with two convolutions a width, its parameters and a batch."""
+
+    def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        hidden = images
+        for i, (kernel, bias) in enumerate(params["convolutions"]):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            hidden = jax.lax.conv_general_dilated(
+                hidden, kernel, (1, 1), "SAME", dimension_numbers=numbers
+            )
+            hidden = jax.nn.relu(hidden + bias)
+            if i % 2:
+                window = (1, 2, 2, 1)
+                hidden = jax.lax.reduce_window(
+                    hidden, -jnp.inf, jax.lax.max, window, window, "VALID"
+                )
+        kernel, bias = params["head"]
+        logits = hidden.reshape(hidden.shape[0], -1) @ kernel + bias
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    channels, convolutions = 3, []
+    for width in widths:
+        for _ in range(2):
+            convolutions.append((jnp.zeros((3, 3, channels, width)), jnp.zeros(width)))
+            channels = width
+    head = (jnp.zeros((4 * channels, 10)), jnp.zeros(10))
+    batch = jnp.zeros((128, 32, 32, 3)), jnp.zeros(128, jnp.int32)
+    return loss_fn, {"convolutions": convolutions, "head": head}, batch
+
+
+def operations(step: Any, params: Any, state: Any, batch: Any, kind: str) -> collections.Counter:
+    """Return how many operations of each name one kind of step has."""
+    text = step.lower(params, state, *batch, kind=kind).as_text()
+    return collections.Counter(OPERATION.findall(text))
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table."""
+    methods = {"tso_alra": optalr.tso_alra(1e-2, switch_at=1000), "untuned": optalr.untuned(1000)}
+    for net, (loss_fn, params, batch) in {"MLP": mlp(), "VGG": vgg()}.items():
+        adam = optax.adam(1e-3)
+        step = optalr.train_step(loss_fn, adam)
+        least = operations(step, params, adam.init(params), batch, "plain").total()
+        yield net, "Adam", "", str(least), "1", "0"
+        for name, tx in methods.items():
+            step, state = optalr.train_step(loss_fn, tx), tx.init(params)
+            for kind in KINDS:
+                if kind == "second" and name != "tso_alra":
+                    continue
+                found = operations(step, params, state, batch, kind)
+                flow = sum(found[each] for each in ("while", "case", "if"))
+                ratio = f"{found.total() / least:.1f}"
+                yield net, name, kind, str(found.total()), ratio, str(flow)
+
+
+def main() -> None:
+    """Print the table."""
+    print("| net | method | step | operations | times Adam's | control flow |")
+    print("|---|---|---|---|---|---|")
+    for row in rows():
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What a compiled step is made of: few operations, and no control flow where nothing is due."""
+
+import collections
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optalr
+
+SIZES = (784, 512, 512, 10)
+OPERATION = re.compile(r"\b(?:stablehlo|chlo)\.(\w+)")
+
+
+def loss_fn(params, inputs, labels):
+    hidden = inputs
+    for i in range(3):
+        hidden = hidden @ params[f"kernel{i}"] + params[f"bias{i}"][None]
+        hidden = jax.nn.relu(hidden) if i < 2 else hidden
+    return optax.softmax_cross_entropy_with_integer_labels(hidden, labels).mean()
+
+
+def shapes():
+    params = {}
+    for i, (m, n) in enumerate(itertools.pairwise(SIZES)):
+        params |= {f"kernel{i}": jnp.zeros((m, n)), f"bias{i}": jnp.zeros(n)}
+    batch = jax.ShapeDtypeStruct((128, 784), jnp.float32), jax.ShapeDtypeStruct((128,), jnp.int32)
+    return jax.eval_shape(lambda: params), batch
+
+
+def operations(tx, kind):
+    params, batch = shapes()
+    lowered = optalr.train_step(loss_fn, tx).lower(
+        params, jax.eval_shape(tx.init, params), *batch, kind=kind
+    )
+    return collections.Counter(OPERATION.findall(lowered.as_text()))
+
+
+# How many times the operations of Adam's step, which are some 360.
+@pytest.mark.parametrize(
+    ("kind", "most"), [("plain", 2.5), ("measuring", 4.9), ("refreshing", 7.9), ("second", 1.3)]
+)
+def test_programs_are_small(kind, most):
+    found = operations(optalr.tso_alra(1e-2, switch_at=100), kind)
+    adam = operations(optax.adam(1e-3), "plain")
+    assert found.total() <= most * adam.total()
+    if kind != "refreshing":
+        assert not {"while", "case", "if"} & set(found)
