@@ -22,7 +22,9 @@ _GATES = frozenset(
         "ApplyIfFiniteState",
         "ConditionallyMaskState",
         "ConditionallyTransformState",
+        "MaybeUpdateState",
         "MultiStepsState",
+        "SAMState",
     }
 )
 
