@@ -1,5 +1,6 @@
 """What every room needs to know of arrays: whether they are finite, and wide enough for sums."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -54,6 +55,18 @@ def moving_average(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     """Return ``decay · old + (1 − decay) · new``, in the dtype of the old."""
     decay = jnp.asarray(decay, old.dtype)
     return decay * old + (1 - decay) * new.astype(old.dtype)
+
+
+def as_vector(parts: Sequence[Any]) -> jax.Array:
+    """Return the numbers of several arrays as one vector."""
+    return jnp.concatenate([jnp.ravel(part) for part in parts])
+
+
+def like_parts(vector: jax.Array, parts: Sequence[Any]) -> list[jax.Array]:
+    """Undo ``as_vector``: return the parts of a vector in the shapes of several arrays."""
+    ends = np.cumsum([math.prod(jnp.shape(part)) for part in parts])
+    pieces = jnp.split(vector, ends[:-1])
+    return [piece.reshape(jnp.shape(part)) for piece, part in zip(pieces, parts, strict=True)]
 
 
 def diagonal(matrices: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optalr.arrays import at_least_float32
+from optalr.arrays import as_vector, at_least_float32, like_parts
 from optalr.clocks import asking
 from optalr.signals.moments import default_view
 from optalr.states import count_up, settle_like
@@ -38,10 +38,10 @@ def bound(
         return [], jnp.float32(0)
     limits = max_update * _limits(leaves, memories, matrices, weight=weight)
     # Norms in units of the largest number: the square of 1e20 overflows, that of 1e-23 underflows.
-    unit = _of_all([_largest(m) for m in matrices])
+    unit = as_vector([_largest(m) for m in matrices])
     unit = jnp.where(unit == 0, 1, unit)
     each = zip(matrices, _to_each(unit, matrices), strict=True)
-    square = _of_all([jnp.sum(jnp.square(m / part), (-2, -1)) for m, part in each])
+    square = as_vector([jnp.sum(jnp.square(m / part), (-2, -1)) for m, part in each])
     excess = jnp.sqrt(square) * (unit / limits)
     share = jnp.where(excess > 1, 1 / excess, 1)
     shrunk = [m * part for m, part in zip(matrices, _to_each(share, matrices), strict=True)]
@@ -74,7 +74,7 @@ def _limits(
             mean = leaf.sides[side].holding(memory.sides[side].factor).mean()
             mean = mean / jnp.where(weight > 0, weight, 1).astype(mean.dtype)
         means.append(mean)
-    mean = _of_all(means)
+    mean = as_vector(means)
     return jax.lax.rsqrt(jnp.where(mean > 0, mean, 1)) * np.sqrt(np.concatenate(outputs))
 
 
@@ -93,19 +93,11 @@ def _as_leaf(leaf: Leaf, matrices: jax.Array, like: jax.Array) -> jax.Array:
     return matrices.reshape(like.shape)
 
 
-def _of_all(parts: Sequence[Any]) -> jax.Array:
-    """Return the numbers of all leaves as one vector."""
-    return jnp.concatenate([jnp.ravel(part) for part in parts])
-
-
 def _to_each(numbers: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
     """Return each leaf's part of a vector, such that it multiplies its matrices."""
-    counts = [math.prod(matrix.shape[:-2]) for matrix in matrices]
-    parts = jnp.split(numbers, np.cumsum(counts)[:-1])
-    return [
-        part.reshape(*matrix.shape[:-2], 1, 1).astype(matrix.dtype)
-        for part, matrix in zip(parts, matrices, strict=True)
-    ]
+    shapes = [np.empty((*matrix.shape[:-2], 1, 1), bool) for matrix in matrices]
+    parts = like_parts(numbers, shapes)
+    return [part.astype(matrix.dtype) for part, matrix in zip(parts, matrices, strict=True)]
 
 
 def _num_outputs(leaf: Leaf) -> int:

@@ -1,14 +1,13 @@
 """Measuring: folding a batch into the statistics of all leaves, where that is due."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optalr.arrays import all_finite, moving_average, wide_dtype
+from optalr.arrays import all_finite, as_vector, moving_average, wide_dtype
 from optalr.clocks import MEASURE, permitted, run_when
 from optalr.linalg import spd
 from optalr.linalg.structured import Structured
@@ -24,10 +23,8 @@ from optalr.transforms.kronecker.proportion import (
     YOUNG,
     Measurement,
     Shares,
-    Tamed,
     Trust,
     in_proportion,
-    shares,
 )
 from optalr.transforms.kronecker.rule import Rule
 from optalr.transforms.kronecker.spectrum import Spectrum, Step
@@ -47,7 +44,7 @@ class Batch(NamedTuple):
     """What a batch adds to the statistics, beside the moments of its layers."""
 
     grads: Sequence[jax.Array]  # of all leaves, in float32 or wider
-    scales: Sequence[jax.Array]  # of all leaves, what their gradient was multiplied by
+    scales: Mapping[int, jax.Array]  # of captured kernels, what their gradient was multiplied by
     num_examples: jax.Array  # () float32
     started: jax.Array  # () bool, whether there are roots
     trust: Trust  # what the averages are worth before this batch
@@ -94,7 +91,8 @@ def measure(
 
     def fold(carry: Folded, inputs: Any) -> Folded:
         batch, (updates, original), signals = inputs
-        batch = batch._replace(scales=leaf_scales(updates, original))
+        layers = [i for i, leaf in enumerate(step.leaves) if _is_captured(leaf)]
+        batch = batch._replace(scales=leaf_scales(updates, original, of=layers))
         if step.measure is not None:  # then ``signals`` is a function
             signals = signals(sides_of(step.leaves))
         leaves = with_signals(step.plans, signals)
@@ -102,7 +100,7 @@ def measure(
 
     started = state.num_refreshes > 0
     young = ~started | (state.measurements < YOUNG)
-    batch = Batch(arrived.grads, (), num_examples, started, Trust(state.weight, young))
+    batch = Batch(arrived.grads, {}, num_examples, started, Trust(state.weight, young))
     signals = step.signals if step.measure is None else step.measure
     inputs = batch, (arrived.updates, arrived.original), signals
     carry = Folded(list(memories), jnp.bool_(True), jnp.bool_(False))
@@ -137,22 +135,25 @@ def fold_batch(
         elif isinstance(leaf, Elementwise):
             measured[i] = batch.num_examples * jnp.square(batch.grads[i])
     good, bounded = all_finite(measured), jnp.bool_(False)
+    left = in_proportion(measured, leaves, memories, trust=batch.trust)
     folded = list(memories)
     for i, new in measured.items():
         leaf, memory = leaves[i], memories[i]
+        seen = good
         if isinstance(leaf, Kernel):
             seen = good if leaf.moments is None else good & (leaf.moments.count > 0)
-            tamed = in_proportion(new, leaf, memory, trust=batch.trust)
-            folded[i] = _fold_kernel(spectrum.rule, memory, tamed=tamed, keep=seen)
-            bounded |= tamed.over & seen
+            folded[i] = _fold_kernel(spectrum.rule, memory, new, left=left[i], keep=seen)
         else:
-            old = memory.second_moment
-            left = shares(jnp.mean(new), jnp.mean(old), batch.trust)
-            average = moving_average(left.average * old, left.new * new, spectrum.rule.decay)
-            folded[i] = LeafMemory(second_moment=jnp.where(good, average, old))
-            bounded |= left.over & good
+            old, decay = memory.second_moment, spectrum.rule.decay
+            average = moving_average(left[i][0].average * old, left[i][0].new * new, decay)
+            folded[i] = LeafMemory(second_moment=jnp.where(seen, average, old))
+        bounded |= seen & jnp.any(as_vector([share.over for share in left[i]]))
     # While the average is young its batches may well differ that much.
     return Folded(folded, good, bounded & ~batch.trust.is_young)
+
+
+def _is_captured(leaf: Leaf) -> bool:
+    return isinstance(leaf, Kernel) and leaf.moments is not None
 
 
 def _measure_kernel(
@@ -215,23 +216,34 @@ def _normalized_grams(
     return rows.scaled(num_examples), cols.scaled(inverse)
 
 
-def _fold_kernel(rule: Rule, memory: LeafMemory, *, tamed: Tamed, keep: jax.Array) -> LeafMemory:
+def _fold_kernel(
+    rule: Rule,
+    memory: LeafMemory,
+    new: Measurement,
+    *,
+    left: Sequence[Shares],
+    keep: jax.Array,
+) -> LeafMemory:
     """Return a kernel's memory after one more batch, or as it was where ``keep`` is false."""
+    decay = jnp.asarray(rule.decay, jnp.float32)
 
-    def choose(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
+    def fold_side(side: SideMemory, measured: Structured, share: Shares) -> SideMemory:
+        old = measured.holding(side.factor).scaled(decay * share.average).stored
+        average = old + measured.scaled((1 - decay) * share.new).stored
+        return side._replace(factor=jnp.where(keep, average, side.factor))
 
-    def fold_side(side: SideMemory, new: Structured, left: Shares) -> SideMemory:
-        average = new.holding(side.factor).scaled(left.average).fold(new, rule.decay)
-        return side._replace(factor=choose(average.stored, side.factor))
+    rows, cols = left
 
-    average = partial(moving_average, decay=rule.decay)
-    new = tamed.new
-    moment = jax.tree.map(average, memory.eigen_moment, new.second_moment)
+    def fold_moment(old: jax.Array, squares: jax.Array) -> jax.Array:
+        # Squares of a batch's gradient are out of proportion where its factors are. By themselves
+        # they may be N times those of the factors, in a batch whose examples agree.
+        tame = squares * spd.align(rows.new * cols.new, squares).astype(squares.dtype)
+        return jnp.where(keep, moving_average(old, tame, rule.decay), old)
+
     return LeafMemory(
-        rows=fold_side(memory.rows, new.rows, tamed.rows),
-        cols=fold_side(memory.cols, new.cols, tamed.cols),
-        eigen_moment=choose(moment, memory.eigen_moment),
+        rows=fold_side(memory.rows, new.rows, rows),
+        cols=fold_side(memory.cols, new.cols, cols),
+        eigen_moment=jax.tree.map(fold_moment, memory.eigen_moment, new.second_moment),
     )
 
 

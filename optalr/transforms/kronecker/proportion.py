@@ -5,14 +5,15 @@ thousand times as large has a hundred million times the second moment. It would 
 hundreds of measurements, in which the steps would be close to zero.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optalr.linalg import spd
+from optalr.arrays import as_vector, like_parts
 from optalr.linalg.structured import Structured
-from optalr.transforms.kronecker.leaves import Kernel
+from optalr.transforms.kronecker.leaves import Kernel, Leaf
 from optalr.transforms.kronecker.memory import LeafMemory
 
 # A measurement may have this many times the mean eigenvalue of the average. At the default decay
@@ -47,47 +48,49 @@ class Shares(NamedTuple):
     over: jax.Array  # bool, whether the measurement is scaled down
 
 
-class Tamed(NamedTuple):
-    """A kernel's statistics in proportion to their averages."""
+def in_proportion(
+    measured: Mapping[int, Any],
+    leaves: Sequence[Leaf],
+    memories: Sequence[LeafMemory],
+    *,
+    trust: Trust,
+) -> dict[int, tuple[Shares, ...]]:
+    """Return what is left of each leaf's statistics: of a kernel's rows and columns, or of a leaf.
 
-    new: Measurement
-    rows: Shares
-    cols: Shares
-
-    @property
-    def over(self) -> jax.Array:
-        """Whether anything of the batch was scaled down."""
-        return jnp.any(self.rows.over) | jnp.any(self.cols.over)
-
-
-def in_proportion(new: Measurement, leaf: Kernel, memory: LeafMemory, *, trust: Trust) -> Tamed:
-    """Return a kernel's statistics, scaled down where they are too large.
+    All are judged together, by few operations.
 
     Args:
-      new: what this batch shows.
-      leaf: the kernel.
-      memory: the averages without this batch.
+      measured: what this batch shows, by the leaf's position: a ``Measurement``, or squares.
+      leaves: of all positions.
+      memories: the averages without this batch.
       trust: what the averages are worth.
     """
-    rows = _shares_of(new.rows, leaf.rows.holding(memory.rows.factor), trust)
-    cols = _shares_of(new.cols, leaf.cols.holding(memory.cols.factor), trust)
-    moments = new.second_moment
-    if isinstance(moments, jax.Array):
-        # Squares of a batch's gradient are out of proportion where its factors are. By themselves
-        # they may be N times those of the factors, in a batch whose examples agree.
-        moments = moments * spd.align(rows.new * cols.new, moments)
-    tame = Measurement(new.rows.scaled(rows.new), new.cols.scaled(cols.new), moments)
-    return Tamed(tame, rows, cols)
+    pairs = {i: _means(new, leaves[i], memories[i]) for i, new in measured.items()}
+    if not pairs:
+        return {}
+    news, olds = zip(*(pair for each in pairs.values() for pair in each), strict=True)
+    found = _shares(as_vector(news), as_vector(olds), trust)
+    parts = zip(*(like_parts(column, news) for column in found), strict=True)
+    left = (Shares(*part) for part in parts)
+    return {i: tuple(next(left) for _ in each) for i, each in pairs.items()}
 
 
-def shares(new: jax.Array, total: jax.Array, trust: Trust) -> Shares:
-    """Return what is left of a measurement, and of the average so far.
+def _means(new: Any, leaf: Leaf, memory: LeafMemory) -> list[tuple[jax.Array, jax.Array]]:
+    """Return the mean eigenvalues, or the mean square, of a measurement and of its average."""
+    if not isinstance(leaf, Kernel):
+        return [(jnp.mean(new), jnp.mean(memory.second_moment))]
+    rows, cols = leaf.rows.holding(memory.rows.factor), leaf.cols.holding(memory.cols.factor)
+    return [(new.rows.mean(), rows.mean()), (new.cols.mean(), cols.mean())]
+
+
+def _shares(new: jax.Array, total: jax.Array, trust: Trust) -> Shares:
+    """Return what is left of measurements, and of the averages so far.
 
     Args:
-      new: mean eigenvalue, or mean square, of the measurement.
-      total: that of the average, not corrected for its start at zero; 0 where nothing has been
+      new: mean eigenvalue, or mean square, of each measurement.
+      total: that of its average, not corrected for its start at zero; 0 where nothing has been
         seen, which bounds nothing.
-      trust: what the average is worth.
+      trust: what the averages are worth.
     """
     average = total / jnp.where(trust.weight > 0, trust.weight, 1).astype(total.dtype)
     limit = _PROPORTION * average
@@ -100,7 +103,3 @@ def shares(new: jax.Array, total: jax.Array, trust: Trust) -> Shares:
         jnp.where(under, _PROPORTION * new / jnp.where(under, average, 1), 1).astype(new.dtype),
         over,
     )
-
-
-def _shares_of(new: Structured, kept: Structured, trust: Trust) -> Shares:
-    return shares(new.mean(), kept.mean(), trust)
