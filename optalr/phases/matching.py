@@ -50,17 +50,20 @@ def matched_stages(
 ) -> optax.GradientTransformationExtraArgs:
     """Apply ``first``, then ``second`` at the rate along the gradient that ``first`` had.
 
-    Choose it instead of ``two_stage`` where one rate, behind both stages, shall serve both although
-    their updates have different units. With ``u`` the updates of ``first`` for the gradients ``g``,
-    means over some twenty updates, and ``s`` the updates of ``second``,
+    Choose it instead of ``two_stage`` where one rate stands behind both stages, and their updates
+    have different units: a power of F other than −1/2 before SGD, or a loss in units of its own.
+    With F^{-1/2} and a mean cross-entropy it changes little (docs/tso_alra.md). With ``u`` the
+    updates of ``first`` for the gradients ``g``, means over some twenty updates, and ``s`` the
+    updates of ``second``,
 
         u                           in phase 0
         γ s,   γ = E[⟨u, ĝ⟩]/E[‖g‖],   ĝ = g/‖g‖      in phase 1
 
-    So ``γ g`` is what the first stage's updates were along the gradient, or (with weights ‖g‖) the
-    least-squares fit of ``u`` by a multiple of ``g``. Along directions in which gradients are large
-    SGD then moves about as fast as before, and it keeps still where ``first`` made much of little.
-    A matched *length* ‖u‖/‖g‖ is up to twenty times larger, and diverged on two of five problems.
+    So ``γ g`` is what the first stage's updates were along the gradient, or (with weights 1/‖g‖)
+    the least-squares fit of ``u`` by a multiple of ``g``. Along directions in which gradients are
+    large SGD then moves about as fast as before, and it keeps still where ``first`` made much of
+    little. A matched *length*, E‖u‖/E‖g‖, is four to sixty times larger, and ended in NaN on one of
+    five problems.
 
     γ is taken at the switch, where the phase leaves 0, and stays. It is 1 where nothing has been
     measured (a switch at update 0) or where the mean of ⟨u, ĝ⟩ is not positive. The result does not
