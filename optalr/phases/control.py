@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_interval, is_concrete
+from optalr.phases.matching import take_over_gain
 from optalr.phases.switching import PhaseState, next_phase, schedule_state
 from optalr.phases.two_stage import Released, TwoStageState
 from optalr.states import injects
@@ -118,7 +119,7 @@ def release_first_stage(opt_state: Any) -> Any:
                 f"the first stage is still needed: the phase is {current}. Call "
                 "release_first_stage outside jit, when opt_state.hyperparams['phase'] is 1."
             )
-        return node._replace(first=Released())
+        return take_over_gain(node)._replace(first=Released())
 
     def walk(tree: Any, phase: Any) -> Any:
         def stops(node: Any) -> bool:

@@ -38,6 +38,7 @@ REPORTED = (
     "guarded_rates",
     "weight_decay",
     "hypergradient",
+    "gain",
 )
 # Fields of common optax states, and the name they are reported under.
 FOREIGN = {

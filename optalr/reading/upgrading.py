@@ -13,8 +13,18 @@ _Names = tuple[str, ...]
 # The names of ``KroneckerState.memory``'s parts until 0.1, when each was a field of the state.
 _OLD_SIDES = {"rows": "row", "cols": "col"}
 _OLD_PARTS = {"factor": "factors", "root": "roots", "eigenvalues": "eigenvalues", "basis": "bases"}
-# Fields that states have gained since. They begin with zeros.
-_GAINED = frozenset({"gradients", "watch", "bounded_steps", "failures"})
+# Fields that states have gained since, and the number that they begin with.
+_GAINED = MappingProxyType(
+    {
+        "gradients": 0,
+        "watch": 0,
+        "bounded_steps": 0,
+        "failures": 0,
+        "alignment": 0,
+        "gradient_norm": 0,
+        "gain": 1,
+    }
+)
 # Fields that say how the transformation was configured. They are those of the state at hand, and
 # -1, which the next update replaces, where that is known by its shapes alone.
 _CONFIGURED = frozenset({"told", "period", "periods", "hands_over", "start", "end"})
@@ -104,9 +114,10 @@ def _gained(saved: Any, way: Sequence[Any], leaf: Any) -> jax.Array:
         return (
             jnp.array(leaf) if isinstance(leaf, jax.Array) else jnp.full(leaf.shape, -1, leaf.dtype)
         )
-    if _GAINED.isdisjoint(_names(way)):
+    begins = next((_GAINED[each] for each in _names(way) if each in _GAINED), None)
+    if begins is None:
         return _take(saved, way, leaf)  # raises, and names the place
-    return jnp.zeros(jnp.shape(leaf), leaf.dtype)
+    return jnp.full(jnp.shape(leaf), begins, leaf.dtype)
 
 
 def _attribute(name: str) -> Any:

@@ -60,6 +60,7 @@ CHOICES = {
     "edf_hessian",
     "successive_gradients",
     "learned_decay_per_leaf",
+    "tso_alra_matched",
 }
 
 METHODS = (
@@ -186,6 +187,18 @@ METHODS = (
         lambda: optalr.tso_alra(1e-2, switch_at=3, options=optalr.KroneckerOptions(min_batches=2)),
         needs=("signals",),
         reports=("learning_rate", "phase", "root_residual", "failures"),
+        rtol=1e-3,
+    ),
+    Method(
+        "tso_alra_matched",
+        lambda: optalr.tso_alra(
+            1e-2,
+            switch_at=3,
+            second_learning_rate="matched",
+            options=optalr.KroneckerOptions(min_batches=2),
+        ),
+        needs=("signals",),
+        reports=("learning_rate", "phase", "root_residual", "failures", "gain"),
         rtol=1e-3,
     ),
     Method(

@@ -114,4 +114,4 @@ def test_a_mesh_gives_the_numbers_of_one_device():
 
     params = jax.device_put(make_params(), NamedSharding(mesh, P()))
     step = trained(loss_fn, params, arguments=on_mesh)
-    assert step.kinds == ["measuring", "refreshing", "plain", "second"]
+    assert step.kinds == ["measuring", "refreshing", "second"]

@@ -67,3 +67,25 @@ def test_what_is_missing_or_does_not_fit_is_named(old):
     more = {**saved["params"], "d": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"saved has no .*\['d'\]"):
         optalr.upgrade_state(saved["state"], tx.init(more))
+
+
+def test_a_run_may_go_on_with_a_matched_rate_that_began_without():
+    params, grads = {"w": jnp.ones((3, 2))}, {"w": jnp.full((3, 2), 0.5)}
+
+    def make(rate):
+        return optalr.tso_alra(
+            1e-2,
+            switch_at=9,
+            second_learning_rate=rate,
+            second_momentum=0.9,
+            statistics="gradient",
+        )
+
+    _, before = make(None).update(grads, make(None).init(params), params)
+    saved = flax.serialization.to_state_dict(before)
+    state = optalr.upgrade_state(saved, make("matched").init(params))
+    assert float(optalr.metrics(state)["gain"]) == 1
+    first, second = state[0].inner_state.first, state[0].inner_state.second
+    assert float(first.alignment) == float(first.gradient_norm) == 0
+    old = before[0].inner_state
+    jax.tree.map(np.testing.assert_array_equal, (first.inner_state, second.inner_state), old[2:4])
