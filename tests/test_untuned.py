@@ -54,14 +54,14 @@ def train(tx, steps, *, scale=1.0, probe=True, count=64):
 
 def test_it_is_the_chain_that_its_docstring_writes_down():
     total = 120
-    rates = optax.warmup_cosine_decay_schedule(0.01, 0.02, 2, total, 0.0)
+    rates = optax.warmup_cosine_decay_schedule(0.03, 0.06, 2, total, 0.0)
     chain = optax.chain(
         optalr.scale_by_kronecker(
             damping=0.1, update_every=3, options={"warmup": 0, "min_batches": 1}
         ),
-        optax.trace(0.9),
-        optalr.add_learned_decay(3 / (0.02 * total / 2), meta_rate=30 / total, min_factor=1e-4),
-        optalr.scale_by_recorded_rate(lambda count: jnp.where(count == 1, 0.02, rates(count))),
+        optax.trace(0.7),
+        optalr.add_learned_decay(3 / (0.06 * total / 2), meta_rate=30 / total, min_factor=1e-4),
+        optalr.scale_by_recorded_rate(lambda count: jnp.where(count == 1, 0.06, rates(count))),
     )
     ours, theirs = train(optalr.untuned(total), total)[0], train(chain, total)[0]
     for name in ours:
@@ -71,9 +71,9 @@ def test_it_is_the_chain_that_its_docstring_writes_down():
 def test_the_rate_rises_over_a_fiftieth_falls_to_zero_and_stays_there():
     read = train(optalr.untuned(100, scale=2.0), 103)[2]
     rates = np.asarray(read["learning_rate"])
-    assert rates[0] == pytest.approx(0.02, rel=1e-6)  # half of the peak: a warm-up of two steps
+    assert rates[0] == pytest.approx(0.06, rel=1e-6)  # half of the peak: a warm-up of two steps
     assert rates.argmax() in (1, 2)
-    assert rates.max() == pytest.approx(0.04, rel=1e-3)
+    assert rates.max() == pytest.approx(0.12, rel=1e-3)
     assert np.all(np.diff(rates[3:100]) < 0)
     np.testing.assert_allclose(rates[100:], 0.0, atol=1e-9)
 
@@ -84,7 +84,7 @@ def test_without_a_known_end_the_rate_falls_as_an_inverse_root():
     state = tx.init(params)
     far = jax.tree.map(lambda leaf: leaf + 3000 if leaf.dtype == jnp.int32 else leaf, state[3])
     _, state = jax.jit(tx.update)(params, (*state[:3], far), params)
-    assert float(optalr.metrics(state)["learning_rate"]) == pytest.approx(0.02 / 2, rel=1e-3)
+    assert float(optalr.metrics(state)["learning_rate"]) == pytest.approx(0.06 / 2, rel=1e-3)
 
 
 def test_without_a_validation_loss_the_decay_shrinks_weights_by_e_to_the_minus_three_in_all():

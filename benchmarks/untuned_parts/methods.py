@@ -16,6 +16,9 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # Momentum's rates act as if divided by 1 − m: the grid spans what plain SGD's would.
 SGD_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
+# The parts were taken from the recipe as it was first, and are compared with that.
+_FIRST, _WHOLE = "untuned_first", {"momentum": 0.9}
+
 
 def _params(state: Any, params: Any) -> Any:
     """Return the parameters that training moves."""
@@ -36,6 +39,7 @@ class Method:
       reads_validation: whether it is given losses of the validation examples.
       shown: ``(state, params)`` to the parameters that are evaluated.
       ablation: whether it is the recipe without one of its parts.
+      whole: what an ablation is compared with; empty for the recipe that is judged.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Method:
     reads_validation: bool = False
     shown: Callable[[Any, Any], Any] = _params
     ablation: bool = False
+    whole: str = ""
 
     @property
     def tuned(self) -> bool:
@@ -140,20 +145,24 @@ def _soap(_: Any, total: int) -> optax.GradientTransformation:
     )
 
 
-def _untuned(**changes: Any) -> Callable[..., optax.GradientTransformation]:
-    return lambda _, total: optalr.untuned(total, **changes)
+def _untuned(_: Any, total: int) -> optax.GradientTransformation:
+    return optalr.untuned(total)
+
+
+def _with(**changes: Any) -> Callable[..., optax.GradientTransformation]:
+    return lambda _, total: optalr.untuned(total, **{**_WHOLE, **changes})
 
 
 def _open_ended(_: Any, total: int) -> optax.GradientTransformation:
     del total
-    return optalr.untuned(None)
+    return optalr.untuned(None, **_WHOLE)
 
 
 def _switched(_: Any, total: int) -> optax.GradientTransformation:
     at = 7 * total // 10
     rate = cosine(2e-2, total - at, warmup=1)
     sgd = optax.chain(optax.trace(0.9), optalr.scale_by_recorded_rate(rate))
-    return optalr.two_stage(optalr.untuned(total), sgd, optalr.switch_at(at))
+    return optalr.two_stage(optalr.untuned(total, **_WHOLE), sgd, optalr.switch_at(at))
 
 
 class AverageState(NamedTuple):
@@ -174,7 +183,7 @@ def _averaged(_: Any, total: int) -> optax.GradientTransformation:
         return updates, AverageState(optax.incremental_update(new, state.average, weight))
 
     link = optax.GradientTransformationExtraArgs(init, update)
-    return optax.chain(optalr.untuned(total), link)
+    return optax.chain(optalr.untuned(total, **_WHOLE), link)
 
 
 class CurbState(NamedTuple):
@@ -196,7 +205,8 @@ def _curbed(_: Any, total: int) -> optax.GradientTransformation:
         best = jnp.where(is_new, jnp.minimum(value, state.best), state.best)
         return jax.tree.map(lambda u: u * factor, updates), CurbState(best, factor)
 
-    return optax.chain(optalr.untuned(total), optax.GradientTransformationExtraArgs(init, update))
+    link = optax.GradientTransformationExtraArgs(init, update)
+    return optax.chain(optalr.untuned(total, **_WHOLE), link)
 
 
 def _vectors_by_adam(_: Any, total: int) -> optax.GradientTransformation:
@@ -204,7 +214,7 @@ def _vectors_by_adam(_: Any, total: int) -> optax.GradientTransformation:
         return jax.tree.map(lambda p: "matrix" if p.ndim >= 2 else "vector", params)
 
     adam = optax.adam(schedule(3e-3, total))
-    return optax.partition({"matrix": optalr.untuned(total), "vector": adam}, label)
+    return optax.partition({"matrix": optalr.untuned(total, **_WHOLE), "vector": adam}, label)
 
 
 def _average(state: Any, params: Any) -> Any:
@@ -219,7 +229,12 @@ def _no_leaf(params: Any) -> Any:
 def _recipe(name: str, about: str, build: Any = None, **more: Any) -> Method:
     """Return the recipe, or one that differs from it in one part."""
     given = {"reads_signals": True, "reads_validation": True, **more}
-    return Method(name, about, build or _untuned(), **given)
+    return Method(name, about, build or _untuned, **given)
+
+
+def _part(name: str, about: str, build: Any, **more: Any) -> Method:
+    """Return the first recipe without one part, or with one more."""
+    return _recipe(name, about, build, **{"ablation": True, "whole": _FIRST, **more})
 
 
 METHODS = {
@@ -256,43 +271,38 @@ METHODS = {
         Method("prodigy", "Prodigy", _prodigy),
         Method("muon", "optax's muon, 2e-2", _muon),
         Method("soap", "SOAP-like: second moments in eigenbases, 3e-3", _soap, reads_signals=True),
-        _recipe(
+        _recipe(_FIRST, "the recipe as it was first: momentum 0.9", _with(), ablation=True),
+        _part(
             "untuned_no_validation",
             "without validation losses: the decay stays 3/Σ η",
+            _with(),
             reads_validation=False,
-            ablation=True,
         ),
-        _recipe("untuned_no_decay", "without decay", _untuned(decay_mask=_no_leaf), ablation=True),
-        _recipe(
-            "untuned_no_damping", "damping 1e-3 for 0.1", _untuned(damping=1e-3), ablation=True
-        ),
-        _recipe("untuned_no_momentum", "without momentum", _untuned(momentum=0.0), ablation=True),
-        _recipe("untuned_open_end", "without a known end", _open_ended, ablation=True),
-        _recipe(
+        _part("untuned_no_decay", "without decay", _with(decay_mask=_no_leaf)),
+        _part("untuned_no_damping", "damping 1e-3 for 0.1", _with(damping=1e-3)),
+        _part("untuned_no_momentum", "without momentum", _with(momentum=0.0)),
+        _part("untuned_open_end", "without a known end", _open_ended),
+        _part(
             "untuned_measured",
             "second moments measured in the eigenbases, added",
-            _untuned(options={"spectrum": "measured"}),
-            ablation=True,
+            _with(options={"spectrum": "measured"}),
         ),
-        _recipe(
+        _part(
             "untuned_curbed",
             "the rate halved whenever the validation loss has not fallen, added",
             _curbed,
-            ablation=True,
         ),
-        _recipe(
+        _part(
             "untuned_vectors",
             "Adam at 3e-3 for leaves of one axis, added",
             _vectors_by_adam,
-            ablation=True,
         ),
-        _recipe("untuned_switched", "SGD after 7/10 of the run, added", _switched, ablation=True),
-        _recipe(
+        _part("untuned_switched", "SGD after 7/10 of the run, added", _switched),
+        _part(
             "untuned_averaged",
             "average over the last twentieth, added",
             _averaged,
             shown=_average,
-            ablation=True,
         ),
     )
 }

@@ -137,11 +137,12 @@ def ratio_table(bench: Bench, pairs: Mapping[str, tuple[str, str]], *, first: st
 
 
 def ablation_table(bench: Bench, recipe: str) -> str:
-    """Return the recipe without each of its parts: final test losses over the full recipe's."""
-    names = [n for n, m in bench.methods.items() if m.ablation and bench.problems(n, recipe)]
-    if not names:
+    """Return the recipe without each of its parts: final test losses over the whole's."""
+    wholes = {n: m.whole or recipe for n, m in bench.methods.items() if m.ablation}
+    pairs = {n: (n, whole) for n, whole in wholes.items() if bench.problems(n, whole)}
+    if not pairs:
         return f"No runs of `{recipe}` without a part are stored yet."
-    return ratio_table(bench, {name: (name, recipe) for name in names}, first="recipe")
+    return ratio_table(bench, pairs, first="recipe")
 
 
 def missing_text(bench: Bench) -> str:

@@ -222,6 +222,13 @@ def test_ablations_are_compared_with_the_full_recipe():
     assert row == "| `ours_less` | 2.000 | 2 of 2 | 2.00 | 2.00 |"
 
 
+def test_an_ablation_may_name_what_it_is_taken_from():
+    runs = {"ours": 4.0, "peer": 1.0, "peer_less": 3.0}
+    found = bench({("first", name): {0: record([5.0, loss])} for name, loss in runs.items()})
+    row = tables.ablation_table(found, "ours").splitlines()[-1]
+    assert row == "| `peer_less` | 3.000 | 1 of 1 | 3.00 | ? |"
+
+
 def test_missing_runs_are_named():
     found = bench({("first", "adam"): {0: record([2.0, 1.0])}})
     assert "* `adam`: 1 of 2 problems; missing second." in tables.missing_text(found)

@@ -37,6 +37,7 @@ METHODS = {
         method("ours"),
         method("peer"),
         method("ours_less", ablation=True),
+        method("peer_less", ablation=True, whole="peer"),
     )
 }
 
