@@ -79,7 +79,7 @@ class Mirror:
         self._clocks = self._after(self._clocks, told)
         self._updates += 1
         self._history.append(told)
-        if not all(getattr(clock, "is_certain", True) for clock in self._clocks):
+        if not all(getattr(self._clocks[i], "is_certain", True) for i in self._running(told)):
             self._sent = None
             self._clocks = self._read(leaves)
         elif self._sent is None:
@@ -95,10 +95,14 @@ class Mirror:
     def _after(self, clocks: Sequence[Any], told: Told) -> list[Any]:
         """Return clocks after an update that was told so; those that it did not run stay."""
         after = list(clocks)
-        for i, clock in enumerate(clocks):
-            if clock is not None and self._survey.is_open(self._survey.places[i], told):
-                after[i] = clock.after(told[i])
+        for i in self._running(told):
+            after[i] = clocks[i].after(told[i])
         return after
+
+    def _running(self, told: Told) -> list[int]:
+        """Return the places of the clocks that move on in an update that is told so."""
+        places = enumerate(self._survey.places)
+        return [i for i, place in places if not place.asks and self._survey.is_open(place, told)]
 
     def _compare(self, sent: _Sent) -> None:
         """Set the copy right where it differed from the device's clocks some updates ago."""

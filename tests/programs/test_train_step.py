@@ -82,6 +82,16 @@ def test_a_broken_batch_sets_the_copy_right():
     assert report["root_residual"] < 1e-2
 
 
+def test_the_host_waits_once_for_a_new_run(monkeypatch):
+    reads, fetch = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: reads.append(x) or fetch(x))
+    first, second = optax.sgd(0.01), optalr.tso_alra(1e-2, update_every=20)
+    tx = optalr.two_stage(first, second, optalr.switch_at(6))
+    run(tx, steps=6)
+    # A second stage that has not begun has seen no batch, and nobody waits for one.
+    assert len(reads) == 1
+
+
 def test_two_runs_may_alternate_in_one_step():
     step, one, two = their_step(), make_params(), make_params()
     state_one, state_two = two_stages().init(one), two_stages().init(two)
