@@ -90,8 +90,8 @@ def matched_stages(
       >>> state = tx.init(params)
       >>> for _ in range(2):
       ...     updates, state = tx.update(params, state, params)
-      >>> updates["w"].tolist(), float(optalr.metrics(state)["gain"])
-      ([3.0, -6.0], 3.0)
+      >>> bool(jnp.allclose(updates["w"], 3 * params["w"])), float(optalr.metrics(state)["phase"])
+      (True, 1.0)
 
     Reference: ours. SWATS (Keskar & Socher 2017) projects the other way, the gradient on the step,
       which is the larger the less the two agree.
