@@ -56,6 +56,7 @@ class LinenNet(linen.Module):
         return linen.Dense(NUM_CLASSES)(linen.Dropout(0.2, deterministic=not training)(x))
 
 
+@pytest.mark.slow
 def test_linen_with_batch_statistics_and_dropout():
     model, (x, _) = LinenNet(), make_batch(0)
     variables = model.init(jax.random.key(0), x, training=False)
