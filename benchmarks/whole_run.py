@@ -72,7 +72,9 @@ def measure(name: str, steps: int) -> dict[str, float]:
         return optalr.train_step(loss_fn, tx, has_aux=True)
 
     switch = steps - CHUNK
-    alra = optalr.tso_alra(RATE, switch_at=switch)
+    loss_fn, params, batch = make(name)
+    layout = optalr.coverage(loss_fn, params, *batch)
+    alra = optalr.tso_alra(RATE, switch_at=switch, layout=layout)
     runners = {
         "adam": Runner(name, optax.adam(RATE), told),
         "sgd": Runner(name, optax.chain(optalr.guard(optax.identity()), optax.scale(-RATE)), told),
@@ -108,7 +110,8 @@ def main() -> None:
     print(
         f"jax {jax.__version__}, {device.device_kind}, {platform.machine()}, {options.steps} steps"
     )
-    print(table({name: measure(name, options.steps) for name in options.models}))
+    for name in options.models:
+        print(table({name: measure(name, options.steps)}), flush=True)
 
 
 if __name__ == "__main__":
