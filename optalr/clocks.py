@@ -53,7 +53,8 @@ def asking() -> jax.Array:
 
 def is_told(told: Any) -> bool:
     """Return whether the program at hand is made for one answer."""
-    return isinstance(told, np.generic | np.ndarray)
+    # A state that was restored as NumPy arrays, and is not traced, holds ASK as one of them.
+    return isinstance(told, np.generic | np.ndarray) and int(told) != ASK
 
 
 def period_of(number: Any) -> jax.Array:
@@ -81,8 +82,14 @@ def smaller(one: Any, other: Any) -> Any:
 def permitted(told: Any, bit: int) -> Any:
     """Return whether an update may do something: a NumPy bool where that is known now."""
     if is_told(told):
-        return np.bool_(told < 0 or (told & bit) != 0)
-    return (told < 0) | ((told & bit) != 0)
+        return np.bool_((told & bit) != 0)
+    asks = (told < 0) | ((told & bit) != 0)
+    return asks if isinstance(asks, jax.Array) else bool(asks)
+
+
+def is_barred(may: Any) -> bool:
+    """Return whether it is known now that nothing may be done, by what ``permitted`` returned."""
+    return isinstance(may, np.bool_) and not may
 
 
 def run_when(
@@ -104,7 +111,7 @@ def run_when(
     """
     if not isinstance(may, np.bool_):
         return update_when(due & may, update, state, inputs)
-    if not may:
+    if is_barred(may):
         return state
     return chosen(due, update(state, inputs), state)
 
@@ -136,6 +143,11 @@ class Periodic(NamedTuple):
 
     count: Any  # () int32, updates so far
     period: Any  # () int32
+
+    @property
+    def is_certain(self) -> Any:
+        """Whether the period is known: it is not in some states that an older release saved."""
+        return self.period > 0
 
     def needs(self) -> Any:
         """Return whether the next update probes."""

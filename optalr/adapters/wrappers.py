@@ -47,6 +47,11 @@ class EmitClock(NamedTuple):
     period: Any  # () int32, k
     emits: Any  # () bool, whether the next call hands them on
 
+    @property
+    def is_certain(self) -> Any:
+        """Whether the period is known: it is not in some states that an older release saved."""
+        return self.period > 0
+
     def needs(self) -> Any:
         """Return whether the next call runs the inner transformation."""
         return REFRESH * self.emits

@@ -42,6 +42,11 @@ class StageClock(NamedTuple):
     hands_over: Any  # bool, whether the second stage takes over a momentum
     phase: PhaseClock
 
+    @property
+    def is_certain(self) -> Any:
+        """Whether the steps of a ramp are known: they are not in some states of older releases."""
+        return self.phase.ramp is None or self.phase.ramp.end >= 0
+
     def needs(self) -> int:
         """Return what the next update is told."""
         stage = self.phase.stage()

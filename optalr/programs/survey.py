@@ -28,6 +28,11 @@ _GATES = frozenset(
     }
 )
 
+# Hyperparameters that are periods, by the names that optax.inject_hyperparams knows them by.
+_PERIODS = frozenset(
+    {"every", "every_k_schedule", "signals_every", "steps_per_epoch", "update_every"}
+)
+
 
 class Gate(NamedTuple):
     """What lets a clock run: the place of another one, and which of its children this is in."""
@@ -114,6 +119,9 @@ class _Walk:
 
     def visit(self, node: Any, gates: tuple[Gate, ...], *, asks: str, injected: Any = None) -> None:
         """Note the clocks under ``node``; ``injected`` is a state that may hold its phase."""
+        scheduled = _PERIODS.intersection(getattr(node, "hyperparams_states", None) or ())
+        if scheduled:
+            asks = asks or f"a schedule sets {', '.join(sorted(scheduled))}"
         if injects(node, "phase"):
             return self.visit(node.inner_state, gates, asks=asks, injected=node)
         if is_named_tuple(node) and hasattr(node, "told"):

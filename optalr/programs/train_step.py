@@ -17,11 +17,12 @@ import optax
 from optalr.arguments import check_choice, check_count
 from optalr.clocks import ASK, BLEND, FIRST, MEASURE, PROBE, REFRESH, SECOND
 from optalr.phases.clocks import StageClock
-from optalr.programs.call import Call, split_call
+from optalr.programs.call import open_call, split_call
 from optalr.programs.mirror import Mirror, Told
 from optalr.programs.survey import Survey, survey
 from optalr.reading.wanted import wants_signals
 from optalr.signals import value_grad_and_extras
+from optalr.signals.binding.bound import Bound
 
 # What a kind of step tells the clocks of methods, those of two_stage, and whether multi_steps hands
 # its gradients on.
@@ -89,9 +90,11 @@ def train_step(
       TypeError: ``loss_fn`` is no function, ``tx`` is no transformation, or an option is unknown.
       ValueError: an argument is out of range.
 
-    Cost: on the host some 50 µs a step beside jax's own dispatch. A state that the last call did
-      not return (restored, changed by ``set_phase``, of another run) has its clocks read, which
-      waits for the device once. Wrappers that decide on the device whether they act
+    Cost: on the host some 0.1 ms a step beside jax's own dispatch. Several programs take longer to
+      compile together than the traced one where compiling is what counts, as on a CPU
+      (docs/train_step.md has the figures; none are from an accelerator yet). A state that the last
+      call did not return (restored, changed by ``set_phase``, of another run) has its clocks read,
+      which waits for the device once. Wrappers that decide on the device whether they act
       (``optax.MultiSteps``, ``optax.apply_if_finite``) have their clocks asked there; a warning
       says so. ``optalr.multi_steps`` is told like any other.
 
@@ -201,10 +204,10 @@ class TrainStep:
                 )
         return known
 
-    def _run(self, program: tuple[Told, Call], carry: tuple[Any, Any], arrays: Any) -> Any:
+    def _run(self, program: tuple[Told, Bound], carry: tuple[Any, Any], arrays: Any) -> Any:
         """Take a step; jit compiles it once for each ``program``: what is told, and the call."""
         (told, call), (params, state) = program, carry
-        args, extras, key = call.opened(arrays)
+        args, extras, key = open_call(call, arrays)
         leaves, treedef = jax.tree.flatten(state)
         known = self._survey(state, treedef)
         for place, mark in zip(known.places, told, strict=True):

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,33 @@ def test_a_broken_batch_sets_the_copy_right():
     assert report["failures"] >= 4
     assert report["root_age"] < 20
     assert report["root_residual"] < 1e-2
+
+
+CONFIGURED = {"told", "period", "periods", "hands_over", "start", "end"}
+
+
+def saved_before(state):
+    """Return a state as a release without clocks saved it."""
+    if not isinstance(state, dict):
+        return state
+    return {name: saved_before(part) for name, part in state.items() if name not in CONFIGURED}
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optalr.two_stage(optax.sgd(0.01), optax.sgd(0.1), optalr.switch_at(5)),
+        optax.chain(optalr.scale_by_block_diagonal(update_every=5), optax.scale(-0.01)),
+        optalr.multi_steps(optax.sgd(0.1), 3),
+    ],
+    ids=["switch", "roots", "gathering"],
+)
+def test_a_state_without_periods_is_read_again(tx):
+    saved = saved_before(flax.serialization.to_state_dict(tx.init(make_params())))
+    # By its shapes alone: nothing says what the periods are.
+    state = optalr.upgrade_state(saved, jax.eval_shape(tx.init, make_params()))
+    losses, *_ = run(tx, steps=12, state=state)
+    np.testing.assert_allclose(losses, traced_losses(tx, steps=12), rtol=1e-5)
 
 
 def test_the_host_waits_once_for_a_new_run(monkeypatch):
@@ -215,6 +243,18 @@ def test_a_phase_by_a_bare_function_is_asked_on_the_device():
     with pytest.warns(UserWarning, match="bare function"):
         losses, *_ = run(tx, steps=8)
     np.testing.assert_allclose(losses, traced_losses(tx, steps=8), rtol=1e-5)
+
+
+def test_a_period_by_a_schedule_is_asked_on_the_device():
+    make = optax.inject_hyperparams(
+        optalr.scale_by_block_diagonal, static_args=("damping_form", "max_size", "bias_correction")
+    )
+    tx = optax.chain(
+        make(update_every=lambda count: jnp.where(count < 6, 2, 5)), optax.scale(-0.01)
+    )
+    with pytest.warns(UserWarning, match="a schedule sets update_every"):
+        losses, *_ = run(tx, steps=16)
+    np.testing.assert_allclose(losses, traced_losses(tx, steps=16), rtol=1e-5)
 
 
 def test_nothing_is_told_where_there_is_no_clock():

@@ -251,3 +251,15 @@ def test_state_trees_map_like_parameters(layer):
     assert isinstance(doubled, KroneckerState)
     assert float(doubled.memory.rows.factor["kernel"][0, 0]) == 1
     assert int(doubled.count) == 0
+
+
+def test_averages_are_taken_in_the_precision_of_the_factors():
+    with jax.enable_x64(True):
+        grads = [jnp.asarray(g) for g in np.random.default_rng(0).standard_normal((2, 4, 3))]
+        tx = scale_by_kronecker(decay=0.95, statistics="gradient", signals_every=1, update_every=1)
+        state = tx.init(grads[0])
+        for gradient in grads:
+            _, state = tx.update(gradient, state, gradient)
+        first, second = grads
+        wanted = 0.05 * (0.95 * first @ first.T + second @ second.T)
+        np.testing.assert_allclose(state.memory.rows.factor, wanted, rtol=1e-12)

@@ -102,6 +102,11 @@ class RootClock(NamedTuple):
     root_age: Any  # () int32, updates since roots were last due
     period: Any  # () int32
 
+    @property
+    def is_certain(self) -> Any:
+        """Whether the period is known: it is not in some states that an older release saved."""
+        return self.period > 0
+
     def is_due(self) -> Any:
         """Return whether an update that has aged the roots takes new ones."""
         interval = smaller(larger(self.count // 2, 1), self.period)

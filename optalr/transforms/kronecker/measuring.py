@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optalr.arrays import all_finite, as_vector, moving_average, wide_dtype
-from optalr.clocks import MEASURE, permitted, run_when
+from optalr.clocks import MEASURE, is_barred, permitted, run_when
 from optalr.linalg import spd
 from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
@@ -81,7 +80,7 @@ def measure(
 ) -> tuple[list[LeafMemory], Any]:
     """Fold this batch into the statistics, where that is due and something was captured."""
     may = permitted(state.told, MEASURE)
-    if isinstance(may, np.bool_) and not may:
+    if is_barred(may):
         return list(memories), state._replace(signal_age=count_up(state.signal_age))
     nodes = [node for node in jax.tree.leaves(step.signals, is_leaf=is_moments) if is_moments(node)]
     num_examples = jnp.float32(1)
@@ -225,9 +224,9 @@ def _fold_kernel(
     keep: jax.Array,
 ) -> LeafMemory:
     """Return a kernel's memory after one more batch, or as it was where ``keep`` is false."""
-    decay = jnp.asarray(rule.decay, jnp.float32)
 
     def fold_side(side: SideMemory, measured: Structured, share: Shares) -> SideMemory:
+        decay = jnp.asarray(rule.decay, side.factor.dtype)
         old = measured.holding(side.factor).scaled(decay * share.average).stored
         average = old + measured.scaled((1 - decay) * share.new).stored
         return side._replace(factor=jnp.where(keep, average, side.factor))

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optalr.clocks import REFRESH, permitted, run_when
+from optalr.clocks import REFRESH, chosen, is_barred, permitted, run_when
 from optalr.linalg.spd import solve_by_size
 from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.states import count_up
@@ -40,7 +39,7 @@ def refresh(step: Step, memories: Sequence[LeafMemory], state: Any) -> tuple[lis
     """Take new roots where they are due."""
     state = state._replace(root_age=count_up(state.root_age))
     may = permitted(state.told, REFRESH)
-    if isinstance(may, np.bool_) and not may:
+    if is_barred(may):
         return list(memories), state
     due = state.clock.refreshes()
 
@@ -143,12 +142,8 @@ def _kept(
     first: jax.Array,
 ) -> LeafMemory:
     """Return the memory with a new pair of roots, or as it was where either failed."""
-
-    # `a is b` where nothing was computed, as for a basis not in use: a select would copy it.
-    def choose(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: a if a is b else jnp.where(success, a, b), new, old)
-
-    rows, cols = (choose(side.found, old) for side, old in zip(pair, memory.sides, strict=True))
+    sides = zip(pair, memory.sides, strict=True)
+    rows, cols = (chosen(success, side.found, old) for side, old in sides)
     after = memory._replace(rows=rows, cols=cols)
     carried = spectrum.carry(leaf, memory, after, first=first)
-    return after._replace(eigen_moment=choose(carried, memory.eigen_moment))
+    return after._replace(eigen_moment=chosen(success, carried, memory.eigen_moment))

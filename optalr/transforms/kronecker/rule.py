@@ -169,20 +169,24 @@ class KroneckerClock(NamedTuple):
 
     @property
     def is_certain(self) -> Any:
-        """Whether it is known how many samples a batch has, as far as that matters."""
-        warm = (self.num_refreshes > 0) | (self.periods.warmup <= 0)
-        return warm | (self.periods.samples > 0)
+        """Whether the periods are known, and how many samples a batch has where that matters."""
+        return (self.periods.update_every > 0) & self._is_warm_or_knows_samples()
 
     def _measured(self, measures: Any) -> "KroneckerClock":
         """Return the clock within an update, after the measurement."""
         # Before the first batch nothing is known of its size: it may suffice for roots.
-        added = where(self.is_certain, self.periods.samples, self.periods.warmup)
+        known = self._is_warm_or_knows_samples()
+        added = where(known, self.periods.samples, self.periods.warmup)
         return self._replace(
             signal_age=where(measures, 1, self.signal_age + 1),
             root_age=self.root_age + 1,
             measurements=self.measurements + measures,
             samples=self.samples + measures * added,
         )
+
+    def _is_warm_or_knows_samples(self) -> Any:
+        warm = (self.num_refreshes > 0) | (self.periods.warmup <= 0)
+        return warm | (self.periods.samples > 0)
 
     def _interval(self) -> Any:
         """Return the updates between roots: half the updates so far, at most ``update_every``."""

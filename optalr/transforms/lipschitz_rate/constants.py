@@ -28,6 +28,11 @@ class EpochClock(NamedTuple):
     count: Any  # () int32, updates so far
     period: Any  # () int32, updates of an epoch
 
+    @property
+    def is_certain(self) -> Any:
+        """Whether the period is known: it is not in some states that an older release saved."""
+        return self.period > 0
+
     def begins_epoch(self) -> Any:
         """Return whether the next update is the first of an epoch."""
         return self.count % larger(self.period, 1) == 0

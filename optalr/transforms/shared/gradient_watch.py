@@ -11,6 +11,8 @@ So steps keep their old length until a scale that has really changed is believed
 or one in every few batches, changes nothing.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +73,8 @@ def admit(
       squares: whether squares are taken of it, so that they must be finite too.
       zeros: whether zeros take the place of a bad one. Else its user makes its update zero.
     """
-    norm = _norm(updates, watch.largest_norm)
+    size = _size(updates, watch.largest_norm)
+    norm = size.norm
     # The norm of anything not finite is not finite either. A square that overflows would end every
     # moment of squares.
     bad = ~jnp.isfinite(jnp.square(norm) if squares else norm)
@@ -81,9 +84,13 @@ def admit(
     long = ~bad & (watch.largest_norm > 0) & (norm > limit)
     share = jnp.where(long, watch.largest_norm / jnp.where(long, norm, 1), 1)
     usual = ~(bad | long | (norm == 0))
-    seen = jnp.maximum(norm, _MEMORY * watch.largest_norm)
+    # Of a first gradient out of range only bounds are known. The lower one is remembered, and a row
+    # of long ones beside it, so that the next is measured in its unit and judged by the upper one.
+    rough = ~size.in_range & (watch.largest_norm == 0)
+    seen = jnp.where(rough, size.largest, jnp.maximum(norm, _MEMORY * watch.largest_norm))
     largest = jnp.where(usual, seen, watch.largest_norm).astype(jnp.float32)
-    num_long = jnp.where(usual, 0, count_up(watch.num_long, long))
+    row = jnp.where(rough, size.row, 0)
+    num_long = jnp.where(usual, row, count_up(watch.num_long, long)).astype(jnp.int32)
 
     def tame(leaf: jax.Array) -> jax.Array:
         wide = leaf.astype(wide_dtype(leaf))
@@ -94,27 +101,36 @@ def admit(
     return Admitted(jax.tree.map(tame, updates), GradientWatch(largest, num_long), bad, bad | long)
 
 
-def _norm(updates: Any, usual: jax.Array) -> jax.Array:
-    """Return the 2-norm of all numbers together, in float32 or wider, in one pass.
+class _Size(NamedTuple):
+    """How long a gradient is, in float32 or wider."""
 
-    Squares are taken in a unit near the ``usual`` norm, a power of two, which rounds nothing. Where
-    the norm is more than 2^60 away from that, a bound by the largest number stands for it.
+    norm: jax.Array  # where it is out of range, a bound by the largest number
+    largest: jax.Array  # the largest number
+    in_range: jax.Array  # () bool
+    row: int  # by how many factors of _GROWTH a bound may exceed the norm
+
+
+def _size(updates: Any, usual: jax.Array) -> _Size:
+    """Return how long a gradient is, without a branch.
+
+    Squares are taken in a unit near the ``usual`` norm, a power of two, which rounds nothing. They
+    are out of range where the norm is more than 2^45 below that or 2^60 above it.
     """
+    leaves = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates) if leaf.size]
+    if not leaves:
+        return _Size(jnp.float32(0), jnp.float32(0), jnp.bool_(True), 0)
     unit = _power_of_two(usual)
     inverse = 1 / unit  # exact; a product is cheaper than a quotient
-    squares, sizes, leaves = [], [], jax.tree.leaves(updates)
-    for leaf in leaves:
-        size = jnp.abs(leaf.astype(wide_dtype(leaf)))
-        squares.append(jnp.sum(jnp.square(size * inverse.astype(size.dtype))))
-        if size.size:
-            sizes.append(jnp.max(size))
-    if not sizes:
-        return jnp.float32(0)
+    sizes = [jnp.abs(leaf) for leaf in leaves]
+    squares = [jnp.sum(jnp.square(size * inverse.astype(size.dtype))) for size in sizes]
     # Few operations for each leaf: there are many leaves, and each operation is compiled.
-    total = jnp.sum(jnp.stack(squares))
+    total = functools.reduce(jnp.add, squares)
+    largest = functools.reduce(jnp.maximum, [jnp.max(size) for size in sizes])
     in_range = jnp.isfinite(total) & (total > _SMALLEST)
-    most = jnp.max(jnp.stack(sizes)) * sum(leaf.size for leaf in leaves) ** 0.5
-    return jnp.where(in_range, jnp.sqrt(total) * unit, most)
+    excess = sum(leaf.size for leaf in leaves) ** 0.5
+    norm = jnp.where(in_range, jnp.sqrt(total) * unit, largest * excess)
+    row = min(_LONGEST_ROW, math.ceil(math.log(excess, _GROWTH)))
+    return _Size(norm, largest, in_range, row)
 
 
 def _power_of_two(number: jax.Array) -> jax.Array:
