@@ -9,7 +9,8 @@ is a constant.
 A state with a clock has a scalar ``told``, at rest ``ASK``, and a property ``clock``. Where a NumPy
 integer stands in ``told`` while an update is traced, it says what the update may do. That is a
 permission. What is due by the clock in the state, and is not permitted, waits; what is permitted
-and not due is computed and not used. So a copy that is out of date costs time, and no correctness.
+and not due is computed and not used. (What decides whether other states run, a stage or the end of
+a gathering, obeys.) So a copy that is out of date makes something late, and nothing wrong.
 
 A clock is a NamedTuple of scalars. Its methods take jax arrays and Python's numbers alike, so that
 one text serves the device and the host.

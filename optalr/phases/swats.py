@@ -159,7 +159,8 @@ class _Swats:
         usable, in_adam = ~given.bad, state.phase < 1
         failures = count_up(state.failures, given.failed)
         carry = given.updates, state._replace(failures=failures, gradients=given.watch)
-        # Both, in one pass over memory: the two read and write nearly the same arrays.
+        # Both are computed and one is chosen, without a branch: the two read and write nearly the
+        # same arrays.
         carry_on = chosen(in_adam, self._adam_step(carry), self._sgd_step(carry))
         return chosen(usable, carry_on, carry)
 
