@@ -7,15 +7,18 @@ are the same on every machine with this jax, and nothing is compiled or run. Con
 apart: on an accelerator each piece of it may be a question whose answer the host waits for.
 """
 
+import argparse
 import collections
+import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from signals import gpt_shapes, make
 
 import optalr
 
@@ -68,22 +71,38 @@ def vgg(widths: tuple[int, ...] = (64, 128, 256, 512)) -> tuple[Callable[..., An
     return loss_fn, {"convolutions": convolutions, "head": head}, batch
 
 
+NETS = {
+    "MLP": mlp,
+    "VGG": vgg,
+    "ResNet": functools.partial(make, "resnet"),  # of eight layers
+    "GPT": gpt_shapes,
+}
+
+
 def operations(step: Any, params: Any, state: Any, batch: Any, kind: str) -> collections.Counter:
     """Return how many operations of each name one kind of step has."""
     text = step.lower(params, state, *batch, kind=kind).as_text()
     return collections.Counter(OPERATION.findall(text))
 
 
-def rows() -> Iterator[tuple[str, ...]]:
+def rows(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the table."""
-    methods = {"tso_alra": optalr.tso_alra(1e-2, switch_at=1000), "untuned": optalr.untuned(1000)}
-    for net, (loss_fn, params, batch) in {"MLP": mlp(), "VGG": vgg()}.items():
+    for net in names:
+        loss_fn, params, batch = NETS[net]()
+        has_aux = net in ("ResNet", "GPT")
+        layout = optalr.coverage(loss_fn, params, *batch)
+        methods = {
+            "tso_alra": optalr.tso_alra(1e-2, switch_at=1000, layout=layout),
+            "untuned": optalr.untuned(1000, layout=layout),
+        }
         adam = optax.adam(1e-3)
-        step = optalr.train_step(loss_fn, adam)
-        least = operations(step, params, adam.init(params), batch, "plain").total()
+        step = optalr.train_step(loss_fn, adam, has_aux=has_aux)
+        state = jax.eval_shape(adam.init, params)
+        least = operations(step, params, state, batch, "plain").total()
         yield net, "Adam", "", str(least), "1", "0"
         for name, tx in methods.items():
-            step, state = optalr.train_step(loss_fn, tx), tx.init(params)
+            step = optalr.train_step(loss_fn, tx, has_aux=has_aux)
+            state = jax.eval_shape(tx.init, params)
             for kind in KINDS:
                 if kind == "second" and name != "tso_alra":
                     continue
@@ -95,9 +114,12 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    names = parser.parse_args().nets
     print("| net | method | step | operations | times Adam's | control flow |")
     print("|---|---|---|---|---|---|")
-    for row in rows():
+    for row in rows(names):
         print("| " + " | ".join(row) + " |")
 
 

@@ -88,6 +88,21 @@ class ResNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
+class GPT(nn.Module):
+    """A causal transformer of 6 layers, width 512, 8 heads, 2048 tokens; embedding not shared."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        mask = nn.make_causal_mask(tokens)
+        places = self.param("places", nn.initializers.normal(0.02), (tokens.shape[1], 512))
+        x = nn.Embed(2048, 512)(tokens) + places[None]
+        for _ in range(6):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=8)(nn.LayerNorm()(x), mask=mask)
+            h = nn.Dense(2048)(nn.LayerNorm()(x))
+            x = x + nn.Dense(512)(nn.gelu(h))
+        return nn.Dense(2048)(nn.LayerNorm()(x))
+
+
 def problems():
     """Name -> (model, input shape, label shape)."""
     return {
@@ -96,6 +111,19 @@ def problems():
         "transformer": (TransformerBlock(), (32, 64, 128), (32, 64)),
         "resnet": (ResNet(), (64, 32, 32, 3), (64,)),
     }
+
+
+def gpt_shapes():
+    """Return loss_fn (with aux), and shapes of params and batch: a CPU takes too long to run it."""
+    model = GPT()
+    tokens = jax.ShapeDtypeStruct((16, 256), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+    def loss_fn(params, tokens, labels):
+        logits = model.apply({"params": params}, tokens)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), None
+
+    return loss_fn, params, (tokens, tokens)
 
 
 def make(name):

@@ -43,7 +43,7 @@ class Blocks(Matrices):
     def gram(self, matrix: jax.Array) -> Self:
         """Return what is kept of ``M Mᵀ``, by one product a block."""
         parts = self._rows_of_blocks(self.pad(matrix, -2))
-        return self._fill_padding(spd.matmul(parts, spd.transpose(parts)))
+        return self._fill_padding(spd.quick_matmul(parts, spd.transpose(parts)))
 
     def of_gram(self, gram: jax.Array) -> Self:  # noqa: D102
         padded = self.pad(self.pad(gram, -1), -2)
@@ -51,7 +51,7 @@ class Blocks(Matrices):
         return self._fill_padding(jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3))
 
     def __matmul__(self, matrix: jax.Array) -> jax.Array:
-        return spd.matmul(self.stored, self._rows_of_blocks(matrix)).reshape(matrix.shape)
+        return spd.quick_matmul(self.stored, self._rows_of_blocks(matrix)).reshape(matrix.shape)
 
     def eigenvalues(self) -> np.ndarray:
         """Return the eigenvalues of all blocks, rising, but not those of the padding."""

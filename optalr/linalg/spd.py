@@ -49,6 +49,15 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=HIGHEST)
 
 
+def quick_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply (stacks of) matrices as precisely as the program's other products.
+
+    That is what ``jax.default_matmul_precision`` says; by default TF32 on a GPU and bfloat16 on a
+    TPU. It is for what is made from a gradient, which came from such products itself.
+    """
+    return jnp.matmul(a, b)
+
+
 def transpose(a: jax.Array) -> jax.Array:
     """Swap the last two axes."""
     return jnp.swapaxes(a, -1, -2)

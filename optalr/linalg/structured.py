@@ -195,16 +195,16 @@ class Full(Matrices):
         return self.size
 
     def gram(self, matrix: jax.Array) -> Self:  # noqa: D102
-        return self.holding(spd.matmul(matrix, spd.transpose(matrix)))
+        return self.holding(spd.quick_matmul(matrix, spd.transpose(matrix)))
 
     def of_gram(self, gram: jax.Array) -> Self:  # noqa: D102
         return self.holding(gram)
 
     def __matmul__(self, matrix: jax.Array) -> jax.Array:
-        return spd.matmul(self.stored, matrix)
+        return spd.quick_matmul(self.stored, matrix)
 
     def __rmatmul__(self, matrix: jax.Array) -> jax.Array:
-        return spd.matmul(matrix, self.stored)
+        return spd.quick_matmul(matrix, self.stored)
 
     def eigenvalues(self) -> np.ndarray:  # noqa: D102
         return np.linalg.eigvalsh(np.asarray(self.stored, np.float64))

@@ -13,8 +13,8 @@ from optalr.signals.extras import check_storage, checked_sampling
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage, Form, LeafView, Sides
 from optalr.signals.tapping.capture import Tapped, layers_of
+from optalr.signals.tapping.effort import Effort, efforts, layer_gradient_flops
 from optalr.signals.tapping.gauge import Kept
-from optalr.signals.tapping.memory import measuring_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,10 @@ class LeafTreatment:
       reason: why no layer was found, or why a factor is not kept whole; empty otherwise.
       measuring_bytes: bytes that measuring the layer takes meanwhile: inputs and cotangents laid
         out in rows (of a convolution its patches), and sums in the shapes that are kept.
+      sampled: which part of its examples and positions a measurement looks at, 0 to 1.
+      measuring_cost: the flops of a measurement, over those of the gradients of all layers.
+      refresh_cost: the flops of taking its roots, counted as ``20 d³`` for a factor of d rows (an
+        eigendecomposition), over the same.
     """
 
     path: str
@@ -41,6 +45,9 @@ class LeafTreatment:
     state_bytes: int
     reason: str = ""
     measuring_bytes: int = 0
+    sampled: float = 0.0
+    measuring_cost: float = 0.0
+    refresh_cost: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +73,8 @@ class Coverage:
         raise KeyError(path)
 
     def __str__(self) -> str:
-        header = ("leaf", "shape", "treatment", "state bytes", "measuring bytes", "reason")
+        header = ("leaf", "shape", "treatment", "state bytes", "measuring bytes", "sampled")
+        header = (*header, "measuring", "refresh", "reason")
         rows = [
             (
                 leaf.path,
@@ -74,21 +82,34 @@ class Coverage:
                 leaf.treatment,
                 f"{leaf.state_bytes:,}",
                 f"{leaf.measuring_bytes:,}",
+                f"{100 * leaf.sampled:.3g} %" if leaf.sampled else "",
+                *(f"{cost:.2f}" if leaf.sampled else "" for cost in _costs(leaf)),
                 leaf.reason,
             )
             for leaf in self.leaves
         ]
         state = sum(leaf.state_bytes for leaf in self.leaves)
         measuring = sum(leaf.measuring_bytes for leaf in self.leaves)
-        rows.append(("total", "", "", f"{state:,}", f"{measuring:,}", ""))
+        costs = (f"{sum(each):.2f}" for each in zip(*map(_costs, self.leaves), strict=True))
+        rows.append(("total", "", "", f"{state:,}", f"{measuring:,}", "", *costs, ""))
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
             for row in [header, tuple("-" * w for w in widths), *rows]
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, _UNITS])
 
     __repr__ = __str__
+
+
+_UNITS = (
+    "measuring, refresh: flops of a measurement and of taking roots, over those of the layers' "
+    "gradients"
+)
+
+
+def _costs(leaf: LeafTreatment) -> tuple[float, float]:
+    return leaf.measuring_cost, leaf.refresh_cost
 
 
 def coverage(
@@ -97,8 +118,9 @@ def coverage(
     *args: Any,
     strict: bool = False,
     options: FactorStorage | None = None,
-    every: int = 1,
+    every: int | None = None,
     max_positions: int | None = None,
+    max_cost: float | None = 0.25,
     storage: FactorStorage | None = None,
 ) -> Coverage:
     """Report, leaf by leaf, how a Kronecker-factored method will treat a model.
@@ -117,6 +139,7 @@ def coverage(
         ``scale_by_kronecker(layout=..., options=options)`` allocates for each leaf.
       every: as passed to ``value_grad_and_extras``; it decides what measuring takes.
       max_positions: likewise.
+      max_cost: likewise.
       storage: likewise.
 
     Returns:
@@ -125,7 +148,7 @@ def coverage(
 
     Raises:
       ValueError: with ``strict``, a leaf has no layer; the message lists each with its reason.
-        ``every`` or ``max_positions`` is out of range.
+        ``every``, ``max_positions`` or ``max_cost`` is out of range.
       TypeError: ``options`` or ``storage`` says nothing of what is kept.
 
     Cost: one trace of the loss.
@@ -141,7 +164,8 @@ def coverage(
     check_storage("storage", storage)
     _, traced = pose(loss_fn, params, args, has_aux=None, axis_name=None)
     layers = layers_of(traced)
-    tapped = Tapped(traced, layers, True, checked_sampling(every, max_positions), storage)
+    sampling = checked_sampling(every, max_positions, max_cost)
+    tapped = Tapped(traced, layers, True, sampling, storage)
     treat = _Treating.by(tapped, FactorStorage() if options is None else options)
     report = Coverage(tuple(treat(leaf) for leaf in range(traced.num_leaves)))
     missed = [leaf for leaf in report.leaves if leaf.treatment == "diagonal"]
@@ -163,14 +187,14 @@ class _Treating:
       tapped: the loss and its layers.
       options: what the method keeps.
       views: the matrix view of each captured leaf, with its bias.
-      measuring: the bytes that measuring it takes.
+      efforts: what measuring it takes.
       summed: what is kept of each leaf whose Gram matrices are summed up in the backward pass.
     """
 
     tapped: Tapped
     options: FactorStorage
     views: Mapping[int, LeafView]
-    measuring: Mapping[int, int]
+    efforts: Mapping[int, Effort]
     summed: Mapping[int, Kept]
 
     @classmethod
@@ -181,7 +205,7 @@ class _Treating:
         sides = {leaf: options.sides(view, shapes[leaf]) for leaf, view in views.items()}
         late = tapped.measured_late()
         summed = {leaf: kept for leaf, kept in tapped.kept().items() if leaf not in late}
-        return cls(tapped, options, views, measuring_bytes(tapped, sides), summed)
+        return cls(tapped, options, views, efforts(tapped, sides), summed)
 
     def __call__(self, leaf: int) -> LeafTreatment:
         traced, layers = self.tapped.traced, self.tapped.layers
@@ -193,10 +217,21 @@ class _Treating:
             view = self.views[leaf]
             sides = self.options.sides(view, shape)
             stack, *_ = view.matrix_shape(shape)
-            state_bytes = itemsize * _count_numbers(self.options, stack, sides)
+            state_bytes = _state_bytes(self.options, stack, sides, itemsize=itemsize)
             notes = _storage_notes(self.options, sides) + self._measuring_notes(leaf, sides)
-            reason, taken = "; ".join(notes + missed), self.measuring[leaf]
-            return LeafTreatment(path, shape, "kronecker", view, state_bytes, reason, taken)
+            effort, gradient = self.efforts[leaf], layer_gradient_flops(self.tapped)
+            return LeafTreatment(
+                path,
+                shape,
+                "kronecker",
+                view,
+                state_bytes,
+                reason="; ".join(notes + missed),
+                measuring_bytes=effort.nbytes,
+                sampled=effort.share,
+                measuring_cost=effort.flops / gradient,
+                refresh_cost=math.prod(stack) * sum(map(_root_flops, sides)) / gradient,
+            )
         if leaf in layers.biases.values():
             kernel = next(k for k, bias in layers.biases.items() if bias == leaf)
             joint = [f"one more row of {traced.paths[kernel]}"] if self.options.joint_bias else []
@@ -217,20 +252,31 @@ class _Treating:
         ]
 
 
-def _count_numbers(storage: FactorStorage, stack: Sequence[int], sides: Sequence[Form]) -> int:
-    """Return how many numbers are kept for a kernel: factors, roots and what goes with them."""
+def _state_bytes(
+    storage: FactorStorage, stack: Sequence[int], sides: Sequence[Form], *, itemsize: int
+) -> int:
+    """Return the bytes that are kept for a kernel: factors, roots and what goes with them."""
     keeps_roots = storage.spectrum == "factored"
     keeps_bases = keeps_roots and storage.root_method == "eigenbasis"
+    resting = itemsize if storage.root_dtype is None else jnp.dtype(storage.root_dtype).itemsize
     total = 0
     for side in sides:
-        total += 2 * side.count
-        if keeps_bases and not isinstance(side, Diagonal):
-            total += side.count
+        if isinstance(side, Diagonal):
+            total += 2 * itemsize * side.count
+        else:
+            total += (itemsize + (2 if keeps_bases else 1) * resting) * side.count
         if not keeps_roots:
-            total += side.padded_size
+            total += itemsize * side.padded_size
     if storage.spectrum == "measured":
-        total += math.prod(side.padded_size for side in sides)
+        total += itemsize * math.prod(side.padded_size for side in sides)
     return math.prod(stack) * total
+
+
+def _root_flops(side: Form) -> int:
+    """Return the flops of decomposing a factor."""
+    if isinstance(side, Diagonal):
+        return 0
+    return 20 * side.block * side.count  # a block of b rows has b² of the numbers
 
 
 def _storage_notes(storage: FactorStorage, sides: Sequence[Form]) -> list[str]:
@@ -241,6 +287,6 @@ def _storage_notes(storage: FactorStorage, sides: Sequence[Form]) -> list[str]:
             limit = f"{side.size} > max_factor_size={storage.max_factor_size}"
             notes.append(f"{name} keep a diagonal ({limit})")
         elif isinstance(side, Blocks):
-            limit = f"{side.size} > block_size={storage.block_size}"
+            limit = f"{side.size} > block_size={storage.largest_block}"
             notes.append(f"{name} in {side.num_blocks} blocks of {side.block} ({limit})")
     return notes

@@ -22,6 +22,7 @@ from optalr import arguments
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage
 from optalr.signals.tapping.assembly import Assembly
+from optalr.signals.tapping.budget import Budget
 from optalr.signals.tapping.capture import Tapped, layers_of
 from optalr.signals.tapping.fisher import true_fisher
 from optalr.signals.tapping.gauge import Dummies
@@ -33,8 +34,9 @@ def value_grad_and_extras(
     *,
     has_aux: bool = False,
     num_examples: int | None = None,
-    every: int = 1,
+    every: int | None = None,
     max_positions: int | None = None,
+    max_cost: float | None = 0.25,
     axis_name: str | None = None,
     fisher: str = "empirical",
     likelihood: str | None = None,
@@ -54,9 +56,14 @@ def value_grad_and_extras(
       num_examples: N, the number of examples in a batch. Give it if the examples are not counted by
         the first free axis of a layer's input (because time comes first, say).
       every: measure one example in ``every`` (at least 1). They are evenly spaced, from a start
-        that varies from step to step, so the moments stay unbiased.
+        that varies from step to step, so the moments stay unbiased. Given, or ``max_positions``, it
+        decides alone; ``every=1`` measures everything.
       max_positions: measure at most this many positions of an example (of a convolution's output,
-        of a sequence; at least 1), from a start that varies likewise. None measures all.
+        of a sequence; at least 1), from a start that varies likewise.
+      max_cost: the flops of measuring over those of the layers' gradients, > 0; None for no limit.
+        A sample of each layer's examples and positions is measured that keeps to it, unbiased as
+        above: at most eight samples per dimension (of 256 at least), and of the largest layers as
+        many as remain. Measuring that takes less than 10⁸ flops in all is not cut.
       axis_name: inside ``jax.shard_map`` (with ``check_vma`` on), the mesh axis over which the
         batch is sharded. A loss that is local to a device is averaged over the axis. Value,
         gradient and moments are those of the whole batch.
@@ -103,9 +110,10 @@ def value_grad_and_extras(
     Cost:
       A layer with kernel ``(m, n)``, N examples and T positions takes ``2NT(m² + n²)`` flops for
       its moments and ``4(m² + n²)`` bytes; its gradient takes ``6NTmn``. A convolution's ``m`` is
-      its kernel area times its input channels, and its patches are laid out in memory; subsample
-      with ``every`` and ``max_positions``. Under ``jit``, with ``signals=False`` nothing is added;
-      with a traced flag that is off, only the passing of the flag.
+      its kernel area times its input channels, and its patches are laid out in memory. By default a
+      sample keeps all this to a quarter of the gradients' flops. Under ``jit``, with
+      ``signals=False`` nothing is added; with a traced flag that is off, only the passing of the
+      flag.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -124,7 +132,7 @@ def value_grad_and_extras(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {loss_fn!r}.")
     check_storage("storage", storage)
-    sampling = checked_sampling(every, max_positions)
+    sampling = checked_sampling(every, max_positions, max_cost)
     if num_examples is not None:
         arguments.check_count("num_examples", num_examples)
     drawn = true_fisher(loss_fn, fisher, likelihood)
@@ -160,12 +168,19 @@ def check_storage(name: str, storage: Any) -> None:
         raise TypeError(f"{name} must be the method's KroneckerOptions, got {storage!r}.")
 
 
-def checked_sampling(every: int, max_positions: int | None) -> Sampling:
-    """Check the two arguments that say how much of a batch is measured, and return both."""
-    arguments.check_count("every", every)
+def checked_sampling(
+    every: int | None, max_positions: int | None, max_cost: float | None
+) -> Sampling | Budget:
+    """Check the arguments that say how much of a batch is measured, and return what they mean."""
+    if max_cost is not None:
+        arguments.check_interval("max_cost", max_cost, 0, open_low=True)
+    if every is None and max_positions is None:
+        return Sampling() if max_cost is None else Budget(max_cost)
+    if every is not None:
+        arguments.check_count("every", every)
     if max_positions is not None:
         arguments.check_count("max_positions", max_positions)
-    return Sampling(every, max_positions)
+    return Sampling(every or 1, max_positions)
 
 
 def _measured_entries(assembly: Assembly, flag: bool | jax.Array, slots: dict[int, Dummies]) -> Any:

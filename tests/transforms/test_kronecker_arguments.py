@@ -39,6 +39,7 @@ def test_bad_arguments_are_named(arguments, name):
         ({"spectrum": "exact", "damping_form": "balanced"}, "damping_form"),
         ({"block_size": 1}, "block_size"),
         ({"max_factor_size": 0}, "max_factor_size"),
+        ({"root_dtype": "float16"}, "root_dtype"),
     ],
 )
 def test_bad_options_are_named(arguments, name):

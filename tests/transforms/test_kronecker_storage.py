@@ -54,6 +54,9 @@ def kept_bytes(state):
         {"spectrum": "measured", "max_factor_size": 6, "joint_bias": True},
         {"root_method": "eigenbasis", "max_factor_size": 7, "joint_bias": True},
         {"root_method": "eigenbasis", "spectrum": "exact"},
+        {"root_dtype": "bfloat16", "max_factor_size": 7},
+        {"root_dtype": jnp.bfloat16, "root_method": "eigenbasis", "block_size": 5},
+        {"root_dtype": "bfloat16", "spectrum": "measured"},
     ],
     ids=str,
 )
@@ -105,6 +108,27 @@ def drifting_problem():
     grads = {"w": jnp.asarray(rng.standard_normal((12, 6)), jnp.float32)}
     batches = [{"w": moments(gram(12), gram(6))} for _ in range(6)]
     return grads, batches
+
+
+@pytest.mark.parametrize("spectrum", ["factored", "exact", "measured"])
+def test_roots_of_half_the_bytes_give_nearly_the_same_direction(spectrum):
+    grads, batches = drifting_problem()
+
+    def last_update(dtype):
+        options = dataclasses.replace(BARE, spectrum=spectrum, root_dtype=dtype)
+        tx = optalr.scale_by_kronecker(decay=0.95, options=options)
+        state = tx.init(grads)
+        before = jax.eval_shape(lambda: state)
+        for batch in batches:
+            updates, state = jax.jit(tx.update)(grads, state, signals=batch)
+        assert jax.eval_shape(lambda: state) == before
+        return updates["w"], state
+
+    (exact, whole), (close, half) = last_update(None), last_update("bfloat16")
+    assert half.memory.rows.root["w"].dtype == half.memory.cols.root["w"].dtype == jnp.bfloat16
+    assert half.memory.rows.factor["w"].dtype == whole.memory.rows.root["w"].dtype == jnp.float32
+    assert int(half.failures) == 0
+    assert float(jnp.linalg.norm(close - exact) / jnp.linalg.norm(exact)) < 0.02
 
 
 @pytest.mark.parametrize("spectrum", ["factored", "exact", "measured"])

@@ -17,7 +17,7 @@ from optalr.linalg import spd
 from optalr.linalg.structured import Full
 from optalr.signals.moments import Form, LayerMoments, Sides
 from optalr.signals.tapping.capture import HEAD, Tapped
-from optalr.signals.tapping.gauge import Dummies, Gauge, Kept, side_sizes, sums_like, zeros_of
+from optalr.signals.tapping.gauge import Dummies, Gauge, Kept, side_sizes, zeros_of
 from optalr.signals.tracing.site import Operands, Site, Sums
 
 
@@ -49,8 +49,7 @@ class _Layer:
                 f"columns, but its input has {m} features and its output {n}. Give forms of these "
                 "sizes, with one more on the input's side for a joint bias."
             )
-        like = sums_like(site, kept, self.gauge.like.total.dtype)
-        return Gauge(site, self.gauge.sampling, like, kept)
+        return self.gauge.keeping(kept)
 
 
 # Compared by identity: the function of a Partial needs a hash, and a dict of layers has none.
@@ -73,10 +72,9 @@ class Assembly:
     @classmethod
     def of(cls, tapped: Tapped, num_examples: int | None) -> "Assembly":
         """Collect what assembling the moments of a tapped function takes."""
-        kept = tapped.kept()
 
         def describe(site: Site) -> _Layer:
-            gauge = tapped.gauge(site, kept[site.leaf])
+            gauge = tapped.gauge(site)
             path, bias = tapped.traced.paths[site.leaf], tapped.bias_of(site.leaf)
             return _Layer(path, gauge, _examples(site, num_examples), bias)
 
@@ -144,9 +142,11 @@ class Assembly:
         positions = jnp.where(flag, jnp.ravel(means.total)[0] / examples, 0).astype(dtype)
         inputs = _held(asked.kept.inputs, means.inputs)
         outputs = _held(asked.kept.outputs, means.outputs)
+        numbers = {"count": count, "positions": positions, "bias": layer.bias}
+        numbers["samples"] = count * positions * asked.share
         if asked.site.leaf_view.input_side == "rows":
-            return LayerMoments(inputs, outputs, means.mean, None, count, positions, layer.bias)
-        return LayerMoments(outputs, inputs, None, means.mean, count, positions, layer.bias)
+            return LayerMoments(inputs, outputs, means.mean, None, **numbers)
+        return LayerMoments(outputs, inputs, None, means.mean, **numbers)
 
 
 @dataclasses.dataclass(frozen=True)

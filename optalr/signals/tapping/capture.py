@@ -7,7 +7,8 @@ apart where its leaf has other uses too. ``assembly`` turns what was gathered in
 
 import collections
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,10 +17,12 @@ from jax.extend import core as jex_core
 from optalr.arrays import wide_dtype
 from optalr.signals.loss import Traced
 from optalr.signals.moments import FactorStorage
+from optalr.signals.tapping.budget import Budget
 from optalr.signals.tapping.gauge import (
     Dummies,
     Gauge,
     Kept,
+    Later,
     operands_are_smaller,
     sums_like,
     zeros_of,
@@ -49,14 +52,14 @@ class Tapped:
       traced: the function.
       layers: its layers.
       flag: whether to measure; a Python bool, or a traced one.
-      sampling: which examples and positions to look at.
+      sampling: which examples and positions to look at, or what a sample may cost.
       storage: what the backward pass keeps of Gram matrices; None keeps all.
     """
 
     traced: Traced
     layers: Layers
     flag: bool | jax.Array
-    sampling: Sampling
+    sampling: Sampling | Budget
     storage: FactorStorage | None = None
 
     @property
@@ -73,7 +76,7 @@ class Tapped:
         # a cond on it would stay in the program. None is no argument at all.
         flag = None if isinstance(self.flag, bool) else self.flag
         recorder = Recorder(
-            slots, self._slot_chooser(), self.kept(), flag, self.sampling, rebuild=rebuild
+            slots, self._slot_chooser(), self.kept(), flag, self.samplings, rebuild=rebuild
         )
         return recorder.run(self.traced.closed, self.layers.plan, [*leaves, *arrays])
 
@@ -104,13 +107,13 @@ class Tapped:
         off, zeros are written once for the moments, and not once more for the sums.
         """
         like: dict[int, Dummies] = {}
-        choose, kept, late = self._slot_chooser(), self.kept(), self.measured_late()
+        choose, late = self._slot_chooser(), self.measured_late()
         for site in self.layers.sites:
             if site.leaf in late:
                 like[site.leaf] = site.operand_types()
             else:
                 # Uses of one leaf share a slot: reverse mode adds their cotangents up.
-                like.setdefault(choose(site), self.gauge(site, kept[site.leaf]).like)
+                like.setdefault(choose(site), self.gauge(site).like)
         # Zeros, but no memory: the twins never read them, and XLA drops what is not read.
         return zeros_of(like)
 
@@ -118,10 +121,34 @@ class Tapped:
         """Return what is kept of the Gram matrices of each captured leaf."""
         return {site.leaf: self._kept_of(site) for site in self.layers.sites}
 
-    def gauge(self, site: Site, kept: Kept) -> Gauge:
-        """Return how a site is measured if this is kept of it."""
-        dtype = wide_dtype(self.traced.leaves[site.leaf])
-        return Gauge(site, self.sampling, sums_like(site, kept, dtype), kept)
+    @functools.cached_property
+    def samplings(self) -> dict[int, Sampling]:
+        """Which examples and positions of each captured leaf to look at."""
+        # Whole moments are dear. What is summed up on the way is planned beside what methods ask.
+        late, at_once = self.measured_late(), self._samplings(self.kept())
+        return {
+            leaf: at_once[leaf] if leaf in late else later.sampling
+            for leaf, later in self.later.items()
+        }
+
+    @functools.cached_property
+    def later(self) -> dict[int, Later]:
+        """How leaves are measured whose moments are asked for in another form."""
+        # Nobody has asked yet. Most methods keep what FactorStorage does if nothing is said.
+        usual, late = FactorStorage(), self.measured_late()
+        kept = self.kept()
+        if self.storage is None:
+            sites = [site for site in self.layers.sites if site.leaf in late]
+            kept |= {site.leaf: self._kept_by(usual, site) for site in sites}
+        samplings = self._samplings(kept)
+        return {leaf: Later(samplings[leaf], kept[leaf].count) for leaf in kept}
+
+    def gauge(self, site: Site) -> Gauge:
+        """Return how a site is measured."""
+        leaf = site.leaf
+        kept = self.kept()[leaf]
+        like = sums_like(site, kept, wide_dtype(self.traced.leaves[leaf]))
+        return Gauge(site, self.samplings[leaf], like, kept, later=self.later[leaf])
 
     def measured_late(self) -> set[int]:
         """Return the leaves whose only site hands on its operands."""
@@ -140,10 +167,16 @@ class Tapped:
         return self.traced.paths[biases[leaf]] if leaf in biases else None
 
     def _kept_of(self, site: Site) -> Kept:
-        if self.storage is None:
-            return Kept.of(site, None)
+        return Kept.of(site, None) if self.storage is None else self._kept_by(self.storage, site)
+
+    def _kept_by(self, storage: FactorStorage, site: Site) -> Kept:
         view = dataclasses.replace(site.leaf_view, bias=self.bias_of(site.leaf))
-        return Kept.of(site, self.storage.sides(view, site.origin.leaf_shape))
+        return Kept.of(site, storage.sides(view, site.origin.leaf_shape))
+
+    def _samplings(self, kept: Mapping[int, Kept]) -> dict[int, Sampling]:
+        if isinstance(self.sampling, Budget):
+            return self.sampling.samplings(self.layers.sites, kept)
+        return {site.leaf: self.sampling for site in self.layers.sites}
 
     def _slot_chooser(self) -> Callable[[Site], int]:
         """Return the slot of a site: its leaf, or one apart for a head whose leaf is used again."""

@@ -46,6 +46,11 @@ class Kept(NamedTuple):
         return cls(rows, cols) if view.input_side == "rows" else cls(cols, rows)
 
     @property
+    def count(self) -> int:
+        """How many numbers are kept per layer of a stack."""
+        return self.inputs.count + self.outputs.count
+
+    @property
     def is_whole(self) -> bool:
         """Whether both matrices are kept whole."""
         return isinstance(self.inputs, Full) and isinstance(self.outputs, Full)
@@ -88,6 +93,18 @@ def operands_are_smaller(site: Site, kept: Kept) -> bool:
     return data.size + cotangent.size < math.prod(stack) * sum(form.count for form in kept)
 
 
+class Later(NamedTuple):
+    """How a layer is measured whose moments are asked for after the backward pass.
+
+    Fields:
+      sampling: which examples and positions to look at.
+      count: what that is meant for: so many numbers kept, or fewer.
+    """
+
+    sampling: Sampling
+    count: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Gauge:
     """How one site is measured.
@@ -97,12 +114,28 @@ class Gauge:
       sampling: which examples and positions to look at.
       like: arrays, or shapes and dtypes, of the sums.
       kept: what is kept of the Gram matrices.
+      later: how it is measured if another form is asked for; None for the same sampling.
     """
 
     site: Site
     sampling: Sampling
     like: Sums
     kept: Kept
+    later: Later | None = None
+
+    @property
+    def share(self) -> float:
+        """Which part of the rows is looked at."""
+        return self.sampling.share(*self.site.extent())
+
+    def keeping(self, kept: Kept) -> "Gauge":
+        """Return how the site is measured if this is asked for."""
+        like = sums_like(self.site, kept, self.like.total.dtype)
+        if self.later is None or kept.count > self.later.count:
+            return Gauge(self.site, self.sampling, like, kept)
+        # What costs less is seen of more rows.
+        sampling = self.later.sampling.stretched(self.later.count / kept.count)
+        return Gauge(self.site, sampling, like, kept)
 
     def read_if(self, flag: jax.Array | None, operands: Operands) -> Sums:
         """Measure, or return zeros where a traced ``flag`` is off; None measures always."""
@@ -180,8 +213,7 @@ _Room = tuple[int, int]
 def _gram(rows: jax.Array, form: Form, *, room: _Room) -> jax.Array:
     """Return what a form keeps of ``Σ_r x_r x_rᵀ``, of ``(S, R, d)``."""
     if isinstance(form, Full):
-        # In full precision also where TF32 is default.
-        return jnp.einsum("srd,sre->sde", rows, rows, precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum("srd,sre->sde", rows, rows)
     # The blocks of a part are not the leaf's, so its features take their places before.
     rows = jnp.pad(rows, ((0, 0), (0, 0), room))
     if form.size > rows.shape[-1]:

@@ -37,7 +37,7 @@ class Recorder:
       slot_of: maps a site to its slot.
       kept: what is kept of the Gram matrices of each leaf.
       flag: None to measure always, else a traced bool.
-      sampling: which examples and positions to look at.
+      samplings: which examples and positions of each leaf to look at.
       rebuild: evaluates an equation that holds jaxprs, with the layers inside them tapped.
     """
 
@@ -45,7 +45,7 @@ class Recorder:
     slot_of: Callable[[Site], int]
     kept: Mapping[int, Kept]
     flag: jax.Array | None
-    sampling: Sampling
+    samplings: Mapping[int, Sampling]
     rebuild: Callable[[Nested, list[Any], "Recorder"], Sequence[Any]]
 
     def run(self, closed: Any, plan: Plan, args: Sequence[Any]) -> list[Any]:
@@ -85,7 +85,7 @@ class Recorder:
         """Return what a site's backward pass does to fill a slot of this kind."""
         if isinstance(like, Operands):
             return _hand_on
-        return Gauge(site, self.sampling, like, self.kept[site.leaf]).read_if
+        return Gauge(site, self.samplings[site.leaf], like, self.kept[site.leaf]).read_if
 
 
 # What a twin's backward pass puts into a slot, given the flag and the two sides of the product.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.signals.tracing.patches import Geometry, gather_patches, slice_patches
-from optalr.signals.tracing.sampling import comb, scatter
+from optalr.signals.tracing.sampling import comb, pick, scatter
 from optalr.signals.tracing.site import (
     Operands,
     Product,
@@ -58,6 +58,11 @@ class ConvSite(Site):
         dims = [(Atom(-1 - axis, 1, size),) for axis, size in enumerate(shape)]
         dims[self._numbers.out_spec[1]] = self.view.dims[self._numbers.rhs_spec[0]]
         return identity_view(self, shape).with_dims(dims)
+
+    def extent(self) -> tuple[int, int]:
+        """Return the sizes of the batch and of the output."""
+        shape, spec = self.equation.outvars[0].aval.shape, self._numbers.out_spec
+        return shape[spec[0]], math.prod(shape[axis] for axis in spec[2:])
 
     def add_up(
         self, measure: Callable[[Operands], Sums], operands: Operands, sampling: Sampling
@@ -106,13 +111,13 @@ class ConvSite(Site):
         keep_examples, keep_positions = sampling.counts(examples, positions)
         if keep_examples < examples:
             index = comb(examples, keep_examples, seed)
-            data, cotangent = data[index], cotangent[index]
+            data, cotangent = pick(data, index, 0), pick(cotangent, index, 0)
         padded = self._pad(data)
         cotangent = cotangent.reshape(keep_examples, positions, -1)
         geometry = self._geometry(out_shape)
         if keep_positions < positions:
             index = scatter(positions, keep_positions, spread(seed))
-            cotangent = cotangent[:, index]
+            cotangent = pick(cotangent, index, 1)
             patches = gather_patches(padded, geometry, index)
         else:
             patches = slice_patches(padded, geometry)

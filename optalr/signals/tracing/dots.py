@@ -83,6 +83,12 @@ class DotSite(Site):
         shape = self.equation.outvars[0].aval.shape
         return identity_view(self, shape).with_dims([*lead, *rest])
 
+    def extent(self) -> tuple[int, int]:
+        """Return the data's first free dimension, which counts examples, and the others."""
+        shape = self.origin.data.shape
+        free = [shape[axis] for axis in _Axes.of(self.origin).free]
+        return (free[0], math.prod(free[1:])) if free else (1, 1)
+
     def signals(self, operands: Operands, take: tuple[Sampling, jax.Array]) -> Signals:
         """Lay out both sides, one row an entry of the data's free dimensions."""
         axes = _Axes.of(self.origin)
@@ -92,10 +98,7 @@ class DotSite(Site):
         data = features(data, lead, [dims[axis] for axis in axes.kernel_contracted])
         cotangent = features(cotangent, lead, [dims[axis] for axis in axes.kernel_free])
         stack = math.prod(data.shape[:num_batch])
-        # The first free axis of the data counts the examples, the others their positions.
-        free_shape = data.shape[num_batch:lead]
-        examples = free_shape[0] if free_shape else 1
-        positions = math.prod(free_shape[1:])
+        examples, positions = self.extent()
         data = data.reshape(stack, examples, positions, data.shape[-1])
         cotangent = cotangent.reshape(stack, examples, positions, cotangent.shape[-1])
         if num_batch > 1:

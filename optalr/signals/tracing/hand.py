@@ -167,15 +167,19 @@ class HandSite(Site):
         first, last = self.view.dims[: self.split], self.view.dims[self.split :]
         return (first, last) if _input_is_rows(self.equation) else (last, first)
 
+    def extent(self) -> tuple[int, int]:
+        """Return the declared inputs' first axis, and the other leading ones."""
+        lead = self.equation.invars[1].aval.shape[:-2]
+        return (lead[0], math.prod(lead[1:])) if lead else (1, 1)
+
     def signals(self, operands: Operands, take: tuple[Sampling, jax.Array]) -> Signals:
         """Lay out what was declared, one row a leading position."""
         inputs, outputs = self._sides
         lead = operands.data.ndim - 2
         data = features(operands.data, lead, inputs)
         cotangent = features(operands.cotangent, lead, outputs)
-        examples = data.shape[0] if lead else 1
-        data = data.reshape(1, examples, -1, data.shape[-1])
-        cotangent = cotangent.reshape(1, examples, -1, cotangent.shape[-1])
+        data = data.reshape(1, *self.extent(), data.shape[-1])
+        cotangent = cotangent.reshape(1, *self.extent(), cotangent.shape[-1])
         return sample(data, cotangent, take)
 
 

@@ -35,5 +35,12 @@ def scatter(length: int, keep: int, seed: jax.Array) -> jax.Array:
 def _from_random_start(length: int, keep: int, seed: jax.Array, *, stride: int) -> jax.Array:
     # int64 in NumPy, where it costs nothing: the products may exceed 32 bits, the remainders don't.
     offsets = np.arange(keep, dtype=np.int64) * stride % length
-    start = (seed % jnp.uint32(length)).astype(jnp.int32)
-    return (start + offsets.astype(np.int32)) % length
+    # Unsigned throughout: a place that cannot be negative needs no wrapping.
+    places = seed % np.uint32(length) + offsets.astype(np.uint32)
+    return jnp.where(places >= length, places - np.uint32(length), places)
+
+
+def pick(array: jax.Array, places: jax.Array, axis: int) -> jax.Array:
+    """Return the entries at these places of an axis; each is a place, and none comes twice."""
+    at = (slice(None),) * axis
+    return array.at[(*at, places)].get(mode="promise_in_bounds", unique_indices=True)

@@ -14,10 +14,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optalr.signals.moments import LeafView
 from optalr.signals.tracing.jaxprs import extract
-from optalr.signals.tracing.sampling import comb, scatter
+from optalr.signals.tracing.sampling import comb, pick, scatter
 from optalr.signals.tracing.views import Atom, Stretch, View
 
 
@@ -40,17 +41,35 @@ class Sampling:
     Attributes:
       every: look at one example in ``every``.
       max_positions: look at no more than this many positions of an example; None for all.
+      max_rows: look at no more than this many positions of all examples together; None for all.
     """
 
     every: int = 1
     max_positions: int | None = None
+    max_rows: int | None = None
 
     def counts(self, examples: int, positions: int) -> tuple[int, int]:
         """Return how many of these examples and positions a measurement looks at."""
         keep_examples = max(1, examples // self.every)
-        if self.max_positions is None:
-            return keep_examples, positions
-        return keep_examples, min(positions, self.max_positions)
+        keep_positions = positions
+        if self.max_positions is not None:
+            keep_positions = min(positions, self.max_positions)
+        if self.max_rows is not None:
+            # Positions go first: those of one example resemble each other.
+            keep_examples = min(keep_examples, self.max_rows)
+            keep_positions = min(keep_positions, self.max_rows // keep_examples)
+        return keep_examples, keep_positions
+
+    def stretched(self, factor: float) -> "Sampling":
+        """Return a sample of so many times the rows, where their number is limited."""
+        if self.max_rows is None:
+            return self
+        return dataclasses.replace(self, max_rows=max(1, int(factor * self.max_rows)))
+
+    def share(self, examples: int, positions: int) -> float:
+        """Return which part of these a measurement looks at."""
+        keep_examples, keep_positions = self.counts(examples, positions)
+        return keep_examples * keep_positions / (examples * positions)
 
 
 class Signals(NamedTuple):
@@ -205,6 +224,10 @@ class Site:
         """Return the site's output as a view, with the leaf's axes at the feature dimensions."""
         raise NotImplementedError
 
+    def extent(self) -> tuple[int, int]:
+        """Return how many examples the product sees, and how many positions of each."""
+        raise NotImplementedError
+
     def add_up(
         self, measure: Callable[[Operands], Sums], operands: Operands, sampling: Sampling
     ) -> Sums:
@@ -250,18 +273,17 @@ def sample(inputs: jax.Array, outputs: jax.Array, take: tuple[Sampling, jax.Arra
     keep_examples, keep_positions = sampling.counts(examples, positions)
     if keep_examples < examples:
         index = comb(examples, keep_examples, seed)
-        inputs, outputs = inputs[:, index], outputs[:, index]
+        inputs, outputs = pick(inputs, index, 1), pick(outputs, index, 1)
     if keep_positions < positions:
         # Another seed, or the place in the image would follow from the example.
         index = scatter(positions, keep_positions, spread(seed))
-        inputs, outputs = inputs[:, :, index], outputs[:, :, index]
+        inputs, outputs = pick(inputs, index, 2), pick(outputs, index, 2)
     scale = examples * positions / (keep_examples * keep_positions)
     rows = keep_examples * keep_positions
     return Signals(inputs.reshape(stack, rows, -1), outputs.reshape(stack, rows, -1), scale)
 
 
 def spread(seed: jax.Array) -> jax.Array:
-    """Mix the bits of a uint32 (the finalizer of MurmurHash3)."""
-    seed = (seed ^ (seed >> 16)) * jnp.uint32(0x85EBCA6B)
-    seed = (seed ^ (seed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return seed ^ (seed >> 16)
+    """Mix the bits of a uint32, and return 24 that depend on all of them."""
+    # Multiplying by 2³²/φ carries low bits into high ones (Knuth's multiplicative hashing).
+    return (seed * np.uint32(0x9E3779B1)) >> np.uint32(8)

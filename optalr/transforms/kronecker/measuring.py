@@ -16,6 +16,7 @@ from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf
 from optalr.transforms.kronecker.memory import (
     LeafMemory,
     SideMemory,
+    at_rest,
 )
 from optalr.transforms.kronecker.pairing import sides_of, with_signals
 from optalr.transforms.kronecker.proportion import (
@@ -63,8 +64,10 @@ class Folded(NamedTuple):
     bounded: jax.Array
 
 
-def init_leaf(spectrum: Spectrum, leaf: Leaf, parameter: jax.Array) -> LeafMemory:
-    """Return what a leaf remembers before the first batch."""
+def init_leaf(
+    spectrum: Spectrum, leaf: Leaf, parameter: jax.Array, *, resting: Any = None
+) -> LeafMemory:
+    """Return what a leaf remembers before the first batch, its roots in the dtype given."""
     dtype = wide_dtype(parameter)
     if isinstance(leaf, Elementwise):
         # Like the parameter, so that it is sharded as that is.
@@ -72,7 +75,8 @@ def init_leaf(spectrum: Spectrum, leaf: Leaf, parameter: jax.Array) -> LeafMemor
     if not isinstance(leaf, Kernel):
         return LeafMemory()
     rows, cols = (spectrum.start(side, leaf.stack, dtype) for side in leaf.sides)
-    return LeafMemory(rows, cols, eigen_moment=spectrum.start_second_moment(leaf, dtype))
+    memory = LeafMemory(rows, cols, eigen_moment=spectrum.start_second_moment(leaf, dtype))
+    return memory if resting is None else at_rest(memory, leaf, resting)
 
 
 def measure(
@@ -249,8 +253,8 @@ def _fold_kernel(
 def samples_a_dimension(leaves: Sequence[Leaf]) -> jax.Array:
     """Return how many samples per dimension one batch adds to the factor that gets the fewest.
 
-    A batch adds N·T samples to the factors of a captured layer. To factors made from a gradient it
-    adds at most as many directions as the shorter side has.
+    A batch adds at most N·T samples to the factors of a captured layer. To factors made from a
+    gradient it adds at most as many directions as the shorter side has.
     """
     added = []
     for leaf in leaves:
@@ -261,6 +265,6 @@ def samples_a_dimension(leaves: Sequence[Leaf]) -> jax.Array:
             continue  # diagonals only: no rank to fill before their powers make sense
         samples: Any = min(side.size for side in leaf.sides)
         if leaf.moments is not None:
-            samples = leaf.moments.count * leaf.moments.positions
+            samples = leaf.moments.num_samples
         added.append(jnp.asarray(samples, jnp.float32) / largest)
     return jnp.min(jnp.stack(added)) if added else jnp.float32(jnp.inf)

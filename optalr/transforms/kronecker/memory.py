@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.linalg.structured import Structured
+from optalr.arrays import wide_dtype
+from optalr.linalg.structured import Matrices, Structured
 from optalr.states import boxed_like, unboxed
 from optalr.transforms.kronecker.leaves import Kernel
 from optalr.transforms.kronecker.rule import KroneckerClock, Periods
@@ -129,7 +130,7 @@ def to_trees(memories: Sequence[LeafMemory], like: Any, kept: LeafMemory) -> Lea
 
 
 def from_trees(trees: LeafMemory, like: Any) -> list[LeafMemory]:
-    """Undo ``to_trees``."""
+    """Undo ``to_trees``; matrices that rest in a narrow dtype are widened."""
     structure = jax.tree.structure(unboxed(like))
     columns = [
         [NOTHING] * structure.num_leaves
@@ -137,7 +138,32 @@ def from_trees(trees: LeafMemory, like: Any) -> list[LeafMemory]:
         else structure.flatten_up_to(unboxed(tree))
         for tree in _PARTS.flatten_up_to(trees)
     ]
-    return [_PARTS.unflatten(parts) for parts in zip(*columns, strict=True)]
+    dtypes = [wide_dtype(leaf) for leaf in jax.tree.leaves(unboxed(like))]
+    leaves = zip(dtypes, zip(*columns, strict=True), strict=True)
+    return [
+        jax.tree.map(lambda array, dtype=dtype: array.astype(dtype), _PARTS.unflatten(parts))
+        for dtype, parts in leaves
+    ]
+
+
+def at_rest(memory: LeafMemory, leaf: Kernel, dtype: Any) -> LeafMemory:
+    """Return a kernel's memory with its roots in the dtype that they rest in."""
+
+    def narrow(form: Structured, side: SideMemory) -> SideMemory:
+        # Diagonals and eigenvalues are small. A factor that is rounded is not positive any more.
+        if not isinstance(form, Matrices):
+            return side
+        roots = side._replace(eigenvalues=NOTHING, factor=NOTHING)
+        narrowed = jax.tree.map(lambda root: root.astype(dtype), roots)
+        return narrowed._replace(eigenvalues=side.eigenvalues, factor=side.factor)
+
+    rows, cols = (narrow(*pair) for pair in zip(leaf.sides, memory.sides, strict=True))
+    return memory._replace(rows=rows, cols=cols)
+
+
+def resting_like(memory: LeafMemory, before: LeafMemory) -> LeafMemory:
+    """Return a memory in the dtypes of another; what was widened and not changed is the same."""
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), memory, before)
 
 
 def factors_of(

@@ -27,7 +27,7 @@ from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves
 from optalr.transforms.kronecker.length import bound, finish, graft, norm_of, run_graft
 from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
-from optalr.transforms.kronecker.memory import KroneckerState, from_trees, to_trees
+from optalr.transforms.kronecker.memory import KroneckerState, from_trees, resting_like, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
 from optalr.transforms.kronecker.pairing import with_signals
 from optalr.transforms.kronecker.refresh import refresh
@@ -103,6 +103,9 @@ def scale_by_kronecker(
     *Scale.* A gradient that was multiplied by c since the loss gave it (clipping, loss scaling)
     finds B multiplied by c², leaf by leaf, if the extra ``grad`` is there. So the direction is that
     of the loss times c, and the order in the chain does not matter.
+
+    *Precision.* Gram matrices, and products of roots and gradients, are as precise as the loss's
+    own products: ``jax.default_matmul_precision`` decides. Roots are taken in full precision.
 
     Args:
       power: p, in [−1, 0]. It may be a schedule under ``inject_hyperparams``; roots in use keep the
@@ -203,7 +206,8 @@ class _Kronecker:
 
     def init(self, params: Any) -> KroneckerState:
         plans = zip(self.plan(params), jax.tree.leaves(params), strict=True)
-        memories = [init_leaf(self.spectrum(), leaf, parameter) for leaf, parameter in plans]
+        resting = self.options.root_dtype
+        memories = [init_leaf(self.spectrum(), *plan, resting=resting) for plan in plans]
         other = self.options.graft
         return KroneckerState(
             told=asking(),
@@ -262,7 +266,7 @@ class _Kronecker:
         usable = gradient.usable
         new, state = finish(step, new, state, norm=norm, usable=usable)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
-        kept = to_trees(memories, updates, step.spectrum.kept)
+        kept = resting_like(to_trees(memories, updates, step.spectrum.kept), state.memory)
         return jax.tree.structure(updates).unflatten(new), state._replace(memory=kept)
 
     def _step(self, updates: Any, extras: Any) -> Step:
