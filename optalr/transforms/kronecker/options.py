@@ -47,9 +47,11 @@ class KroneckerOptions(FactorStorage):
       root_method: the ``method`` of ``optalr.linalg.inverse_root``. The spectra ``"exact"`` and
         ``"measured"`` keep eigenbases instead of roots, and only ``"eigenbasis"`` changes what they
         do. With ``"eigenbasis"`` a refresh improves the last basis by one QR step. It decomposes
-        anew (all sides of that size) only at the start and where a basis has fallen too far behind.
+        anew only at the start and where a basis has fallen too far behind.
         A factored spectrum then keeps its bases beside the roots: ``m² + n²`` more numbers a
         kernel.
+      mesh_axes: the axes of ``mesh`` over which roots are shared out; None for all of them. Devices
+        that differ along another axis alone take the same roots.
 
     Raises:
       ValueError: a field is out of range, or ``"balanced"`` damping goes with another spectrum than
@@ -72,6 +74,7 @@ class KroneckerOptions(FactorStorage):
     max_update: float | None = 0.5
     damping_form: str = "relative"
     graft: optax.GradientTransformation | None = None
+    mesh_axes: tuple[str, ...] | None = None
 
     def __post_init__(self):
         check_interval("warmup", self.warmup, 0)

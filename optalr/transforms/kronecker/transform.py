@@ -21,6 +21,7 @@ import optax
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.arrays import at_least_float32, on_auto_axes, wide_dtype
 from optalr.clocks import asking
+from optalr.sharding.spread import Spread, spread_over
 from optalr.signals.coverage import Coverage
 from optalr.states import count_up, settle
 from optalr.transforms.kronecker.direction import directions
@@ -52,6 +53,7 @@ def scale_by_kronecker(
     signals_every: Any = None,
     statistics: str = "signals",
     layout: Coverage | None = None,
+    mesh: Any = None,
     options: KroneckerOptions | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale gradients by a power of the Kronecker-factored Fisher matrix.
@@ -104,6 +106,13 @@ def scale_by_kronecker(
     finds B multiplied by c², leaf by leaf, if the extra ``grad`` is there. So the direction is that
     of the loss times c, and the order in the chain does not matter.
 
+    *On many devices.* With ``mesh`` a device takes the roots of some of the matrices, and one
+    all-gather a refresh hands them out. No matrix is cut. They are shared out by their cost, n³,
+    all sizes together, longest first, so the busiest device has at most the mean and one matrix to
+    do. Nothing else changes: factors and roots are on every device, whose steps between two
+    refreshes send nothing more than without. Every device decides alike, since all judge the same
+    gathered numbers. Inside a ``jax.shard_map`` each device takes every root.
+
     Args:
       power: p, in [−1, 0]. It may be a schedule under ``inject_hyperparams``; roots in use keep the
         power they were taken with.
@@ -117,6 +126,8 @@ def scale_by_kronecker(
         power p/2, which needs no capture.
       layout: the report of ``optalr.coverage(loss_fn, params, *args)``. Pass it where a leaf's
         matrix view is not "all axes but the last by the last".
+      mesh: a ``jax.sharding.Mesh`` over whose devices the roots are shared out, or None: then each
+        device takes all of them. See *On many devices*.
       options: a ``KroneckerOptions``, or a mapping of its fields.
 
     Returns:
@@ -126,12 +137,14 @@ def scale_by_kronecker(
     Raises:
       ValueError: an argument is out of range, or ``options.root_method`` cannot take roots of this
         power; at ``init``, the layout is of other parameters; at ``update``, signals do not fit the
-        state, or lack a leaf that ``layout`` says is captured.
-      TypeError: ``update`` got no ``signals``.
+        state, or lack a leaf that ``layout`` says is captured, or ``jax.set_mesh`` has another
+        mesh.
+      TypeError: ``update`` got no ``signals``; ``mesh`` is no mesh.
 
     Cost: per kernel, an update takes two products, ``2mn(m + n)`` flops, and a measurement takes
     ``m² + n²`` additions. A refresh by eigendecomposition takes some ``20(m³ + n³)`` flops, equal
-    sizes batched. Memory: ``2(m² + n²)`` numbers, ``3(m² + n²)`` with ``root_method="eigenbasis"``;
+    sizes batched. Over D devices each takes about a Dth of it, unless one matrix costs more than
+    that. Memory: ``2(m² + n²)`` numbers, ``3(m² + n²)`` with ``root_method="eigenbasis"``;
     ``optalr.coverage(..., options=options)`` prints the bytes.
 
     Examples:
@@ -169,7 +182,9 @@ def scale_by_kronecker(
         )
     first_roots = {"warmup": options.warmup, "min_batches": options.min_batches}
     periods = partial(periods_of, update_every, signals_every, decay, **first_roots)
-    method = _Kronecker(power, decay, damping, statistics == "signals", layout, options, periods)
+    spread = spread_over(mesh, options.mesh_axes)
+    numbers = power, decay, damping, statistics == "signals"
+    method = _Kronecker(*numbers, layout, options, periods, spread)
     return transformation("scale_by_kronecker", method.init, method.update)
 
 
@@ -184,6 +199,7 @@ class _Kronecker:
     layout: Coverage | None
     options: KroneckerOptions
     periods: Callable[[], Periods]
+    spread: Spread | None
 
     def plan(self, tree: Any) -> list[Leaf]:
         """Return what each leaf of a tree is."""
@@ -273,7 +289,7 @@ class _Kronecker:
         plans = self.plan(updates)
         signals, measure = read.get("signals"), read.get("measure")
         leaves = with_signals(plans, signals)
-        return Step(self.spectrum(), plans, leaves, signals, measure)
+        return Step(self.spectrum(), plans, leaves, signals, measure, self.spread)
 
 
 _REMEDY = (
