@@ -1,28 +1,19 @@
 """Roots shared out over a mesh: the same numbers, a share of the work, one collective a refresh."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optalr
 from optalr.sharding.solving import solve_over
 from optalr.sharding.spread import spread_over
 from tests.sharding.counting import collectives, refresh_flops
-
-AXES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-
-
-def mesh_of(*shape, axes="auto"):
-    names = ("data", "model")[: len(shape)]
-    return jax.make_mesh(shape, names, axis_types=(AXES[axes],) * len(shape))
-
+from tests.sharding.net import loss_fn, make_batch, make_params, mesh_of, placed, told, traced
 
 # What is solved: the stacks of several sizes, of which some have fewer matrices than devices.
 
@@ -82,46 +73,6 @@ def test_arguments_are_checked():
 
 # Training: the traced step and train_step.
 
-SIZES = (6, 12, 12, 9, 4)
-
-
-def make_params():
-    keys = jax.random.split(jax.random.key(0), len(SIZES))
-    return {
-        f"kernel{i}": jax.random.normal(keys[i], (m, n)) / m**0.5
-        for i, (m, n) in enumerate(itertools.pairwise(SIZES))
-    }
-
-
-def loss_fn(params, inputs, targets):
-    hidden = inputs
-    for i in range(len(params)):
-        hidden = hidden @ params[f"kernel{i}"]
-        hidden = jnp.tanh(hidden) if i < len(params) - 1 else hidden
-    return jnp.mean((hidden - targets) ** 2)
-
-
-def make_batch(seed):
-    inputs = jax.random.normal(jax.random.key(seed), (16, SIZES[0]))
-    return inputs, jnp.sin(3 * inputs[:, : SIZES[-1]])
-
-
-def traced(tx):
-    evaluate = optalr.value_grad_and_extras(loss_fn)
-
-    @jax.jit
-    def step(params, state, *batch):
-        value, grads, extras = evaluate(params, *batch, signals=optalr.wants_signals(state))
-        updates, state = tx.update(grads, state, params, **extras)
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
-def told(tx):
-    return optalr.train_step(loss_fn, tx)
-
-
 OPTIONS = {
     "eigh": {},
     "polar": {"root_method": "cholesky_polar"},
@@ -137,13 +88,10 @@ def make_tx(mesh=None, options="eigh"):
 
 
 def train(make_step, tx, mesh=None, num_steps=8):
-    def placed(tree, spec):
-        return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, spec))
-
-    params, step = placed(make_params(), P()), make_step(tx)
+    params, step = placed(make_params(), mesh, P()), make_step(tx)
     state = tx.init(params)
     for seed in range(num_steps):
-        batch = placed(make_batch(seed), P("data"))
+        batch = placed(make_batch(seed), mesh, P("data"))
         params, state, _ = step(params, state, *batch)
     assert int(optalr.metrics(state)["failures"]) == 0
     return jax.tree.map(np.asarray, params)
