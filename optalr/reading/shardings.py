@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from optalr.states import is_box, unboxed
 from optalr.transforms.dense.block_diagonal import BlockDiagonalState
@@ -33,7 +33,8 @@ def state_shardings(
     * An array that follows a parameter is sharded as that is. It stands at the parameter's place in
       a tree like the parameters, and has the parameter's shape: moments, momentum, velocities. So
       does one with further axes in front, such as a window of the last gradients.
-    * Kronecker factors, dense second moments and their roots are replicated, whatever their shape.
+    * Kronecker factors, dense second moments and their roots are replicated, whatever their shape,
+      unless the transformation itself says how they rest (``options.sharded_factors``).
     * All else, such as counts and rates, is replicated.
 
     Args:
@@ -77,11 +78,11 @@ def state_shardings(
     places = {
         path: (leaf.shape, spec) for (path, leaf), spec in zip(_leaves(plain), specs, strict=True)
     }
-    state = jax.eval_shape(tx.init, _shapes(params))
+    state = _made_on(mesh, tx, _shapes(params))
     bare = unboxed(state)
     marks = jax.tree.map(_matrix_marks, bare, is_leaf=_holds_matrices)
     shardings = [
-        NamedSharding(mesh, PartitionSpec() if is_matrix else _spec_at(path, leaf.shape, places))
+        NamedSharding(mesh, _typed(leaf) if is_matrix else _spec_at(path, leaf.shape, places))
         for (path, leaf), is_matrix in zip(_leaves(bare), jax.tree.leaves(marks), strict=True)
     ]
     return jax.tree.structure(state).unflatten(shardings)
@@ -95,6 +96,25 @@ def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
 def _shapes(params: Any) -> Any:
     """Return the parameters' shapes, on no mesh."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+
+
+def _made_on(mesh: Any, tx: Any, shapes: Any) -> Any:
+    """Return the shapes of a state, with shardings where ``init`` itself chooses some.
+
+    On a mesh with explicit axes the type of an array says how it is sharded.
+    """
+    explicit = (AxisType.Explicit,) * len(mesh.axis_names)
+    sizes = tuple(mesh.shape[name] for name in mesh.axis_names)
+    with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, mesh.axis_names, axis_types=explicit)):
+        return jax.eval_shape(tx.init, shapes)
+
+
+def _typed(leaf: Any) -> PartitionSpec:
+    """Return the sharding in the type of an array of a state."""
+    entries = [] if leaf.sharding is None else list(leaf.sharding.spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def _holds_matrices(node: Any) -> bool:

@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Spread:
       mesh: of devices, or an abstract one where programs are only lowered.
       axes: names of axes, the slowest first; None for all. Devices that differ along another axis
         alone do the same work.
+      rests: whether each device keeps a share of every matrix, and not all of it.
 
     Raises:
       TypeError: ``mesh`` is no mesh.
@@ -24,6 +26,7 @@ class Spread:
 
     mesh: Mesh | AbstractMesh
     axes: tuple[str, ...] | None = None
+    rests: bool = False
 
     def __post_init__(self):
         if not isinstance(self.mesh, Mesh | AbstractMesh):
@@ -48,6 +51,43 @@ class Spread:
         """How many shares there are."""
         return math.prod(self.mesh.shape[name] for name in self.names)
 
+    def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """Return how matrices ``(..., n, n)`` rest that are shared out.
+
+        They are cut along the first axis that can be: that of the stack, if the number of devices
+        divides it, else that of the rows. What cannot be cut, or is no matrix, is replicated.
+        """
+        for axis, size in enumerate(shape[:-1]):
+            if self.rests and size % self.num_devices == 0:
+                return PartitionSpec(*(None,) * axis, self.names)
+        return PartitionSpec()
+
+    def at_rest(self, tree: Any) -> Any:
+        """Return matrices as they rest."""
+        mesh = self.at_hand() if self.rests else None
+        if mesh is None:
+            return tree
+
+        def place(array: jax.Array) -> jax.Array:
+            spec = self.spec(array.shape)
+            if _is_explicit(mesh):
+                return jax.sharding.reshard(array, spec)
+            return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+        return jax.tree.map(place, tree)
+
+    def follow(self, updates: Any, params: Any) -> Any:
+        """Return updates sharded as their parameters are, where matrices rest in parts.
+
+        The compiler would choose for the products of a matrix's rows, and hand the choice on to the
+        parameters. On explicit axes and inside a ``shard_map`` it has no choice. Inside control
+        flow it chooses all the same: shardings do not pass through.
+        """
+        mesh = self.at_hand() if self.rests and params is not None else None
+        if mesh is None or any(map(_is_explicit, [mesh, *jax.tree.leaves(updates)])):
+            return updates
+        return shard_alike(updates, params)[0]
+
     def at_hand(self) -> Mesh | AbstractMesh | None:
         """Return the mesh as the code at hand sees it; None inside a ``shard_map``.
 
@@ -68,18 +108,28 @@ class Spread:
         return None if AxisType.Manual in context.axis_types else context
 
 
-def spread_over(mesh: Any, axes: Any) -> Spread | None:
-    """Return what ``mesh`` and ``mesh_axes`` stand for; None without a mesh.
+def spread_over(mesh: Any, axes: Any, *, rests: bool = False) -> Spread | None:
+    """Return what ``mesh``, ``mesh_axes`` and ``sharded_factors`` stand for; None without a mesh.
 
     Raises:
       TypeError: ``mesh`` is no mesh.
-      ValueError: the mesh has no such axis, or there are axes and no mesh.
+      ValueError: the mesh has no such axis, or there are other arguments and no mesh.
     """
     if mesh is None:
         if axes is not None:
             raise ValueError(f"mesh_axes={axes!r} are axes of a mesh. Pass mesh= as well.")
+        if rests:
+            raise ValueError("sharded_factors=True needs a mesh to shard over. Pass mesh= as well.")
         return None
-    return Spread(mesh, (axes,) if isinstance(axes, str) else axes and tuple(axes))
+    return Spread(mesh, (axes,) if isinstance(axes, str) else axes and tuple(axes), rests)
+
+
+def _is_explicit(mesh_or_array: Any) -> bool:
+    """Return whether a mesh, or that of an array, has explicit axes."""
+    mesh = mesh_or_array
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        mesh = jax.typeof(mesh_or_array).sharding.mesh
+    return AxisType.Explicit in mesh.axis_types
 
 
 def _on_auto_axes(mesh: Any) -> Any:

@@ -1,5 +1,6 @@
 """A small net, its batches, its meshes and its two kinds of steps, for tests of shared roots."""
 
+import functools
 import itertools
 
 import jax
@@ -42,10 +43,10 @@ def make_batch(seed):
     return inputs, jnp.sin(3 * inputs[:, : SIZES[-1]])
 
 
-def traced(tx):
+def traced(tx, out_shardings=None):
     evaluate = optalr.value_grad_and_extras(loss_fn)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=out_shardings)
     def step(params, state, *batch):
         value, grads, extras = evaluate(params, *batch, signals=optalr.wants_signals(state))
         updates, state = tx.update(grads, state, params, **extras)

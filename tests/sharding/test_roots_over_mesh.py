@@ -19,7 +19,7 @@ from tests.sharding.net import loss_fn, make_batch, make_params, mesh_of, placed
 
 
 def requests(with_last):
-    stacks = {5: (1, 4, 2), 3: (6, 1), 4: (1, 1)}
+    stacks = {5: (1, 4, 2), 3: (6, 1), 4: (1, 1), 8: (3, 2)}
     keys = iter(jax.random.split(jax.random.key(0), 20))
     return [
         (
@@ -39,11 +39,17 @@ def solve(matrices, dampings, last):
 
 
 @pytest.mark.parametrize(
-    ("axes", "mesh_axes", "with_last"),
-    [("auto", None, True), ("explicit", "model", False), ("auto", ("model", "data"), True)],
+    ("axes", "mesh_axes", "with_last", "rests"),
+    [
+        ("auto", None, True, False),
+        ("auto", None, False, True),
+        ("explicit", "model", False, False),
+        ("explicit", "data", True, True),
+        ("auto", ("model", "data"), True, True),
+    ],
 )
-def test_every_request_is_answered_whoever_solves_it(with_last, axes, mesh_axes):
-    spread = spread_over(mesh_of(4, 2, axes=axes), mesh_axes)
+def test_every_request_is_answered_whoever_solves_it(axes, mesh_axes, with_last, rests):
+    spread = spread_over(mesh_of(4, 2, axes=axes), mesh_axes, rests=rests)
     given = requests(with_last)
     shared = jax.jit(lambda parts: solve_over(spread, solve, parts))(given)
     alone = solve_over(None, solve, given)
@@ -67,6 +73,8 @@ def test_arguments_are_checked():
         optalr.scale_by_kronecker(mesh=8)
     with pytest.raises(ValueError, match="mesh_axes must be axes of the mesh"):
         optalr.tso_alra(0.1, mesh=mesh_of(8), options={"mesh_axes": ("rows",)})
+    with pytest.raises(ValueError, match="sharded_factors=True needs a mesh"):
+        optalr.tso_alra(0.1, options={"sharded_factors": True})
     with pytest.raises(ValueError, match=r"mesh_axes=.* are axes of a mesh"):
         optalr.untuned(10, options={"mesh_axes": "data"})
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.linalg.structured import Structured
+from optalr.sharding.spread import Spread
 from optalr.states import boxed_like, unboxed
 from optalr.transforms.kronecker.leaves import Kernel
 from optalr.transforms.kronecker.rule import KroneckerClock, Periods
@@ -126,6 +127,13 @@ def to_trees(memories: Sequence[LeafMemory], like: Any, kept: LeafMemory) -> Lea
     trees = trees._replace(second_moment=structure.unflatten(moments))
     wanted = zip(_PARTS.flatten_up_to(kept), _PARTS.flatten_up_to(trees), strict=True)
     return _PARTS.unflatten([NOTHING if keep is NOTHING else tree for keep, tree in wanted])
+
+
+def at_rest(memory: LeafMemory, spread: Spread | None) -> LeafMemory:
+    """Return a memory whose factors and roots lie on the devices where they rest."""
+    if spread is None or not spread.rests:
+        return memory
+    return memory._replace(rows=spread.at_rest(memory.rows), cols=spread.at_rest(memory.cols))
 
 
 def from_trees(trees: LeafMemory, like: Any) -> list[LeafMemory]:

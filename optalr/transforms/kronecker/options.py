@@ -52,6 +52,12 @@ class KroneckerOptions(FactorStorage):
         kernel.
       mesh_axes: the axes of ``mesh`` over which roots are shared out; None for all of them. Devices
         that differ along another axis alone take the same roots.
+      sharded_factors: whether each device keeps a share of every factor and root, and not all of
+        them: some layers of a stack, or some rows. It takes ``1/D`` of the memory over D devices.
+        Every update then gathers products, which costs about as much sending as the gradients do.
+        Needs a mesh. A factor whose rows (or stack) D does not divide is kept whole. Give a jitted
+        step of your own ``out_shardings`` (``optalr.state_shardings``), or the compiler may shard
+        parameters as it likes.
 
     Raises:
       ValueError: a field is out of range, or ``"balanced"`` damping goes with another spectrum than
@@ -75,6 +81,7 @@ class KroneckerOptions(FactorStorage):
     damping_form: str = "relative"
     graft: optax.GradientTransformation | None = None
     mesh_axes: tuple[str, ...] | None = None
+    sharded_factors: bool = False
 
     def __post_init__(self):
         check_interval("warmup", self.warmup, 0)

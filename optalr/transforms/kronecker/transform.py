@@ -28,9 +28,9 @@ from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves
 from optalr.transforms.kronecker.length import bound, finish, graft, norm_of, run_graft
 from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
-from optalr.transforms.kronecker.memory import KroneckerState, from_trees, to_trees
+from optalr.transforms.kronecker.memory import KroneckerState, at_rest, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
-from optalr.transforms.kronecker.pairing import with_signals
+from optalr.transforms.kronecker.pairing import REMEDY, with_signals
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import (
     DAMPING_FORMS,
@@ -111,7 +111,8 @@ def scale_by_kronecker(
     all sizes together, longest first, so the busiest device has at most the mean and one matrix to
     do. Nothing else changes: factors and roots are on every device, whose steps between two
     refreshes send nothing more than without. Every device decides alike, since all judge the same
-    gathered numbers. Inside a ``jax.shard_map`` each device takes every root.
+    gathered numbers. ``options.sharded_factors`` leaves them on the devices in parts, in a Dth of
+    the memory. Inside a ``jax.shard_map`` each device takes every root.
 
     Args:
       power: p, in [−1, 0]. It may be a schedule under ``inject_hyperparams``; roots in use keep the
@@ -182,7 +183,7 @@ def scale_by_kronecker(
         )
     first_roots = {"warmup": options.warmup, "min_batches": options.min_batches}
     periods = partial(periods_of, update_every, signals_every, decay, **first_roots)
-    spread = spread_over(mesh, options.mesh_axes)
+    spread = spread_over(mesh, options.mesh_axes, rests=options.sharded_factors)
     numbers = power, decay, damping, statistics == "signals"
     method = _Kronecker(*numbers, layout, options, periods, spread)
     return transformation("scale_by_kronecker", method.init, method.update)
@@ -238,7 +239,7 @@ class _Kronecker:
             weight=jnp.zeros([], jnp.float32),
             num_refreshes=jnp.zeros([], jnp.int32),
             root_residual=jnp.zeros([], jnp.float32),
-            memory=to_trees(memories, params, self.spectrum().kept),
+            memory=at_rest(to_trees(memories, params, self.spectrum().kept), self.spread),
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
@@ -255,7 +256,9 @@ class _Kronecker:
             others, state = run_graft(other, given, state, params=params, extras=extras)
         read = {name: extras[name] for name in ("signals", "measure", "grad") if name in extras}
         # Nothing in here calls the loss, which may be written for explicit axes.
-        return on_auto_axes(self._advance, (given, others), read, state, like=(updates, state))
+        like = updates, state
+        new, state = on_auto_axes(self._advance, (given, others), read, state, like=like)
+        return (new if self.spread is None else self.spread.follow(new, params)), state
 
     def _advance(self, arrived: Any, read: dict[str, Any], state: Any) -> Any:
         """Return the update and the state, given what arrived and the extras that are read."""
@@ -278,22 +281,15 @@ class _Kronecker:
         usable = gradient.usable
         new, state = finish(step, new, state, norm=norm, usable=usable)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
-        kept = to_trees(memories, updates, step.spectrum.kept)
+        kept = at_rest(to_trees(memories, updates, step.spectrum.kept), self.spread)
         return jax.tree.structure(updates).unflatten(new), state._replace(memory=kept)
 
     def _step(self, updates: Any, extras: Any) -> Step:
         # One bare array without a layer has signals of None.
         if self.from_signals and "signals" not in extras:
-            require_extra(extras, "signals", "scale_by_kronecker", remedy=_REMEDY)
+            require_extra(extras, "signals", "scale_by_kronecker", remedy=REMEDY)
         read = extras if self.from_signals else {}
         plans = self.plan(updates)
         signals, measure = read.get("signals"), read.get("measure")
         leaves = with_signals(plans, signals)
         return Step(self.spectrum(), plans, leaves, signals, measure, self.spread)
-
-
-_REMEDY = (
-    "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call value, "
-    "grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); "
-    "or pass statistics='gradient', which needs no signals."
-)
