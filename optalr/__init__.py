@@ -17,6 +17,7 @@ from optalr.reading.geometry import geodesic, noise_spectrum
 from optalr.reading.metrics import metrics, state_bytes
 from optalr.reading.monitoring import monitor
 from optalr.reading.resuming import configuration, warn_if_changed
+from optalr.reading.shardings import state_shardings
 from optalr.reading.spectra import factor_spectra
 from optalr.reading.upgrading import upgrade_state
 from optalr.reading.wanted import wants_signals
@@ -144,6 +145,8 @@ __all__ = [
     "metrics",
     "wants_signals",
     "state_bytes",
+    # A state over many devices.
+    "state_shardings",
     # Looking at the arguments behind the methods.
     "noise_spectrum",
     "geodesic",

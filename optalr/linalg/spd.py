@@ -192,16 +192,25 @@ def solve_by_size(solve: Callable[..., Any], requests: Sequence[tuple[Any, ...]]
     Returns:
       One pytree a request, in the given order.
     """
-    kinds: dict[Any, list[int]] = {}
-    for i, (stack, *_) in enumerate(requests):
-        kinds.setdefault((stack.shape[-1], stack.dtype), []).append(i)
     results: dict[int, Any] = {}
-    for members in kinds.values():
-        parts = zip(*(requests[i] for i in members), strict=True)
-        joined = [None if part[0] is None else jnp.concatenate(part) for part in parts]
-        whole, start = solve(*joined), 0
+    for members in places_by_size(requests):
+        whole, start = solve(*joined([requests[i] for i in members])), 0
         for i in members:
             stop = start + requests[i][0].shape[0]
             results[i] = jax.tree.map(lambda part, a=start, b=stop: part[a:b], whole)
             start = stop
     return [results[i] for i in range(len(requests))]
+
+
+def places_by_size(requests: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+    """Return the places of the requests of each size and dtype; see ``solve_by_size``."""
+    kinds: dict[Any, list[int]] = {}
+    for i, (stack, *_) in enumerate(requests):
+        kinds.setdefault((stack.shape[-1], stack.dtype), []).append(i)
+    return list(kinds.values())
+
+
+def joined(requests: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return the parts of requests of one kind, each joined along its first axis."""
+    parts = zip(*requests, strict=True)
+    return [None if part[0] is None else jnp.concatenate(part) for part in parts]

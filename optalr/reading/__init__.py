@@ -4,6 +4,7 @@ from optalr.reading.geometry import geodesic, noise_spectrum
 from optalr.reading.metrics import metrics, state_bytes
 from optalr.reading.monitoring import monitor
 from optalr.reading.resuming import configuration, warn_if_changed
+from optalr.reading.shardings import state_shardings
 from optalr.reading.spectra import factor_spectra
 from optalr.reading.upgrading import upgrade_state
 from optalr.reading.wanted import wants_signals
@@ -16,6 +17,7 @@ __all__ = [
     "monitor",
     "noise_spectrum",
     "state_bytes",
+    "state_shardings",
     "upgrade_state",
     "wants_signals",
     "warn_if_changed",

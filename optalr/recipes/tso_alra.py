@@ -31,6 +31,7 @@ def tso_alra(
     second_momentum: float | None = None,
     weight_decay: Any = 0.0,
     layout: Coverage | None = None,
+    mesh: Any = None,
     options: KroneckerOptions | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train along F^{-1/2} g, then by plain SGD: the two-stage optimizer of Ida & Fujiwara.
@@ -69,6 +70,8 @@ def tso_alra(
       weight_decay: λ ≥ 0, decoupled: in both phases ``θ ← θ − η λ θ`` besides, for leaves of two or
         more axes. It is not preconditioned, and no momentum takes it in.
       layout: what ``optalr.coverage(loss_fn, params, *args)`` returned, where it is needed.
+      mesh: a ``jax.sharding.Mesh`` over whose devices the roots are shared out, as by
+        ``scale_by_kronecker``; None for all roots on each device.
       options: further options of ``scale_by_kronecker``, a ``KroneckerOptions`` or a mapping of its
         fields.
 
@@ -110,6 +113,7 @@ def tso_alra(
         signals_every=signals_every,
         statistics=statistics,
         layout=layout,
+        mesh=mesh,
         options=options,
     )
     if momentum is not None:

@@ -45,6 +45,7 @@ def untuned(
     decay_mask: Any = None,
     statistics: str = "signals",
     layout: Coverage | None = None,
+    mesh: Any = None,
     options: KroneckerOptions | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train along F^{-1/2} g with a decay that validation batches teach, and no rate to choose.
@@ -100,6 +101,8 @@ def untuned(
       decay_mask: the leaves that decay, as the ``mask`` of ``add_learned_decay``.
       statistics: ``"signals"``, or ``"gradient"``, which needs no captured signals.
       layout: what ``optalr.coverage(loss_fn, params, *args)`` returned, where it is needed.
+      mesh: a ``jax.sharding.Mesh`` over whose devices the roots are shared out, as by
+        ``scale_by_kronecker``; None for all roots on each device.
       options: further options of ``scale_by_kronecker``, a mapping of fields of
         ``KroneckerOptions``, or such an object. A mapping keeps ``warmup=0`` and ``min_batches=1``,
         with which the first update has roots already.
@@ -155,20 +158,25 @@ def untuned(
         update_every=_interval(length) if update_every is None else update_every,
         statistics=statistics,
         layout=layout,
+        mesh=mesh,
         options=_with_early_roots(options),
     )
+    decay = _decay(peak, length, every=learn_every, mask=decay_mask)
+    rate = scale_by_recorded_rate(_schedule(peak, length, warmup=warmup, profile=profile))
+    return optax.chain(direction, _momentum(momentum), decay, rate)
+
+
+def _decay(peak: Any, length: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """Return the learned decay of a run whose rate peaks at ``peak``."""
     shrink = _smaller(_SHRINKAGE / (length / 2), _MAX_SHRINK)  # η λ₀ at the peak
-    decay = add_learned_decay(
+    return add_learned_decay(
         shrink / peak,
         meta_rate=_REACH / length,
-        every=learn_every,
-        mask=decay_mask,
         required=False,
         min_factor=_LOW,
         max_factor=_smaller(_HIGH, _MAX_SHRINK / shrink),
+        **options,
     )
-    rate = scale_by_recorded_rate(_schedule(peak, length, warmup=warmup, profile=profile))
-    return optax.chain(direction, _momentum(momentum), decay, rate)
 
 
 def _length_and_profile(total_steps: Any) -> tuple[Any, Callable[..., jax.Array]]:

@@ -16,7 +16,7 @@ from optalr.transforms.kronecker.leaves import Elementwise, Kernel, Leaf
 from optalr.transforms.kronecker.memory import (
     LeafMemory,
     SideMemory,
-    at_rest,
+    with_narrow_roots,
 )
 from optalr.transforms.kronecker.pairing import sides_of, with_signals
 from optalr.transforms.kronecker.proportion import (
@@ -76,7 +76,7 @@ def init_leaf(
         return LeafMemory()
     rows, cols = (spectrum.start(side, leaf.stack, dtype) for side in leaf.sides)
     memory = LeafMemory(rows, cols, eigen_moment=spectrum.start_second_moment(leaf, dtype))
-    return memory if resting is None else at_rest(memory, leaf, resting)
+    return memory if resting is None else with_narrow_roots(memory, leaf, resting)
 
 
 def measure(

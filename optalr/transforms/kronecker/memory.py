@@ -22,6 +22,7 @@ import optax
 
 from optalr.arrays import wide_dtype
 from optalr.linalg.structured import Matrices, Structured
+from optalr.sharding.spread import Spread
 from optalr.states import boxed_like, unboxed
 from optalr.transforms.kronecker.leaves import Kernel
 from optalr.transforms.kronecker.rule import KroneckerClock, Periods
@@ -129,6 +130,23 @@ def to_trees(memories: Sequence[LeafMemory], like: Any, kept: LeafMemory) -> Lea
     return _PARTS.unflatten([NOTHING if keep is NOTHING else tree for keep, tree in wanted])
 
 
+def at_rest(
+    memory: LeafMemory, spread: Spread | None, *, like: LeafMemory | None = None
+) -> LeafMemory:
+    """Return a memory whose factors and roots lie on the devices where they rest.
+
+    Args:
+      memory: parts that are trees.
+      spread: the devices.
+      like: the memory before, whose dtypes it takes. What was widened and not changed is the same.
+    """
+    if like is not None:
+        memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, like)
+    if spread is None or not spread.rests:
+        return memory
+    return memory._replace(rows=spread.at_rest(memory.rows), cols=spread.at_rest(memory.cols))
+
+
 def from_trees(trees: LeafMemory, like: Any) -> list[LeafMemory]:
     """Undo ``to_trees``; matrices that rest in a narrow dtype are widened."""
     structure = jax.tree.structure(unboxed(like))
@@ -146,7 +164,7 @@ def from_trees(trees: LeafMemory, like: Any) -> list[LeafMemory]:
     ]
 
 
-def at_rest(memory: LeafMemory, leaf: Kernel, dtype: Any) -> LeafMemory:
+def with_narrow_roots(memory: LeafMemory, leaf: Kernel, dtype: Any) -> LeafMemory:
     """Return a kernel's memory with its roots in the dtype that they rest in."""
 
     def narrow(form: Structured, side: SideMemory) -> SideMemory:
@@ -159,11 +177,6 @@ def at_rest(memory: LeafMemory, leaf: Kernel, dtype: Any) -> LeafMemory:
 
     rows, cols = (narrow(*pair) for pair in zip(leaf.sides, memory.sides, strict=True))
     return memory._replace(rows=rows, cols=cols)
-
-
-def resting_like(memory: LeafMemory, before: LeafMemory) -> LeafMemory:
-    """Return a memory in the dtypes of another; what was widened and not changed is the same."""
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), memory, before)
 
 
 def factors_of(

@@ -49,7 +49,7 @@ class KroneckerOptions(FactorStorage):
       root_method: the ``method`` of ``optalr.linalg.inverse_root``. The spectra ``"exact"`` and
         ``"measured"`` keep eigenbases instead of roots, and only ``"eigenbasis"`` changes what they
         do. With ``"eigenbasis"`` a refresh improves the last basis by one QR step. It decomposes
-        anew (all sides of that size) only at the start and where a basis has fallen too far behind.
+        anew only at the start and where a basis has fallen too far behind.
         A factored spectrum then keeps its bases beside the roots: ``m² + n²`` more numbers a
         kernel.
       root_dtype: what roots, eigenbases and bases rest in: ``"bfloat16"`` halves their memory and
@@ -58,6 +58,14 @@ class KroneckerOptions(FactorStorage):
         Rounding changes each entry by at most 0.2 %, which the reported root residual does not see.
         On digits it changes nothing (test loss 0.0573 for 0.0572, five seeds). Factors stay wide:
         rounded likewise they are no longer positive, and training ends at 0.093.
+      mesh_axes: the axes of ``mesh`` over which roots are shared out; None for all of them. Devices
+        that differ along another axis alone take the same roots.
+      sharded_factors: whether each device keeps a share of every factor and root, and not all of
+        them: some layers of a stack, or some rows. It takes ``1/D`` of the memory over D devices.
+        Every update then gathers products, which costs about as much sending as the gradients do.
+        Needs a mesh. A factor whose rows (or stack) D does not divide is kept whole. Give a jitted
+        step of your own ``out_shardings`` (``optalr.state_shardings``), or the compiler may shard
+        parameters as it likes.
 
     Raises:
       ValueError: a field is out of range, or ``"balanced"`` damping goes with another spectrum than
@@ -80,6 +88,8 @@ class KroneckerOptions(FactorStorage):
     max_update: float | None = 0.5
     damping_form: str = "relative"
     graft: optax.GradientTransformation | None = None
+    mesh_axes: tuple[str, ...] | None = None
+    sharded_factors: bool = False
 
     def __post_init__(self):
         check_interval("warmup", self.warmup, 0)

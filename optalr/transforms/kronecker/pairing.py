@@ -11,6 +11,13 @@ from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
 from optalr.transforms.kronecker.leaves import Bias, Kernel, Leaf
 
+# What to do where the signals are missing.
+REMEDY = (
+    "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call value, "
+    "grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); "
+    "or pass statistics='gradient', which needs no signals."
+)
+
 
 def with_signals(plans: Sequence[Leaf], signals: Any) -> list[Leaf]:
     """Return the leaves with what ``signals`` say about each, paired by key path.

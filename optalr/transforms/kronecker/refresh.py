@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from optalr.clocks import REFRESH, chosen, is_barred, permitted, run_when
-from optalr.linalg.spd import solve_by_size
 from optalr.linalg.structured import Diagonal, Matrices, Structured
+from optalr.sharding.solving import solve_over
 from optalr.states import count_up
 from optalr.transforms.kronecker.leaves import Kernel
 from optalr.transforms.kronecker.memory import (
@@ -86,7 +86,7 @@ def take_roots(step: Step, last: Roots, *, weight: jax.Array, first: jax.Array) 
         for leaf, memory in kernels.values()
         for side in _sides(step, leaf, memory, weight=weight)
     ]
-    found = _decompose(step.spectrum, sides, first)
+    found = _decompose(step, sides, first)
     new, residual, failed = list(last.memories), jnp.float32(0), jnp.int32(0)
     for position, (i, (leaf, memory)) in enumerate(kernels.items()):
         pair = found[2 * position : 2 * position + 2]
@@ -107,8 +107,9 @@ def _sides(
     return _Side(rows, row_damping, memory.rows), _Side(cols, col_damping, memory.cols)
 
 
-def _decompose(spectrum: Spectrum, sides: Sequence[_Side], first: jax.Array) -> list[Decomposition]:
+def _decompose(step: Step, sides: Sequence[_Side], first: jax.Array) -> list[Decomposition]:
     """Return what is found for each side, in the shapes of its memory."""
+    spectrum = step.spectrum
     requests: dict[int, Any] = {}
     found: dict[int, Decomposition] = {}
     for i, (factor, damping, memory) in enumerate(sides):
@@ -120,7 +121,7 @@ def _decompose(spectrum: Spectrum, sides: Sequence[_Side], first: jax.Array) -> 
             exact = spectrum.of_diagonal(factor, damping, memory)
             found[i] = Decomposition(exact, jnp.zeros(()), jnp.bool_(True))
     solve = partial(spectrum.decompose, first=first)
-    solved = solve_by_size(solve, list(requests.values()))
+    solved = solve_over(step.spread, solve, list(requests.values()))
     found.update(zip(requests, solved, strict=True))
     return [_shaped(found[i], side.memory) for i, side in enumerate(sides)]
 

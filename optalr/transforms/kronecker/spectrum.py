@@ -21,6 +21,7 @@ from optalr.linalg.kronecker import carry_second_moments, to_eigenbasis
 from optalr.linalg.roots.bases import EigenBasis, eigenbasis, refresh_eigenbasis
 from optalr.linalg.roots.inverse_root import inverse_root
 from optalr.linalg.structured import Diagonal, Matrices, Structured
+from optalr.sharding.spread import Spread
 from optalr.transforms.kronecker.leaves import Kernel, Leaf
 from optalr.transforms.kronecker.memory import NOTHING, LeafMemory, SideMemory, roots_of
 from optalr.transforms.kronecker.rule import Rule
@@ -257,9 +258,15 @@ def _bases(
         limit = _EIGH_TOLERANCE * jnp.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5
         return eigenbasis(matrices), limit
     warm = refresh_eigenbasis(matrices, last)
-    behind = first | jnp.any(~zero & ~(warm.residual <= _WARM_BASIS_TOLERANCE))
-    anew = jax.lax.cond(behind, lambda: eigenbasis(matrices), lambda: warm)
-    return anew, _WARM_BASIS_TOLERANCE
+    # Each matrix by itself: which others it shares a stack with depends on the number of devices.
+    behind = first | (~zero & ~(warm.residual <= _WARM_BASIS_TOLERANCE))
+
+    def anew() -> EigenBasis:
+        return jax.tree.map(
+            lambda a, b: jnp.where(spd.align(behind, a), a, b), eigenbasis(matrices), warm
+        )
+
+    return jax.lax.cond(jnp.any(behind), anew, lambda: warm), _WARM_BASIS_TOLERANCE
 
 
 class Step(NamedTuple):
@@ -272,6 +279,7 @@ class Step(NamedTuple):
       signals: all signals of this batch; None where the gradient must do.
       measure: given what is kept of each leaf, returns the signals' moments, measured where it is
         called; None where they are ready.
+      spread: the devices that share the roots out; None for all roots on every device.
     """
 
     spectrum: Spectrum
@@ -279,3 +287,4 @@ class Step(NamedTuple):
     leaves: Sequence[Leaf]
     signals: Any
     measure: Callable[[Mapping[str, Any]], Any] | None
+    spread: Spread | None = None

@@ -21,15 +21,16 @@ import optax
 from optalr.arguments import check_choice, check_count, check_interval, require_extra
 from optalr.arrays import at_least_float32, on_auto_axes, wide_dtype
 from optalr.clocks import asking
+from optalr.sharding.spread import Spread, spread_over
 from optalr.signals.coverage import Coverage
 from optalr.states import count_up, settle
 from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves
 from optalr.transforms.kronecker.length import bound, finish, graft, norm_of, run_graft
 from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
-from optalr.transforms.kronecker.memory import KroneckerState, from_trees, resting_like, to_trees
+from optalr.transforms.kronecker.memory import KroneckerState, at_rest, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
-from optalr.transforms.kronecker.pairing import with_signals
+from optalr.transforms.kronecker.pairing import REMEDY, with_signals
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import (
     DAMPING_FORMS,
@@ -52,6 +53,7 @@ def scale_by_kronecker(
     signals_every: Any = None,
     statistics: str = "signals",
     layout: Coverage | None = None,
+    mesh: Any = None,
     options: KroneckerOptions | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale gradients by a power of the Kronecker-factored Fisher matrix.
@@ -107,6 +109,14 @@ def scale_by_kronecker(
     *Precision.* Gram matrices, and products of roots and gradients, are as precise as the loss's
     own products: ``jax.default_matmul_precision`` decides. Roots are taken in full precision.
 
+    *On many devices.* With ``mesh`` a device takes the roots of some of the matrices, and one
+    all-gather a refresh hands them out. No matrix is cut. They are shared out by their cost, n³,
+    all sizes together, longest first, so the busiest device has at most the mean and one matrix to
+    do. Nothing else changes: factors and roots are on every device, whose steps between two
+    refreshes send nothing more than without. Every device decides alike, since all judge the same
+    gathered numbers. ``options.sharded_factors`` leaves them on the devices in parts, in a Dth of
+    the memory. Inside a ``jax.shard_map`` each device takes every root.
+
     Args:
       power: p, in [−1, 0]. It may be a schedule under ``inject_hyperparams``; roots in use keep the
         power they were taken with.
@@ -120,6 +130,8 @@ def scale_by_kronecker(
         power p/2, which needs no capture.
       layout: the report of ``optalr.coverage(loss_fn, params, *args)``. Pass it where a leaf's
         matrix view is not "all axes but the last by the last".
+      mesh: a ``jax.sharding.Mesh`` over whose devices the roots are shared out, or None: then each
+        device takes all of them. See *On many devices*.
       options: a ``KroneckerOptions``, or a mapping of its fields.
 
     Returns:
@@ -129,12 +141,14 @@ def scale_by_kronecker(
     Raises:
       ValueError: an argument is out of range, or ``options.root_method`` cannot take roots of this
         power; at ``init``, the layout is of other parameters; at ``update``, signals do not fit the
-        state, or lack a leaf that ``layout`` says is captured.
-      TypeError: ``update`` got no ``signals``.
+        state, or lack a leaf that ``layout`` says is captured, or ``jax.set_mesh`` has another
+        mesh.
+      TypeError: ``update`` got no ``signals``; ``mesh`` is no mesh.
 
     Cost: per kernel, an update takes two products, ``2mn(m + n)`` flops, and a measurement takes
     ``m² + n²`` additions. A refresh by eigendecomposition takes some ``20(m³ + n³)`` flops, equal
-    sizes batched. Memory: ``2(m² + n²)`` numbers, ``3(m² + n²)`` with ``root_method="eigenbasis"``;
+    sizes batched. Over D devices each takes about a Dth of it, unless one matrix costs more than
+    that. Memory: ``2(m² + n²)`` numbers, ``3(m² + n²)`` with ``root_method="eigenbasis"``;
     ``optalr.coverage(..., options=options)`` prints the bytes.
 
     Examples:
@@ -172,7 +186,9 @@ def scale_by_kronecker(
         )
     first_roots = {"warmup": options.warmup, "min_batches": options.min_batches}
     periods = partial(periods_of, update_every, signals_every, decay, **first_roots)
-    method = _Kronecker(power, decay, damping, statistics == "signals", layout, options, periods)
+    spread = spread_over(mesh, options.mesh_axes, rests=options.sharded_factors)
+    numbers = power, decay, damping, statistics == "signals"
+    method = _Kronecker(*numbers, layout, options, periods, spread)
     return transformation("scale_by_kronecker", method.init, method.update)
 
 
@@ -187,6 +203,7 @@ class _Kronecker:
     layout: Coverage | None
     options: KroneckerOptions
     periods: Callable[[], Periods]
+    spread: Spread | None
 
     def plan(self, tree: Any) -> list[Leaf]:
         """Return what each leaf of a tree is."""
@@ -226,7 +243,7 @@ class _Kronecker:
             weight=jnp.zeros([], jnp.float32),
             num_refreshes=jnp.zeros([], jnp.int32),
             root_residual=jnp.zeros([], jnp.float32),
-            memory=to_trees(memories, params, self.spectrum().kept),
+            memory=at_rest(to_trees(memories, params, self.spectrum().kept), self.spread),
         )
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
@@ -243,7 +260,9 @@ class _Kronecker:
             others, state = run_graft(other, given, state, params=params, extras=extras)
         read = {name: extras[name] for name in ("signals", "measure", "grad") if name in extras}
         # Nothing in here calls the loss, which may be written for explicit axes.
-        return on_auto_axes(self._advance, (given, others), read, state, like=(updates, state))
+        like = updates, state
+        new, state = on_auto_axes(self._advance, (given, others), read, state, like=like)
+        return (new if self.spread is None else self.spread.follow(new, params)), state
 
     def _advance(self, arrived: Any, read: dict[str, Any], state: Any) -> Any:
         """Return the update and the state, given what arrived and the extras that are read."""
@@ -266,22 +285,16 @@ class _Kronecker:
         usable = gradient.usable
         new, state = finish(step, new, state, norm=norm, usable=usable)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
-        kept = resting_like(to_trees(memories, updates, step.spectrum.kept), state.memory)
+        kept = to_trees(memories, updates, step.spectrum.kept)
+        kept = at_rest(kept, self.spread, like=state.memory)
         return jax.tree.structure(updates).unflatten(new), state._replace(memory=kept)
 
     def _step(self, updates: Any, extras: Any) -> Step:
         # One bare array without a layer has signals of None.
         if self.from_signals and "signals" not in extras:
-            require_extra(extras, "signals", "scale_by_kronecker", remedy=_REMEDY)
+            require_extra(extras, "signals", "scale_by_kronecker", remedy=REMEDY)
         read = extras if self.from_signals else {}
         plans = self.plan(updates)
         signals, measure = read.get("signals"), read.get("measure")
         leaves = with_signals(plans, signals)
-        return Step(self.spectrum(), plans, leaves, signals, measure)
-
-
-_REMEDY = (
-    "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call value, "
-    "grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); "
-    "or pass statistics='gradient', which needs no signals."
-)
+        return Step(self.spectrum(), plans, leaves, signals, measure, self.spread)

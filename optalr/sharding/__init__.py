@@ -1,0 +1,1 @@
+"""Arrays over a mesh of devices: who takes which root."""

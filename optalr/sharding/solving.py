@@ -1,0 +1,200 @@
+"""The roots of many matrices, each taken by one device of a mesh.
+
+Without this every device takes every root. Here each takes its share (``owners``), and one
+all-gather hands out what all have found:
+
+1. Matrices of one size make a stack, as on one device. Each device cuts its share out of it. No
+   matrix is cut itself: every iteration of a root would then wait for other devices.
+2. Inside ``jax.shard_map`` a device solves its share, size by size. Devices may have different
+   numbers of a size. A program has one text for all, so ``jax.lax.switch`` over the device's place
+   chooses among the numbers that occur. These are few, for shares differ by little: a size that all
+   have alike needs no switch, three matrices on eight devices need two branches, one of them empty.
+   Nothing is solved twice and no stack is padded.
+3. What a device has found is one vector, all sizes behind each other. Its length is that of the
+   device with the most. All devices' vectors are gathered at once, and cut up by the plan.
+
+Matrices that rest by rows (``Spread.rests``) go to their owners by one all-to-all, and their roots
+go back to rows by another. A device then never holds more than its share of either.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from optalr.linalg import spd
+from optalr.sharding.planning import Kind, Piece, Plan, plan_for
+from optalr.sharding.spread import Spread
+
+Solve = Callable[..., Any]
+
+
+def solve_over(
+    spread: Spread | None, solve: Solve, requests: Sequence[tuple[Any, ...]]
+) -> list[Any]:
+    """Call ``solve`` for requests of every size, on the device that owns each matrix.
+
+    Args:
+      spread: the mesh; None for every matrix on every device.
+      solve: takes the parts of a request, joined along their first axis, and returns a pytree of
+        arrays with that axis. A matrix's solution depends on no other matrix.
+      requests: tuples of arrays with one first axis, the first of them ``(k, n, n)``; a part that
+        is None must be None in all requests of its kind.
+
+    Returns:
+      One pytree a request, in the given order: on every device, or by rows where matrices rest so.
+      Inside a ``shard_map`` every device solves all of them.
+
+    Raises:
+      ValueError: ``jax.set_mesh`` was given another mesh.
+
+    Cost: the flops of a device are at most the mean and one matrix. There is one all-gather of all
+    solutions, or two all-to-alls of a device's share where matrices rest by rows.
+    """
+    mesh = None if spread is None or spread.num_devices == 1 else spread.at_hand()
+    if spread is None or mesh is None or not requests:
+        return spd.solve_by_size(solve, requests)
+    plan = plan_for(spread, solve, requests)
+    everywhere, by_rows = PartitionSpec(), PartitionSpec(None, spread.names)
+
+    def specs(pieces: Sequence[Piece | None]) -> list[PartitionSpec]:
+        return [by_rows if piece is not None and piece.cut else everywhere for piece in pieces]
+
+    # What a device has differs from the others', and the loops of a solver need not say so.
+    gathered, rows = jax.shard_map(
+        lambda stacks: _of_device(spread, solve, plan, stacks=stacks),
+        mesh=mesh,
+        in_specs=([specs(kind.given) for kind in plan.kinds],),
+        out_specs=(everywhere, [specs(_cut(kind)) for kind in plan.kinds]),
+        check_vma=False,
+    )([kind.parts for kind in plan.kinds])
+    solved: dict[int, Any] = {}
+    for kind, own_rows in zip(plan.kinds, rows, strict=True):
+        remaining = iter(own_rows)
+        leaves = [
+            next(remaining) if piece.cut else _collected(kind, piece, gathered)
+            for piece in kind.found
+        ]
+        solved.update(_by_request(kind, leaves, requests))
+    return [solved[i] for i in range(len(requests))]
+
+
+def _cut(kind: Kind) -> list[Piece]:
+    """Return the pieces of a solution that are kept by rows."""
+    return [piece for piece in kind.found if piece.cut]
+
+
+class _Boxes(NamedTuple):
+    """What a device writes its solutions into."""
+
+    vector: jax.Array  # (length,), for all devices
+    rows: jax.Array  # (num_devices, length), the rows for each device
+
+
+def _of_device(spread: Spread, solve: Solve, plan: Plan, *, stacks: Any) -> Any:
+    """Return what all devices have found, and this device's rows of it."""
+    kinds = [kind._replace(parts=parts) for kind, parts in zip(plan.kinds, stacks, strict=True)]
+    plan, dtype = plan._replace(kinds=kinds), plan.dtype
+    place = jax.lax.axis_index(spread.names)
+    arrived = None
+    if plan.arriving.length:
+        arrived = jax.lax.all_to_all(_letters(plan, dtype), spread.names, 0, 0, tiled=True)
+    rows = jnp.zeros((spread.num_devices, plan.leaving.length), dtype)
+    boxes = _Boxes(jnp.zeros(plan.gathered.length, dtype), rows)
+    for kind in plan.kinds:
+        boxes = _solve_share(solve, kind, boxes, place=place, arrived=arrived)
+    gathered = jax.lax.all_gather(boxes.vector, spread.names)
+    if not plan.leaving.length:
+        return gathered, [[] for _ in plan.kinds]
+    returned = jax.lax.all_to_all(boxes.rows, spread.names, 0, 0, tiled=True)
+    own = [[_collected(kind, piece, returned) for piece in _cut(kind)] for kind in plan.kinds]
+    return gathered, own
+
+
+def _letters(plan: Plan, dtype: Any) -> jax.Array:
+    """Return this device's rows of all matrices, ``(num_devices, length)``, by their owners."""
+    letters = []
+    for owner in range(len(plan.kinds[0].share.counts)):
+        content = [
+            part[kind.share.starts[owner] :][: kind.share.counts[owner]].astype(dtype).reshape(-1)
+            for kind in plan.kinds
+            for part, piece in zip(kind.parts, kind.given, strict=True)
+            if piece is not None
+        ]
+        letter = jnp.concatenate(content)
+        letters.append(jnp.pad(letter, (0, plan.arriving.length - letter.size)))
+    return jnp.stack(letters)
+
+
+def _solve_share(
+    solve: Solve, kind: Kind, boxes: _Boxes, *, place: jax.Array, arrived: jax.Array | None
+) -> _Boxes:
+    """Write the solutions of a device's matrices of one kind into its boxes."""
+
+    def here(table: np.ndarray) -> jax.Array:
+        return jnp.asarray(table, jnp.int32)[place]
+
+    def own(part: Any, piece: Piece | None, number: int) -> Any:
+        if part is None:
+            return None
+        if piece is None or arrived is None:
+            return jax.lax.dynamic_slice_in_dim(part, here(kind.share.starts), number)
+        size = number * piece.size
+        rows = jax.lax.dynamic_slice_in_dim(arrived, here(piece.begin), size, axis=1)
+        return _whole(rows.reshape(-1, number, *piece.shape)).astype(piece.dtype)
+
+    def solver(number: int) -> Callable[[_Boxes], _Boxes]:
+        def write(boxes: _Boxes) -> _Boxes:
+            if not number:
+                return boxes
+            parts = zip(kind.parts, kind.given, strict=True)
+            leaves = jax.tree.leaves(solve(*(own(part, piece, number) for part, piece in parts)))
+            for leaf, piece in zip(leaves, kind.found, strict=True):
+                boxes = _written(boxes, leaf, piece, begin=here(piece.begin))
+            return boxes
+
+        return write
+
+    numbers, which = np.unique(kind.share.counts, return_inverse=True)
+    return jax.lax.switch(here(which), [solver(int(number)) for number in numbers], boxes)
+
+
+def _written(boxes: _Boxes, leaf: jax.Array, piece: Piece, *, begin: jax.Array) -> _Boxes:
+    """Return the boxes with a leaf of a device's solutions."""
+    leaf = leaf.astype(boxes.vector.dtype)
+    if not piece.cut:
+        vector = jax.lax.dynamic_update_slice_in_dim(boxes.vector, leaf.reshape(-1), begin, 0)
+        return boxes._replace(vector=vector)
+    num_devices = boxes.rows.shape[0]
+    rows = jnp.moveaxis(leaf.reshape(leaf.shape[0], num_devices, *piece.shape), 1, 0)
+    rows = rows.reshape(num_devices, -1)
+    return boxes._replace(rows=jax.lax.dynamic_update_slice_in_dim(boxes.rows, rows, begin, 1))
+
+
+def _whole(rows: jax.Array) -> jax.Array:
+    """Return ``(k, n, n)``, given the rows that each device had, ``(num_devices, k, n/D, n)``."""
+    k, n = rows.shape[1], rows.shape[-1]
+    return jnp.moveaxis(rows, 0, 1).reshape(k, n, n)
+
+
+def _collected(kind: Kind, piece: Piece, vectors: jax.Array) -> jax.Array:
+    """Return a piece of all matrices' solutions, given each device's vector."""
+    found = [
+        vectors[device, begin : begin + count * piece.size].reshape(count, *piece.shape)
+        for device, (begin, count) in enumerate(zip(piece.begin, kind.share.counts, strict=True))
+        if count
+    ]
+    return jnp.concatenate(found).astype(piece.dtype)
+
+
+def _by_request(kind: Kind, leaves: Sequence[jax.Array], requests: Sequence[Any]) -> dict[int, Any]:
+    """Return the solution of each request of a kind, by its place among all."""
+    solved, start = {}, 0
+    for i in kind.places:
+        stop = start + requests[i][0].shape[0]
+        solved[i] = kind.structure.unflatten([leaf[start:stop] for leaf in leaves])
+        start = stop
+    return solved
