@@ -14,7 +14,8 @@ from optalr.experiments.data import LOADERS
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import MODELS
 from optalr.experiments.records.exports import export_csv, export_tensorboard
-from optalr.experiments.records.run_folder import METRICS, RunFolder, free_path, write_atomically
+from optalr.experiments.records.run_folder import METRICS, RunFolder
+from optalr.experiments.records.writing import free_path, write_atomically
 from optalr.experiments.reports.axes import to_png
 from optalr.experiments.reports.console import console, print_table, progress
 from optalr.experiments.reports.findings import noise_rows, write_findings

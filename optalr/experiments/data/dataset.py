@@ -1,6 +1,8 @@
 """What a loader returns, and how examples are held out."""
 
 import dataclasses
+import functools
+import hashlib
 from typing import Literal
 
 import jax
@@ -74,6 +76,16 @@ class Dataset:
     mean: np.ndarray | None = None
     scale: np.ndarray | None = None
     note: str = ""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A checksum of all examples and targets of all splits."""
+        total = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            for array in (part.x, part.y):
+                total.update(f"{array.dtype.str}{array.shape}".encode())
+                total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()[:16]
 
     def prepare(self, x: jax.Array) -> jax.Array:
         """Return a batch as a model takes it: float32, standardized (text stays whole numbers)."""

@@ -19,7 +19,8 @@ from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.data import Dataset, load
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError, suggest
-from optalr.experiments.records.run_folder import RunFolder, write_atomically
+from optalr.experiments.records.run_folder import RunFolder
+from optalr.experiments.records.writing import write_atomically
 from optalr.experiments.training.loop import train
 from optalr.experiments.training.trainer import Trainer
 

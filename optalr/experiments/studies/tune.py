@@ -13,7 +13,8 @@ from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.configs.files import override, to_toml
 from optalr.experiments.data import load
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.records.run_folder import RunFolder, write_atomically
+from optalr.experiments.records.run_folder import RunFolder
+from optalr.experiments.records.writing import write_atomically
 from optalr.experiments.studies.sweep import can_sweep, train_grid
 from optalr.experiments.training.trainer import Trainer
 

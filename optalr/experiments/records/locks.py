@@ -1,0 +1,53 @@
+"""One process at a time in a folder."""
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from optalr.experiments.errors import ExperimentError, writing
+
+LOCK, OWNER = ".lock", ".owner"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock. The system frees it when the process ends, however it ends.
+
+    Raises:
+      ExperimentError: another process holds it; the message names that process.
+    """
+    lock = filelock.FileLock(folder / LOCK, blocking=False, thread_local=False)
+    with writing(folder / LOCK):
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise ExperimentError(
+                f"{folder} is in use by another process{_owner(folder)}: wait for it, or stop it."
+            ) from None
+    owner = folder / OWNER
+    try:
+        # For the message only, so a disk without room must not stop a run here.
+        with contextlib.suppress(OSError):
+            owner.write_text(
+                f"process {os.getpid()} on {platform.node()} since "
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')}",
+                encoding="utf-8",
+            )
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            lock.release()
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return f" ({(folder / OWNER).read_text(encoding='utf-8')})"
+    except (OSError, UnicodeDecodeError):
+        return ""
