@@ -1,17 +1,27 @@
 """The command line: ``optalr run``, ``compare``, ``tune``, ``suggest-rate``, ``list`` and more."""
 
+import contextlib
 import itertools
 import logging
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from optalr.experiments.errors import ExperimentError, TrainingDivergedError
+from optalr.experiments.errors import (
+    ExperimentError,
+    TrainingDivergedError,
+    cause_of,
+    warnings_log,
+)
+from optalr.experiments.parsing import parse
+from optalr.experiments.records.signals import EXIT_BASE, Interruption, handled, leave_at_once
 
 EXIT_MISTAKE = 2
 EXIT_DIVERGED = 3
@@ -110,15 +120,16 @@ def tune(
     )
 
 
-def resume(folder: _Path, /) -> None:
+def resume(folder: _Path, /, *, force: bool = False) -> None:
     """Continue an interrupted run or comparison, to the same bits as without the interruption.
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
+      force: go on even from a checkpoint of other settings, data or another seed.
     """
     from optalr.experiments import commands
 
-    commands.resume_folder(folder)
+    commands.resume_folder(folder, force=force)
 
 
 def suggest_rate(
@@ -233,44 +244,85 @@ def show_schema() -> None:
     commands.print_schema()
 
 
+COMMANDS = {
+    "run": run,
+    "compare": compare,
+    "tune": tune,
+    "suggest-rate": suggest_rate,
+    "theory": theory,
+    "resume": resume,
+    "plot": plot,
+    "export": export,
+    "list": list_names,
+    "schema": show_schema,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A mistake gives one line and exit code 2, a divergence exit code 3."""
-    commands = {
-        "run": run,
-        "compare": compare,
-        "tune": tune,
-        "suggest-rate": suggest_rate,
-        "theory": theory,
-        "resume": resume,
-        "plot": plot,
-        "export": export,
-        "list": list_names,
-        "schema": show_schema,
-    }
+    """Run the command line.
+
+    A mistake gives one line and exit code 2, a divergence exit code 3, SIGINT 130, SIGTERM 143.
+    """
     # jax logs which plugins it did not find, which says nothing about the experiment.
     logging.getLogger("jax").setLevel(logging.ERROR)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with handled(leave_at_once), _one_line_warnings():
+        try:
+            parse(COMMANDS, words, prog="optalr", description=_DESCRIPTION)()
+        except TrainingDivergedError as error:
+            _fail(error, EXIT_DIVERGED)
+        except ExperimentError as error:
+            _fail(error, EXIT_MISTAKE)
+        except Interruption as error:
+            print(f"\noptalr: {error}", file=sys.stderr)
+            sys.exit(EXIT_BASE + error.number)
+        except KeyboardInterrupt:
+            print("\noptalr: interrupted; go on with `optalr resume FOLDER`.", file=sys.stderr)
+            sys.exit(EXIT_BASE + signal.SIGINT)
+        except BrokenPipeError:
+            # The reader (head, less) has gone; keep Python from complaining at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(ExperimentError(f"{place}{cause_of(error)}."), EXIT_MISTAKE)
+        except ModuleNotFoundError as error:
+            if (error.name or "optalr").startswith("optalr"):
+                raise
+            remedy = f"this needs {error.name}: pip install 'optalr[experiments]'"
+            _fail(ExperimentError(remedy), EXIT_MISTAKE)
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Print a warning as one line, without the place in the code, and each only once."""
+    shown: set[str] = set()
+
+    class Once(logging.StreamHandler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = " ".join(record.getMessage().split())
+            if text not in shown:
+                shown.add(text)
+                print(f"optalr: warning: {text}", file=sys.stderr)
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        warnings_log.warning("%s", message)
+
+    handler = Once()
+    warnings_log.addHandler(handler)
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="optalr",
-            description="Train with optalr's and optax's methods, and compare them.",
-            args=list(sys.argv[1:] if arguments is None else arguments),
-        )
-    except TrainingDivergedError as error:
-        _fail(error, EXIT_DIVERGED)
-    except ExperimentError as error:
-        _fail(error, EXIT_MISTAKE)
-    except KeyboardInterrupt:
-        print("\noptalr: interrupted; go on with `optalr resume FOLDER`.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader (head, less) has gone; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        warnings_log.removeHandler(handler)
 
 
 def _fail(error: Exception, code: int) -> None:
     print(f"optalr: error: {error}", file=sys.stderr)
     sys.exit(code)
+
+
+_DESCRIPTION = "Train with optalr's and optax's methods, and compare them."
 
 
 def _overrides(texts: Sequence[Sequence[str]], seed: int | None) -> tuple[str, ...]:

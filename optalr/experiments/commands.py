@@ -1,8 +1,9 @@
 """The work behind each command of the command line."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.configs.methods import PHASES, RECIPES, method_names
 from optalr.experiments.configs.rates import SCHEDULES
 from optalr.experiments.data import LOADERS
-from optalr.experiments.errors import ExperimentError
+from optalr.experiments.errors import ExperimentError, warnings_log
 from optalr.experiments.models import MODELS
 from optalr.experiments.records.exports import export_csv, export_tensorboard
-from optalr.experiments.records.run_folder import METRICS, RunFolder
+from optalr.experiments.records.run_folder import METRICS, RunFolder, check_free
 from optalr.experiments.records.writing import free_path, write_atomically
 from optalr.experiments.reports.axes import to_png
 from optalr.experiments.reports.console import console, print_table, progress
@@ -41,13 +42,13 @@ def train_config(
 ) -> None:
     """Train as a config says, into a new folder."""
     config = scale_to_budget(load_config(config_path, overrides), budget)
-    if out is None:
-        out = free_path(RUNS / f"{_title(config_path)}-seed{config.train.seed}")
-    elif out.exists():
-        RunFolder.create(out, config)  # refuses, before anything is compiled
+    default = RUNS / f"{_title(config_path)}-seed{config.train.seed}"
+    check_free(free_path(default) if out is None else out)  # before anything is compiled
     trainer = Trainer(config)
     trainer.compile()
-    _train_and_show(trainer, RunFolder.create(out, config))
+    # Looked for again, since another run may have taken the name meanwhile.
+    folder = RunFolder.create(free_path(default) if out is None else out, config)
+    _train_and_show(trainer, folder)
 
 
 def compare_folder(
@@ -96,12 +97,14 @@ def tune_config(
     console.print(f"best: {_point(winner)}\nits config: {best_file}", soft_wrap=True)
 
 
-def resume_folder(path: Path) -> None:
+def resume_folder(path: Path, *, force: bool = False) -> None:
     """Continue what was interrupted."""
     if (path / compare.SPECIFICATION).is_file():
-        _run_and_report(compare.open_comparison(path))
+        _run_and_report(compare.open_comparison(path), force=force)
         return
-    _train_and_show(*open_unfinished(path))
+    trainer, folder = open_unfinished(path)
+    trainer.compile()
+    _train_and_show(trainer, folder, force=force)
 
 
 def suggest_rate_for(
@@ -202,8 +205,8 @@ def _title(config_path: Path) -> str:
     return f"{config_path.resolve().parent.name}-{config_path.stem}"
 
 
-def _run_and_report(comparison: compare.Comparison) -> None:
-    compare.run_all(comparison, progress)
+def _run_and_report(comparison: compare.Comparison, *, force: bool = False) -> None:
+    compare.run_all(comparison, progress, force=force)
     _report(comparison)
 
 
@@ -221,17 +224,30 @@ def _point(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in row["point"].items())
 
 
-def _train_and_show(trainer: Trainer, folder: RunFolder) -> None:
+def _train_and_show(trainer: Trainer, folder: RunFolder, *, force: bool = False) -> None:
     config, score_name = trainer.config, trainer.objective.score_name
     if trainer.dataset.note:
         console.print(f"note: {trainer.dataset.note}", soft_wrap=True)
     with progress(config.method.name, score_name) as report:
-        result = train(trainer, folder, report)
-    picture = plot_run(folder, score_name)
-    if config.record.tensorboard:
-        export_tensorboard(folder)
+        result = train(trainer, folder, report, force=force)
     _closing_table(config, result, score_name)
-    console.print(f"run folder: {folder.path}\npicture: {picture}", soft_wrap=True)
+    console.print(f"run folder: {folder.path}", soft_wrap=True)
+    # The run is finished and recorded: what is made of its records can be made again.
+    with _attempt(f"the picture could not be drawn; try `optalr plot {folder.path}`"):
+        console.print(f"picture: {plot_run(folder, score_name)}", soft_wrap=True)
+    if config.record.tensorboard:
+        again = f"`optalr export {folder.path} --tensorboard`"
+        with _attempt(f"the TensorBoard events could not be written; try {again}"):
+            export_tensorboard(folder)
+
+
+@contextlib.contextmanager
+def _attempt(remedy: str) -> Iterator[None]:
+    """Turn whatever goes wrong into a warning with its remedy."""
+    try:
+        yield
+    except Exception as error:
+        warnings_log.warning("%s (%s).", remedy, str(error) or type(error).__name__)
 
 
 def _closing_table(config: Config, result: Mapping[str, Any], score_name: str) -> None:

@@ -25,7 +25,7 @@ from optalr.experiments.records.writing import (
     SUMS,
     changed_files,
     free_path,
-    move_into_place,
+    new_folder,
     read_sums,
     remove_folder,
     sums_of,
@@ -107,23 +107,17 @@ class Checkpoints:
         if step in self._intact:
             return
         folder = self._folder(step)
-        scratch = self.path / f".{step}.{os.getpid()}"
         named = _named(state)
+        arrays: dict[str, Any] = {name: _storable(leaf) for name, leaf in named.items()}
+        text = to_json({**meta, _STEP: step, _SHAPES: _shapes(named)}, indent=1)
         with held(), writing(folder):
-            try:
-                scratch.mkdir(parents=True)
-                arrays: dict[str, Any] = {name: _storable(leaf) for name, leaf in named.items()}
+            if folder.exists():  # damaged, or it would count as intact
+                remove_folder(folder)
+            with new_folder(folder) as scratch:
                 with open(scratch / _STATE, "wb") as file:
                     np.savez(file, **arrays)
-                text = to_json({**meta, _STEP: step, _SHAPES: _shapes(named)}, indent=1)
                 (scratch / _META).write_text(text, encoding="utf-8")
                 (scratch / SUMS).write_text(sums_of(scratch, (_STATE, _META)), encoding="utf-8")
-                if folder.exists():  # damaged, or it would count as intact
-                    remove_folder(folder)
-                move_into_place(scratch, folder)
-            except BaseException:
-                shutil.rmtree(scratch, ignore_errors=True)
-                raise
             self._intact.add(step)
             self._prune()
 

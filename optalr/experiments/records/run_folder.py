@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ from optalr.experiments.records.signals import held
 from optalr.experiments.records.writing import (
     SUMS,
     changed_files,
-    move_into_place,
+    new_folder,
     sums_of,
     sync,
     write_atomically,
@@ -68,17 +67,9 @@ class RunFolder:
         """
         path = Path(path)
         check_free(path)
-        # Renaming is atomic. The process number keeps two processes out of each other's way.
-        scratch = path.parent / f".{path.name[:100]}.{os.getpid()}"
-        with held(), writing(path):
-            try:
-                scratch.mkdir(parents=True)
-                write_atomically(scratch / _CONFIG, to_toml(to_table(config)))
-                write_atomically(scratch / _ENVIRONMENT, to_json(environment(), indent=2))
-                move_into_place(scratch, path)
-            except BaseException:
-                shutil.rmtree(scratch, ignore_errors=True)
-                raise
+        with new_folder(path) as scratch:
+            write_atomically(scratch / _CONFIG, to_toml(to_table(config)))
+            write_atomically(scratch / _ENVIRONMENT, to_json(environment(), indent=2))
         return cls(path)
 
     @classmethod

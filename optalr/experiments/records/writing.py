@@ -1,9 +1,10 @@
 """Writing that is whole or not at all, and checksums that show what was changed since."""
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from optalr.experiments.errors import ExperimentError, writing
@@ -38,12 +39,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             raise
 
 
-def move_into_place(scratch: Path, path: Path) -> None:
-    """Give a folder that was filled under another name its own, once all of it is on the disk."""
-    for file in (*(p for p in scratch.rglob("*") if p.is_file()), scratch):
-        sync(file)
-    os.rename(scratch, path)
-    sync(path.parent)
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which then becomes ``path``, or leave nothing.
+
+    Raises:
+      ExperimentError: the system refused.
+    """
+    # Renaming is atomic. The process number keeps two processes out of each other's way.
+    scratch = path.with_name(f".{path.name[:100]}.{os.getpid()}")
+    with held(), writing(path):
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch
+            for file in (*(p for p in scratch.rglob("*") if p.is_file()), scratch):
+                sync(file)
+            os.rename(scratch, path)
+            sync(path.parent)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
 def sync(path: Path) -> None:

@@ -13,8 +13,8 @@ from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.configs.files import override, to_toml
 from optalr.experiments.data import load
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.records.run_folder import RunFolder
-from optalr.experiments.records.writing import write_atomically
+from optalr.experiments.records.run_folder import RunFolder, check_free
+from optalr.experiments.records.writing import new_folder, write_atomically
 from optalr.experiments.studies.sweep import can_sweep, train_grid
 from optalr.experiments.training.trainer import Trainer
 
@@ -73,6 +73,14 @@ def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]
             "data.validation_fraction."
         )
     folder = _open(path, config, num_seeds)
+    with folder.lock():
+        yield from _search(config, folder, points, num_seeds=num_seeds)
+
+
+def _search(
+    config: Config, folder: RunFolder, points: list[dict[str, Any]], *, num_seeds: int
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per point, of those that are known already and of those to be trained."""
     known = {json.dumps(row["point"]): row for row in folder.rows(RESULTS)}
     dataset = load(config.data)
     seeds = range(config.train.seed, config.train.seed + num_seeds)
@@ -161,6 +169,7 @@ def _open(path: Path, config: Config, num_seeds: int) -> RunFolder:
                 f"{path} exists and holds something else: name another folder with --out."
             )
     else:
-        path.mkdir(parents=True)
-        write_atomically(file, text)
+        check_free(path)
+        with new_folder(path) as scratch:
+            write_atomically(scratch / file.name, text)
     return RunFolder(path)
