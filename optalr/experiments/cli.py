@@ -140,6 +140,7 @@ def suggest_rate(
     steps: int = 200,
     seed: int | None = None,
     out: Path | None = None,
+    force: bool = False,
     set_: Set = (),
 ) -> None:
     """Suggest a learning rate for SGD: run the learned rate from several starts.
@@ -152,12 +153,18 @@ def suggest_rate(
       steps: steps of each run.
       seed: overrides train.seed.
       out: the picture; by default runs/rate-PROBLEM-METHOD.png.
+      force: overwrite it.
       set_: overrides, for example train.batch_size=256.
     """
     from optalr.experiments import commands
 
     commands.suggest_rate_for(
-        config, starts=starts, num_steps=steps, out=out, overrides=_overrides(set_, seed)
+        config,
+        starts=starts,
+        num_steps=steps,
+        out=out,
+        force=force,
+        overrides=_overrides(set_, seed),
     )
 
 
@@ -169,6 +176,7 @@ def theory(
     damping: float = 1e-3,
     seed: int | None = None,
     out: Path | None = None,
+    force: bool = False,
     budget: float = 1.0,
     set_: Set = (),
 ) -> None:
@@ -183,6 +191,7 @@ def theory(
       damping: added to the factors before their roots are taken, in mean eigenvalues.
       seed: overrides train.seed.
       out: the folder; by default runs/theory-PROBLEM-METHOD.
+      force: write into it even if it exists.
       budget: part of the config's work to do, as in `optalr run`.
       set_: overrides, for example train.epochs=5.
     """
@@ -193,6 +202,7 @@ def theory(
         num_batches=batches,
         damping=damping,
         out=out,
+        force=force,
         budget=budget,
         overrides=_overrides(set_, seed),
     )
@@ -204,6 +214,7 @@ def plot(
     *,
     configs: tuple[str, ...] = (),
     out: Path | None = None,
+    force: bool = False,
 ) -> None:
     """Draw the curves of a run again, or write the report of a comparison from its finished runs.
 
@@ -212,10 +223,11 @@ def plot(
       configs: draw only the losses of these configs of a comparison, over seconds and over steps
         (over epochs, if some train on full batches and others on mini-batches).
       out: the picture of those configs; by default FOLDER/selection.png.
+      force: overwrite what --out names.
     """
     from optalr.experiments import commands
 
-    commands.plot_folder(folder, configs=configs, out=out)
+    commands.plot_folder(folder, configs=configs, out=out, force=force)
 
 
 def export(folder: _Path, /, *, tensorboard: bool = False) -> None:

@@ -12,7 +12,7 @@ from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.configs.methods import PHASES, RECIPES, method_names
 from optalr.experiments.configs.rates import SCHEDULES
 from optalr.experiments.data import LOADERS
-from optalr.experiments.errors import ExperimentError, warnings_log
+from optalr.experiments.errors import ExperimentError, warnings_log, writing
 from optalr.experiments.models import MODELS
 from optalr.experiments.records.exports import export_csv, export_tensorboard
 from optalr.experiments.records.run_folder import METRICS, RunFolder, check_free
@@ -113,18 +113,19 @@ def suggest_rate_for(
     starts: tuple[float, ...],
     num_steps: int,
     out: Path | None = None,
+    force: bool = False,
     overrides: tuple[str, ...] = (),
 ) -> None:
     """Suggest a learning rate for SGD on a config's problem."""
     config = load_config(config_path, overrides)
-    if out is None:
-        out = RUNS / f"rate-{_title(config_path)}.png"
+    out = _unused(out, RUNS / f"rate-{_title(config_path)}.png", force=force)
     found = suggest_for(config, starts=starts, num_steps=num_steps)
     console.print(str(found), soft_wrap=True, markup=False, highlight=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
     axes = found.plot()
     axes.set_title(f"{config.model.name} on {config.data.name}, batch {config.train.batch_size}")
-    axes.figure.savefig(out, dpi=110)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, to_png(axes.figure))
     console.print(f"picture: {out}", soft_wrap=True)
 
 
@@ -134,13 +135,13 @@ def examine_theory(
     num_batches: int,
     damping: float,
     out: Path | None = None,
+    force: bool = False,
     budget: float = 1.0,
     overrides: tuple[str, ...] = (),
 ) -> None:
     """Train as a config says, then draw what theorem 2 of the paper is about."""
     config = scale_to_budget(load_config(config_path, overrides), budget)
-    if out is None:
-        out = RUNS / f"theory-{_title(config_path)}"
+    out = _unused(out, RUNS / f"theory-{_title(config_path)}", force=force)
     found = theory.examine(Trainer(config), num_batches=num_batches, damping=damping)
     written = write_findings(found, out)
     print_table(
@@ -151,8 +152,12 @@ def examine_theory(
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
-def plot_folder(path: Path, *, configs: tuple[str, ...] = (), out: Path | None = None) -> None:
+def plot_folder(
+    path: Path, *, configs: tuple[str, ...] = (), out: Path | None = None, force: bool = False
+) -> None:
     """Draw a run's curves, report on a comparison as far as it has come, or draw part of it."""
+    if out is not None:
+        _unused(out, out, force=force)
     if (path / compare.SPECIFICATION).is_file():
         comparison = compare.open_comparison(path)
         if configs:
@@ -198,6 +203,20 @@ def _names(methods: Sequence[str]) -> dict[str, Sequence[str]]:
         "schedule.name": sorted(SCHEDULES),
         "phase.name": tuple(PHASES),
     }
+
+
+def _unused(out: Path | None, default: Path, *, force: bool) -> Path:
+    """Return where to write, before anything is computed for it.
+
+    Raises:
+      ExperimentError: something is there already, and neither ``force`` is true nor was the name
+        left to us; or the system refuses.
+    """
+    if out is None:
+        out = free_path(default)
+    if not force or not out.exists():
+        check_free(out, remedy="name another place with --out, or overwrite it with --force")
+    return out
 
 
 def _title(config_path: Path) -> str:

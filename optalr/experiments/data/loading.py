@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from optalr.experiments.configs.calling import call
+from optalr.experiments.configs.calling import accepted, call
 from optalr.experiments.configs.config import DataConfig
 from optalr.experiments.data import images, npz, tabular, text
 from optalr.experiments.data.dataset import Dataset, Raw, split
@@ -46,8 +46,13 @@ def load(config: DataConfig) -> Dataset:
     """
     if config.name not in LOADERS:
         raise ExperimentError(f"unknown data.name {config.name!r}: {suggest(config.name, LOADERS)}")
+    loader = LOADERS[config.name]
+    if config.folder and "search" not in accepted(loader):
+        raise ExperimentError(
+            f"data {config.name!r} comes with a package and reads no folder: remove data.folder."
+        )
     search = Search(config.name, config.folder, config.download)
-    raw = call(LOADERS[config.name], config.options, section="data", search=search)
+    raw = call(loader, config.options, section="data", search=search)
     return split(
         config.name,
         raw,

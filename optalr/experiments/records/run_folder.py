@@ -249,18 +249,20 @@ class RunFolder:
         )
 
 
-def check_free(path: Path) -> None:
-    """Raise if a new folder cannot be made at ``path``; nothing is left there.
+def check_free(path: Path, *, remedy: str = "") -> None:
+    """Raise if nothing new can be made at ``path``; nothing is left there.
+
+    Args:
+      path: the file or folder to be.
+      remedy: what to do if something is there; by default to take another name, or to resume.
 
     Raises:
       ExperimentError: something is there already, or the system refuses.
     """
     with writing(path):
         if path.exists():
-            raise ExperimentError(
-                f"{path} exists and is not overwritten: name another folder with --out, or go on "
-                f"with `optalr resume {path}`."
-            )
+            resume = f"name another folder with --out, or go on with `optalr resume {path}`"
+            raise ExperimentError(f"{path} exists and is not overwritten: {remedy or resume}.")
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir():
             raise NotADirectoryError(20, "", str(path))

@@ -133,5 +133,5 @@ def free_path(path: Path) -> Path:
     candidate, count = path, 1
     while candidate.exists():
         count += 1
-        candidate = path.with_name(f"{path.name}-{count}")
+        candidate = path.with_name(f"{path.stem}-{count}{path.suffix}")
     return candidate

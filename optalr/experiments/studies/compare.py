@@ -25,6 +25,7 @@ from optalr.experiments.records.locks import locked
 from optalr.experiments.records.run_folder import RunFolder, check_free
 from optalr.experiments.records.signals import Interruption
 from optalr.experiments.records.writing import new_folder, write_atomically
+from optalr.experiments.studies.size import check_seeds, refuse_endless
 from optalr.experiments.training.loop import train
 from optalr.experiments.training.trainer import Trainer
 
@@ -94,10 +95,10 @@ def create(
     Raises:
       ExperimentError: something is there already, or the number of seeds is not positive.
     """
-    if num_seeds < 1:
-        raise ExperimentError(f"--seeds must be at least 1, got {num_seeds}.")
-    check_free(path)
     first = min(config.train.seed for config in configs.values())
+    check_seeds(first, num_seeds)
+    refuse_endless(len(configs) * num_seeds, "runs of the comparison")
+    check_free(path)
     seeds = tuple(range(first, first + num_seeds))
     # JSON has no NaN.
     target_or_null = None if math.isnan(target) else target
@@ -195,4 +196,4 @@ def _run_in_order(comparison: Comparison, show: ShowProgress, *, force: bool) ->
 
 def _data_settings(config: Config) -> str:
     """Return the data section as a text that is equal for equal data."""
-    return json.dumps(to_table(config)["data"], sort_keys=True)
+    return json.dumps(to_table(config)["data"], sort_keys=True, default=str)

@@ -15,6 +15,7 @@ from optalr.experiments.data import load
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.records.run_folder import RunFolder, check_free
 from optalr.experiments.records.writing import new_folder, write_atomically
+from optalr.experiments.studies.size import check_seeds, refuse_endless
 from optalr.experiments.studies.sweep import can_sweep, train_grid
 from optalr.experiments.training.trainer import Trainer
 
@@ -39,6 +40,7 @@ def grid(config: Config) -> list[dict[str, Any]]:
                 f"tune.{key} must be a list of values, got {values!r}; write the key in quotes, "
                 'for example "method.learning_rate" = [0.1, 0.01].'
             )
+    refuse_endless(math.prod(map(len, config.tune.values())), "points of the grid")
     points = [
         dict(zip(config.tune, values, strict=True))
         for values in itertools.product(*config.tune.values())
@@ -65,8 +67,8 @@ def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]
         holds something else.
     """
     points = grid(config)
-    if num_seeds < 1:
-        raise ExperimentError(f"--seeds must be at least 1, got {num_seeds}.")
+    check_seeds(config.train.seed, num_seeds)
+    refuse_endless(len(points) * num_seeds, "runs of the search")
     if config.data.validation_fraction <= 0:
         raise ExperimentError(
             "tuning chooses by the validation loss and there are no validation examples: set "
