@@ -10,20 +10,21 @@ from pathlib import Path
 # What is wrong but stops nothing. The command line prints it as one line on standard error.
 warnings_log = logging.getLogger("optalr")
 
-_ELSEWHERE = "name another place with --out"
-# Why the system refused, and what to do about it.
+# Why the system refused, in words.
 _CAUSES = {
-    errno.ENOSPC: "the disk is full: make room; what was written before is whole",
-    errno.EDQUOT: "your quota of the disk is used up: make room; what was written before is whole",
-    errno.EROFS: f"the disk can only be read: {_ELSEWHERE}",
-    errno.EACCES: f"you may not write there: {_ELSEWHERE}",
-    errno.EPERM: f"you may not write there: {_ELSEWHERE}",
-    errno.ENAMETOOLONG: f"the name is too long: {_ELSEWHERE}",
-    errno.ENOTDIR: f"it lies below a file, not a folder: {_ELSEWHERE}",
-    errno.EISDIR: f"it is a folder, not a file: {_ELSEWHERE}",
-    errno.ENOENT: "its folder is not there: was it moved or deleted?",
-    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the disk can only be read",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOTDIR: "it lies below a file, not a folder",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ENOENT: "its folder is not there; was it moved or deleted?",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ELSEWHERE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 class ExperimentError(Exception):
@@ -50,11 +51,16 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ExperimentError(f"cannot write {path}: {cause_of(error)}.") from error
+        remedy = ""
+        if error.errno in _FULL:
+            remedy = ": make room; what was written before is whole"
+        if error.errno in _ELSEWHERE:
+            remedy = ": name another place with --out"
+        raise ExperimentError(f"cannot write {path}: {cause_of(error)}{remedy}.") from error
 
 
 def cause_of(error: OSError) -> str:
-    """Return why the system refused and what to do, as far as is known."""
+    """Return why the system refused."""
     return _CAUSES.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
 
 

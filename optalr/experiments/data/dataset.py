@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,7 @@ class Split:
         return Split(self.x[indices], self.y[indices])
 
 
-@dataclasses.dataclass(frozen=True)
-class Raw:
+class Raw(NamedTuple):
     """What a loader returns: examples, a test set if the data has one, and the task.
 
     Attributes:
@@ -41,6 +40,7 @@ class Raw:
       standardize: ``channel`` (one mean and deviation per channel), ``feature`` (one per number) or
         ``none``.
       note: what a user must know about the data.
+      source: the file or folder that it comes from, for messages.
     """
 
     train: Split
@@ -49,6 +49,7 @@ class Raw:
     num_classes: int
     standardize: Literal["channel", "feature", "none"] = "channel"
     note: str = ""
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
