@@ -1,26 +1,25 @@
 """The command line: ``optalr run``, ``compare``, ``tune``, ``suggest-rate``, ``list`` and more."""
 
-import contextlib
 import itertools
 import logging
 import math
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
+import optalr
+from optalr.experiments import cli_tools
 from optalr.experiments.errors import (
     ExperimentError,
     TrainingDivergedError,
     cause_of,
-    warnings_log,
 )
-from optalr.experiments.parsing import parse
+from optalr.experiments.parsing import one_line_warnings, parse
 from optalr.experiments.records.signals import EXIT_BASE, Interruption, handled, leave_at_once
 
 EXIT_MISTAKE = 2
@@ -45,6 +44,7 @@ def run(
     out: Path | None = None,
     seed: int | None = None,
     budget: float = 1.0,
+    dry_run: bool = False,
     set_: Set = (),
 ) -> None:
     """Train as a config says, into a new run folder.
@@ -55,11 +55,14 @@ def run(
       seed: overrides train.seed.
       budget: part of the config's work to do, for a laptop: 0.01 trains a tenth of the epochs on a
         tenth of the examples. Milestones stated in epochs shrink with the epochs.
+      dry_run: write nothing; say how the method treats each parameter, and what the run would take.
       set_: overrides, for example train.epochs=5.
     """
     from optalr.experiments import commands
 
-    commands.train_config(config, out=out, overrides=_overrides(set_, seed), budget=budget)
+    commands.train_config(
+        config, out=out, overrides=_overrides(set_, seed), budget=budget, dry=dry_run
+    )
 
 
 def compare(
@@ -70,6 +73,7 @@ def compare(
     out: Path | None = None,
     target: float = math.nan,
     budget: float = 1.0,
+    jobs: int = 1,
     set_: Set = (),
 ) -> None:
     """Train every config of a folder over seeds; write a table, a picture, CSV and HTML.
@@ -80,6 +84,7 @@ def compare(
       out: the folder to write; by default runs/compare-PROBLEM.
       target: training loss to reach; by default one that every method reaches in the end.
       budget: part of the configs' work to do, as in `optalr run`.
+      jobs: runs at once, each in a process of its own, where there are cores or devices for them.
       set_: overrides for every config, for example train.epochs=5.
     """
     from optalr.experiments import commands
@@ -91,6 +96,7 @@ def compare(
         target=target,
         budget=budget,
         overrides=_overrides(set_, None),
+        jobs=jobs,
     )
 
 
@@ -120,16 +126,17 @@ def tune(
     )
 
 
-def resume(folder: _Path, /, *, force: bool = False) -> None:
+def resume(folder: _Path, /, *, force: bool = False, jobs: int = 1) -> None:
     """Continue an interrupted run or comparison, to the same bits as without the interruption.
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
       force: go on even from a checkpoint of other settings, data or another seed.
+      jobs: runs of a comparison at once.
     """
     from optalr.experiments import commands
 
-    commands.resume_folder(folder, force=force)
+    commands.resume_folder(folder, force=force, jobs=jobs)
 
 
 def suggest_rate(
@@ -208,54 +215,7 @@ def theory(
     )
 
 
-def plot(
-    folder: _Path,
-    /,
-    *,
-    configs: tuple[str, ...] = (),
-    out: Path | None = None,
-    force: bool = False,
-) -> None:
-    """Draw the curves of a run again, or write the report of a comparison from its finished runs.
-
-    Args:
-      folder: what `optalr run` or `optalr compare` made.
-      configs: draw only the losses of these configs of a comparison, over seconds and over steps
-        (over epochs, if some train on full batches and others on mini-batches).
-      out: the picture of those configs; by default FOLDER/selection.png.
-      force: overwrite what --out names.
-    """
-    from optalr.experiments import commands
-
-    commands.plot_folder(folder, configs=configs, out=out, force=force)
-
-
-def export(folder: _Path, /, *, tensorboard: bool = False) -> None:
-    """Write a run's metrics as CSV, and as TensorBoard events if wanted.
-
-    Args:
-      folder: what `optalr run` made.
-      tensorboard: write events into FOLDER/tensorboard as well.
-    """
-    from optalr.experiments import commands
-
-    commands.export_run(folder, tensorboard=tensorboard)
-
-
-def list_names() -> None:
-    """List the names that data, model, method, schedule and phase can take."""
-    from optalr.experiments import commands
-
-    commands.print_names()
-
-
-def show_schema() -> None:
-    """Print the JSON schema of configs, with which editors check and complete them."""
-    from optalr.experiments import commands
-
-    commands.print_schema()
-
-
+_DESCRIPTION = "Train with optalr's and optax's methods, and compare them."
 COMMANDS = {
     "run": run,
     "compare": compare,
@@ -263,10 +223,12 @@ COMMANDS = {
     "suggest-rate": suggest_rate,
     "theory": theory,
     "resume": resume,
-    "plot": plot,
-    "export": export,
-    "list": list_names,
-    "schema": show_schema,
+    "watch": cli_tools.watch,
+    "plot": cli_tools.plot,
+    "export": cli_tools.export,
+    "init": cli_tools.init,
+    "list": cli_tools.list_names,
+    "schema": cli_tools.show_schema,
 }
 
 
@@ -278,7 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # jax logs which plugins it did not find, which says nothing about the experiment.
     logging.getLogger("jax").setLevel(logging.ERROR)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with handled(leave_at_once), _one_line_warnings():
+    if words == ["--version"]:
+        print(f"optalr {optalr.__version__}")
+        return
+    with handled(leave_at_once), one_line_warnings():
         try:
             parse(COMMANDS, words, prog="optalr", description=_DESCRIPTION)()
         except TrainingDivergedError as error:
@@ -304,37 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _fail(ExperimentError(remedy), EXIT_MISTAKE)
 
 
-@contextlib.contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Print a warning as one line, without the place in the code, and each only once."""
-    shown: set[str] = set()
-
-    class Once(logging.StreamHandler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = " ".join(record.getMessage().split())
-            if text not in shown:
-                shown.add(text)
-                print(f"optalr: warning: {text}", file=sys.stderr)
-
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        warnings_log.warning("%s", message)
-
-    handler = Once()
-    warnings_log.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            yield
-    finally:
-        warnings_log.removeHandler(handler)
-
-
 def _fail(error: Exception, code: int) -> None:
     print(f"optalr: error: {error}", file=sys.stderr)
     sys.exit(code)
-
-
-_DESCRIPTION = "Train with optalr's and optax's methods, and compare them."
 
 
 def _overrides(texts: Sequence[Sequence[str]], seed: int | None) -> tuple[str, ...]:

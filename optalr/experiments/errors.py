@@ -20,7 +20,7 @@ _CAUSES = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "it lies below a file, not a folder",
     errno.EISDIR: "it is a folder, not a file",
-    errno.ENOENT: "its folder is not there; was it moved or deleted?",
+    errno.ENOENT: "its folder is not there (moved or deleted?)",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)

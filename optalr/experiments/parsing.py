@@ -1,14 +1,17 @@
-"""From the words of a command line to what they ask for; a mistake in them is one line."""
+"""From the words of a command line to what they ask for; mistakes and warnings are one line."""
 
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tyro
 
-from optalr.experiments.errors import ExperimentError, suggest
+from optalr.experiments.errors import ExperimentError, suggest, warnings_log
 
 # With these, tyro prints a page on standard output and ends the program.
 _HELP = ("-h", "--help")
@@ -77,3 +80,28 @@ def _one_line(box: str) -> str:
             break
         words.append(text)
     return " ".join(words).rstrip(".") or "the command line cannot be read"
+
+
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Print a warning as one line, without the place in the code, and each only once."""
+    shown: set[str] = set()
+
+    class Once(logging.StreamHandler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = " ".join(record.getMessage().split())
+            if text not in shown:
+                shown.add(text)
+                print(f"optalr: warning: {text}", file=sys.stderr)
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        warnings_log.warning("%s", message)
+
+    handler = Once()
+    warnings_log.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        warnings_log.removeHandler(handler)

@@ -8,6 +8,7 @@ The classes are pydantic models. So one line per key states its type, range, def
 description, both for the check here and for the JSON schema that editors read.
 """
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -179,7 +180,7 @@ def from_table(table: Mapping[str, Any], where: str = "the config") -> Config:
     try:
         config = Config.model_validate(table)
     except ValidationError as error:
-        raise one_line(error, Config.model_json_schema(), where) from None
+        raise one_line(error, _json_schema(), where) from None
     if config.phase.options and not config.phase.name:
         key = next(iter(config.phase.options))
         raise ExperimentError(
@@ -187,6 +188,12 @@ def from_table(table: Mapping[str, Any], where: str = "the config") -> Config:
             "name the section does nothing."
         )
     return config
+
+
+@functools.cache
+def _json_schema() -> dict[str, Any]:
+    # Made once, since it takes longer than checking a config.
+    return Config.model_json_schema()
 
 
 def to_table(config: Config) -> dict[str, Any]:

@@ -26,14 +26,16 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except filelock.Timeout:
+            owner = owner_of(folder)
             raise ExperimentError(
-                f"{folder} is in use by another process{_owner(folder)}: wait for it, or stop it."
+                f"{folder} is in use by another process{f' ({owner})' if owner else ''}: wait for "
+                "it, or stop it."
             ) from None
-    owner = folder / OWNER
+    note = folder / OWNER
     try:
         # For the message only, so a disk without room must not stop a run here.
         with contextlib.suppress(OSError):
-            owner.write_text(
+            note.write_text(
                 f"process {os.getpid()} on {platform.node()} since "
                 f"{time.strftime('%Y-%m-%d %H:%M:%S')}",
                 encoding="utf-8",
@@ -41,13 +43,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            owner.unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             lock.release()
 
 
-def _owner(folder: Path) -> str:
+def owner_of(folder: Path) -> str:
+    """Return who holds a folder's lock, or who held it when it was killed; empty for nobody."""
     try:
-        return f" ({(folder / OWNER).read_text(encoding='utf-8')})"
+        return (folder / OWNER).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""

@@ -7,10 +7,11 @@ A line carries its number, the run that it belongs to and a checksum of all of i
 Lines without them, of earlier versions, are read as they are.
 """
 
+import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # What a line carries about itself, which is not part of what was measured.
@@ -46,6 +47,37 @@ class Lines(NamedTuple):
 
     intact: list[Line]
     problems: list[str]
+
+
+class Standing:
+    """How far a JSONL file has come.
+
+    Attributes:
+      last: the number of its last row.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+        self._rows = 0
+        self._total = hashlib.sha256()
+
+    @classmethod
+    def of(cls, lines: Sequence[Line]) -> "Standing":
+        """Return the standing of a file that holds these lines."""
+        made = cls()
+        made.add([line.text for line in lines])
+        made.last = lines[-1].number if lines else 0
+        return made
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Count lines that were written."""
+        self._rows += len(texts)
+        self.last += len(texts)
+        self._total.update("".join(text + "\n" for text in texts).encode())
+
+    def note(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {"rows": self._rows, "last": self.last, "sha256": self._total.hexdigest()}
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

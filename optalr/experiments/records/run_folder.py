@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from optalr.experiments.configs.files import load_config, to_toml
 from optalr.experiments.errors import ExperimentError, warnings_log, writing
 from optalr.experiments.records.identity import environment
 from optalr.experiments.records.locks import locked
-from optalr.experiments.records.rows import Line, Lines, read_lines, to_json, to_lines
+from optalr.experiments.records.rows import Lines, Standing, read_lines, to_json, to_lines
 from optalr.experiments.records.signals import held
 from optalr.experiments.records.writing import (
     SUMS,
@@ -54,7 +54,7 @@ class RunFolder:
         self.path = Path(path)
         # The name of the run's identity, which its rows carry.
         self.run = ""
-        self._standing: dict[str, _Standing] = {}
+        self._standing: dict[str, Standing] = {}
         self._place: tuple[int, int] | None = None
         self._warned: set[str] = set()
 
@@ -109,7 +109,7 @@ class RunFolder:
         """
         self.check_place()
         if name not in self._standing:
-            self._standing[name] = _Standing.of(self._lines(name).intact)
+            self._standing[name] = Standing.of(self._lines(name).intact)
         standing = self._standing[name]
         lines = to_lines(rows, after=standing.last, run=self.run)
         path = self.path / name
@@ -163,7 +163,7 @@ class RunFolder:
         """
         lines = self._lines(name)
         kept = [line for line in lines.intact if line.row.get("step", math.inf) <= last_step]
-        standing = _Standing.of(kept)
+        standing = Standing.of(kept)
         if noted is not None and standing.note() != noted:
             self._warn_of_loss(name, lines, f"{len(kept)} of {noted['rows']}")
             # Numbers go on from where they stood, so that a gap stays to be seen.
@@ -277,34 +277,3 @@ def _place(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-class _Standing:
-    """How far a JSONL file has come.
-
-    Attributes:
-      last: the number of its last row.
-    """
-
-    def __init__(self) -> None:
-        self.last = 0
-        self._rows = 0
-        self._total = hashlib.sha256()
-
-    @classmethod
-    def of(cls, lines: Sequence[Line]) -> "_Standing":
-        """Return the standing of a file that holds these lines."""
-        made = cls()
-        made.add([line.text for line in lines])
-        made.last = lines[-1].number if lines else 0
-        return made
-
-    def add(self, texts: Sequence[str]) -> None:
-        """Count lines that were written."""
-        self._rows += len(texts)
-        self.last += len(texts)
-        self._total.update("".join(text + "\n" for text in texts).encode())
-
-    def note(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return {"rows": self._rows, "last": self.last, "sha256": self._total.hexdigest()}

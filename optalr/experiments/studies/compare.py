@@ -25,6 +25,7 @@ from optalr.experiments.records.locks import locked
 from optalr.experiments.records.run_folder import RunFolder, check_free
 from optalr.experiments.records.signals import Interruption
 from optalr.experiments.records.writing import new_folder, write_atomically
+from optalr.experiments.studies.parallel import resume_side_by_side
 from optalr.experiments.studies.size import check_seeds, refuse_endless
 from optalr.experiments.training.loop import train
 from optalr.experiments.training.trainer import Trainer
@@ -144,13 +145,17 @@ def select(comparison: Comparison, names: Sequence[str]) -> Comparison:
     return dataclasses.replace(comparison, configs=chosen)
 
 
-def run_all(comparison: Comparison, show: ShowProgress, *, force: bool = False) -> None:
+def run_all(
+    comparison: Comparison, show: ShowProgress, *, force: bool = False, jobs: int = 1
+) -> None:
     """Train what is not yet trained. A run that diverges is recorded, and the next one follows.
 
     Args:
       comparison: the configs and seeds.
       show: ``show(title, score_name, lines)``, a context manager that yields a report function.
       force: go on from checkpoints of other settings as well.
+      jobs: how many runs to train at once, each in a process of its own; 1 trains one after another
+        in this process.
 
     Raises:
       Interruption: a signal asked to stop.
@@ -158,10 +163,29 @@ def run_all(comparison: Comparison, show: ShowProgress, *, force: bool = False) 
     """
     with locked(comparison.path):
         try:
-            _run_in_order(comparison, show, force=force)
+            if jobs == 1:
+                _run_in_order(comparison, show, force=force)
+            else:
+                _run_at_once(comparison, jobs=jobs, force=force)
         except Interruption as error:
             remedy = f"interrupted; go on with `optalr resume {comparison.path}`."
             raise Interruption(error.number, remedy) from None
+
+
+def _run_at_once(comparison: Comparison, *, jobs: int, force: bool) -> None:
+    unfinished = []
+    for name, config in comparison.configs.items():
+        for seed in comparison.seeds:
+            folder = _folder(comparison, name, override(config, {"train.seed": seed}))
+            if folder.result() is None:
+                unfinished.append(folder.path)
+    resume_side_by_side(unfinished, jobs, print, force=force)
+
+
+def _folder(comparison: Comparison, name: str, config: Config) -> RunFolder:
+    """Return the run folder of a config with its seed, which is made if it is not there."""
+    path = comparison.run_path(name, config.train.seed)
+    return RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
 
 
 def _run_in_order(comparison: Comparison, show: ShowProgress, *, force: bool) -> None:
@@ -184,8 +208,7 @@ def _run_in_order(comparison: Comparison, show: ShowProgress, *, force: bool) ->
                     datasets[settings] = load(config.data)
                 trainer = Trainer(config, datasets[settings])
                 trainer.compile()
-            seeded = override(config, {"train.seed": seed})
-            folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, seeded)
+            folder = _folder(comparison, name, override(config, {"train.seed": seed}))
             title = f"{name} seed {seed} ({done}/{total})"
             with (
                 show(title, trainer.objective.score_name, 1) as report,
