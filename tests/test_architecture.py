@@ -19,7 +19,16 @@ ORDER = ["experiments", "adapters", "programs", "suggestion", "recipes", "readin
 # The same for the folders inside a room. The folders of ``transforms`` are methods, which never
 # import each other.
 ORDER_INSIDE = {
-    "experiments": ["reports", "studies", "training", "records", "models", "data", "configs"],
+    "experiments": [
+        "reports",
+        "studies",
+        "training",
+        "records",
+        "models",
+        "data",
+        "configs",
+        "examples",
+    ],
     "signals": ["tapping", "tracing", "binding"],
     "linalg": ["roots", "minres"],
 }
@@ -29,8 +38,8 @@ SHARED = {"shared"}
 USERS = {"experiments", "adapters", "__main__"}
 CORE_ALLOWED = {"jax", "numpy", "optax", "optalr", "jaxlib"}
 STANDARD = frozenset(sys.stdlib_module_names)
-# What a NamedTuple calls its public methods.
-NAMED_TUPLE = {"_replace", "_asdict", "_fields", "_make", "_field_defaults"}
+# What a NamedTuple calls its public methods, and what Python calls the end of a process.
+NAMED_TUPLE = {"_replace", "_asdict", "_fields", "_make", "_field_defaults", "_exit"}
 
 MODULES = package()
 FOLDERS = sorted({module.folder for module in MODULES.values()})

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import Annotated
 
 import tyro
 
-from optalr.experiments.errors import ExperimentError, TrainingDivergedError
+import optalr
+from optalr.experiments import cli_tools
+from optalr.experiments.errors import (
+    ExperimentError,
+    TrainingDivergedError,
+    cause_of,
+)
+from optalr.experiments.parsing import one_line_warnings, parse
+from optalr.experiments.records.signals import EXIT_BASE, Interruption, handled, leave_at_once
 
 EXIT_MISTAKE = 2
 EXIT_DIVERGED = 3
@@ -35,6 +44,7 @@ def run(
     out: Path | None = None,
     seed: int | None = None,
     budget: float = 1.0,
+    dry_run: bool = False,
     set_: Set = (),
 ) -> None:
     """Train as a config says, into a new run folder.
@@ -45,11 +55,14 @@ def run(
       seed: overrides train.seed.
       budget: part of the config's work to do, for a laptop: 0.01 trains a tenth of the epochs on a
         tenth of the examples. Milestones stated in epochs shrink with the epochs.
+      dry_run: write nothing; say how the method treats each parameter, and what the run would take.
       set_: overrides, for example train.epochs=5.
     """
     from optalr.experiments import commands
 
-    commands.train_config(config, out=out, overrides=_overrides(set_, seed), budget=budget)
+    commands.train_config(
+        config, out=out, overrides=_overrides(set_, seed), budget=budget, dry=dry_run
+    )
 
 
 def compare(
@@ -60,6 +73,7 @@ def compare(
     out: Path | None = None,
     target: float = math.nan,
     budget: float = 1.0,
+    jobs: int = 1,
     set_: Set = (),
 ) -> None:
     """Train every config of a folder over seeds; write a table, a picture, CSV and HTML.
@@ -70,6 +84,7 @@ def compare(
       out: the folder to write; by default runs/compare-PROBLEM.
       target: training loss to reach; by default one that every method reaches in the end.
       budget: part of the configs' work to do, as in `optalr run`.
+      jobs: runs at once, each in a process of its own, where there are cores or devices for them.
       set_: overrides for every config, for example train.epochs=5.
     """
     from optalr.experiments import commands
@@ -81,6 +96,7 @@ def compare(
         target=target,
         budget=budget,
         overrides=_overrides(set_, None),
+        jobs=jobs,
     )
 
 
@@ -110,15 +126,17 @@ def tune(
     )
 
 
-def resume(folder: _Path, /) -> None:
+def resume(folder: _Path, /, *, force: bool = False, jobs: int = 1) -> None:
     """Continue an interrupted run or comparison, to the same bits as without the interruption.
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
+      force: go on even from a checkpoint of other settings, data or another seed.
+      jobs: runs of a comparison at once.
     """
     from optalr.experiments import commands
 
-    commands.resume_folder(folder)
+    commands.resume_folder(folder, force=force, jobs=jobs)
 
 
 def suggest_rate(
@@ -129,6 +147,7 @@ def suggest_rate(
     steps: int = 200,
     seed: int | None = None,
     out: Path | None = None,
+    force: bool = False,
     set_: Set = (),
 ) -> None:
     """Suggest a learning rate for SGD: run the learned rate from several starts.
@@ -141,12 +160,18 @@ def suggest_rate(
       steps: steps of each run.
       seed: overrides train.seed.
       out: the picture; by default runs/rate-PROBLEM-METHOD.png.
+      force: overwrite it.
       set_: overrides, for example train.batch_size=256.
     """
     from optalr.experiments import commands
 
     commands.suggest_rate_for(
-        config, starts=starts, num_steps=steps, out=out, overrides=_overrides(set_, seed)
+        config,
+        starts=starts,
+        num_steps=steps,
+        out=out,
+        force=force,
+        overrides=_overrides(set_, seed),
     )
 
 
@@ -158,6 +183,7 @@ def theory(
     damping: float = 1e-3,
     seed: int | None = None,
     out: Path | None = None,
+    force: bool = False,
     budget: float = 1.0,
     set_: Set = (),
 ) -> None:
@@ -172,6 +198,7 @@ def theory(
       damping: added to the factors before their roots are taken, in mean eigenvalues.
       seed: overrides train.seed.
       out: the folder; by default runs/theory-PROBLEM-METHOD.
+      force: write into it even if it exists.
       budget: part of the config's work to do, as in `optalr run`.
       set_: overrides, for example train.epochs=5.
     """
@@ -182,90 +209,64 @@ def theory(
         num_batches=batches,
         damping=damping,
         out=out,
+        force=force,
         budget=budget,
         overrides=_overrides(set_, seed),
     )
 
 
-def plot(
-    folder: _Path,
-    /,
-    *,
-    configs: tuple[str, ...] = (),
-    out: Path | None = None,
-) -> None:
-    """Draw the curves of a run again, or write the report of a comparison from its finished runs.
-
-    Args:
-      folder: what `optalr run` or `optalr compare` made.
-      configs: draw only the losses of these configs of a comparison, over seconds and over steps
-        (over epochs, if some train on full batches and others on mini-batches).
-      out: the picture of those configs; by default FOLDER/selection.png.
-    """
-    from optalr.experiments import commands
-
-    commands.plot_folder(folder, configs=configs, out=out)
-
-
-def export(folder: _Path, /, *, tensorboard: bool = False) -> None:
-    """Write a run's metrics as CSV, and as TensorBoard events if wanted.
-
-    Args:
-      folder: what `optalr run` made.
-      tensorboard: write events into FOLDER/tensorboard as well.
-    """
-    from optalr.experiments import commands
-
-    commands.export_run(folder, tensorboard=tensorboard)
-
-
-def list_names() -> None:
-    """List the names that data, model, method, schedule and phase can take."""
-    from optalr.experiments import commands
-
-    commands.print_names()
-
-
-def show_schema() -> None:
-    """Print the JSON schema of configs, with which editors check and complete them."""
-    from optalr.experiments import commands
-
-    commands.print_schema()
+_DESCRIPTION = "Train with optalr's and optax's methods, and compare them."
+COMMANDS = {
+    "run": run,
+    "compare": compare,
+    "tune": tune,
+    "suggest-rate": suggest_rate,
+    "theory": theory,
+    "resume": resume,
+    "watch": cli_tools.watch,
+    "plot": cli_tools.plot,
+    "export": cli_tools.export,
+    "init": cli_tools.init,
+    "list": cli_tools.list_names,
+    "schema": cli_tools.show_schema,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A mistake gives one line and exit code 2, a divergence exit code 3."""
-    commands = {
-        "run": run,
-        "compare": compare,
-        "tune": tune,
-        "suggest-rate": suggest_rate,
-        "theory": theory,
-        "resume": resume,
-        "plot": plot,
-        "export": export,
-        "list": list_names,
-        "schema": show_schema,
-    }
+    """Run the command line.
+
+    A mistake gives one line and exit code 2, a divergence exit code 3, SIGINT 130, SIGTERM 143.
+    """
     # jax logs which plugins it did not find, which says nothing about the experiment.
     logging.getLogger("jax").setLevel(logging.ERROR)
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="optalr",
-            description="Train with optalr's and optax's methods, and compare them.",
-            args=list(sys.argv[1:] if arguments is None else arguments),
-        )
-    except TrainingDivergedError as error:
-        _fail(error, EXIT_DIVERGED)
-    except ExperimentError as error:
-        _fail(error, EXIT_MISTAKE)
-    except KeyboardInterrupt:
-        print("\noptalr: interrupted; go on with `optalr resume FOLDER`.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader (head, less) has gone; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        print(f"optalr {optalr.__version__}")
+        return
+    with handled(leave_at_once), one_line_warnings():
+        try:
+            parse(COMMANDS, words, prog="optalr", description=_DESCRIPTION)()
+        except TrainingDivergedError as error:
+            _fail(error, EXIT_DIVERGED)
+        except ExperimentError as error:
+            _fail(error, EXIT_MISTAKE)
+        except Interruption as error:
+            print(f"\noptalr: {error}", file=sys.stderr)
+            sys.exit(EXIT_BASE + error.number)
+        except KeyboardInterrupt:
+            print("\noptalr: interrupted; go on with `optalr resume FOLDER`.", file=sys.stderr)
+            sys.exit(EXIT_BASE + signal.SIGINT)
+        except BrokenPipeError:
+            # The reader (head, less) has gone; keep Python from complaining at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(ExperimentError(f"{place}{cause_of(error)}."), EXIT_MISTAKE)
+        except ModuleNotFoundError as error:
+            if (error.name or "optalr").startswith("optalr"):
+                raise
+            remedy = f"this needs {error.name}: pip install 'optalr[experiments]'"
+            _fail(ExperimentError(remedy), EXIT_MISTAKE)
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -8,12 +8,18 @@ The classes are pydantic models. So one line per key states its type, range, def
 description, both for the check here and for the JSON schema that editors read.
 """
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from optalr.experiments.configs.mistakes import one_line
+from optalr.experiments.configs.values import check_values
+from optalr.experiments.errors import ExperimentError
+
+# Random keys and NumPy's generators take 32 bits; larger seeds would be cut, or refused late.
+_LARGEST_SEED = 2**32 - 1
 
 
 class Section(BaseModel):
@@ -55,7 +61,7 @@ class DataConfig(OpenSection):
     """Part held out for testing where the data has no test set of its own."""
     validation_fraction: float = Field(default=0.1, ge=0, le=0.9)
     """Part of the training examples held out for tuning and for switching."""
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: int = Field(default=0, ge=0, le=_LARGEST_SEED)
     """Decides which examples are held out."""
     limit: int = Field(default=0, ge=0)
     """Largest number of training examples; 0 takes all."""
@@ -110,7 +116,7 @@ class TrainConfig(Section):
     """Passes over the training examples."""
     batch_size: int = Field(default=128, ge=1)
     """Examples per step. A last batch of an epoch that would not be full is left out."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=_LARGEST_SEED)
     """Decides initial parameters, order of the examples and dropout."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Lambda of the L2 penalty on kernels, added to the gradient."""
@@ -120,7 +126,7 @@ class TrainConfig(Section):
     """scan compiles an epoch; step compiles a step and streams batches; auto takes step for
     convolutions on a CPU (XLA runs their gradients some 20 times slower inside a scan) and for data
     larger than `resident_bytes`."""
-    resident_bytes: int = 4_000_000_000
+    resident_bytes: int = Field(default=4_000_000_000, ge=0)
     """Training data larger than this is streamed."""
     evaluate_every: int = Field(default=1, ge=1)
     """Epochs between evaluations."""
@@ -131,7 +137,7 @@ class RecordConfig(Section):
 
     checkpoint_every: int = Field(default=5, ge=1)
     """Epochs between checkpoints."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
     """A checkpoint is taken at least this often: within an epoch in a streamed loop, at its end in
     a scanned one."""
     keep: int = Field(default=2, ge=1)
@@ -170,15 +176,36 @@ def from_table(table: Mapping[str, Any], where: str = "the config") -> Config:
     Raises:
       ExperimentError: an unknown key, or a value of the wrong kind or out of range.
     """
+    check_values(table, where)
     try:
-        return Config.model_validate(table)
+        config = Config.model_validate(table)
     except ValidationError as error:
-        raise one_line(error, Config.model_json_schema(), where) from None
+        raise one_line(error, _json_schema(), where) from None
+    if config.phase.options and not config.phase.name:
+        key = next(iter(config.phase.options))
+        raise ExperimentError(
+            f"phase.{key} in {where} needs phase.name beside it, for example switch_at: without a "
+            "name the section does nothing."
+        )
+    return config
+
+
+@functools.cache
+def _json_schema() -> dict[str, Any]:
+    # Made once, since it takes longer than checking a config.
+    return Config.model_json_schema()
 
 
 def to_table(config: Config) -> dict[str, Any]:
     """Return the whole config, defaults included, as nested dicts that TOML can hold."""
-    return config.model_dump(mode="json")
+    return config.model_dump(mode="python")
+
+
+def own_keys(section: str) -> Collection[str]:
+    """Return the keys that a section has whatever its ``name`` stands for."""
+    field = Config.model_fields.get(section)
+    model = field.annotation if field else None
+    return model.model_fields if isinstance(model, type) and issubclass(model, Section) else ()
 
 
 def schema(names: Mapping[str, Sequence[str]], others: Collection[str] = ()) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """Config files: TOML to a table and back, and overrides on the way in."""
 
-import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from optalr.experiments.configs.config import Config, from_table, to_table
-from optalr.experiments.errors import ExperimentError, suggest
+from optalr.experiments.errors import ExperimentError, cause_of, suggest
+
+# The longest config here has two thousand bytes.
+_LARGEST_FILE = 1 << 20
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -26,9 +30,13 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
     if not path.is_file():
         raise ExperimentError(f"no config file {path}: {_neighbours(path)}")
     try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ExperimentError(f"{path} is larger than any config: is it the right file?")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, endless digits or brackets
         raise ExperimentError(f"{path} is not valid TOML: {error}. Mend that line.") from None
+    except OSError as error:
+        raise ExperimentError(f"cannot read {path}: {cause_of(error)}.") from None
     for text in overrides:
         _set(table, *_parse_override(text))
     return from_table(table, str(path))
@@ -42,36 +50,13 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     """
     table = to_table(config)
     for key, value in values.items():
-        _set(table, key, value)
+        _set(table, key.split("."), value)
     return from_table(table, "the overrides")
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
     """Return nested dicts as TOML text."""
-    return "\n".join(_lines(table, "")) + "\n"
-
-
-def _lines(table: Mapping[str, Any], prefix: str) -> list[str]:
-    # Values come before sections: TOML counts whatever follows a section's header to it.
-    values = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-    lines = [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in values.items()]
-    for key, section in table.items():
-        if isinstance(section, Mapping):
-            name = f"{prefix}{_toml_key(key)}"
-            lines += ["", f"[{name}]", *_lines(section, name + ".")]
-    return lines
-
-
-def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    if isinstance(value, (bool, str)):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)
+    return tomli_w.dumps(table)
 
 
 def _neighbours(path: Path) -> str:
@@ -80,21 +65,39 @@ def _neighbours(path: Path) -> str:
     return suggest(str(path), found) if found else f"there are no .toml files in {folder}."
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def _parse_override(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ExperimentError(f"--set takes section.key=value, got {text!r}.")
+    if any(character < " " and character != "\t" for character in text):
+        raise ExperimentError(f"--set takes one line, got {text!r}: give each key its own --set.")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        return _path(key), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         # So text needs no quotes, which the shell would remove.
-        return key.strip(), value.strip()
+        return _path(key), value.strip()
+    except (ValueError, RecursionError) as error:
+        raise ExperimentError(f"--set {text[:60]!r}: {error}.") from None
 
 
-def _set(table: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
+def _path(key: str) -> list[str]:
+    """Return the parts of a dotted key, some of which may stand in quotes."""
+    try:
+        table = tomllib.loads(f"{key} = 0")
+    except (ValueError, RecursionError):
+        raise ExperimentError(f"--set takes section.key=value, and {key!r} is no key.") from None
+    parts = []
+    while isinstance(table, dict):
+        ((part, table),) = table.items()
+        parts.append(part)
+    return parts
+
+
+def _set(table: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    *sections, last = path
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
+            key = ".".join(path)
             raise ExperimentError(f"{key}: {section} is a value, not a section; write section.key.")
     table[last] = value

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from optalr.experiments.configs.values import shown
 from optalr.experiments.errors import ExperimentError, suggest
 
 Schema = Mapping[str, Any]
@@ -37,7 +38,7 @@ def one_line(error: ValidationError, schema: Schema, where: str) -> ExperimentEr
         hint = suggest(key, _known_keys(schema))
         return ExperimentError(f"unknown key {key!r} in {where}: {hint}")
     expected = _expected(_at(schema, mistake["loc"]))
-    return ExperimentError(f"{key} in {where} must be {expected}, got {mistake['input']!r}.")
+    return ExperimentError(f"{key} in {where} must be {expected}, got {shown(mistake['input'])}.")
 
 
 def _known_keys(schema: Schema) -> list[str]:
@@ -64,4 +65,4 @@ def _expected(node: Schema) -> str:
     kind, low, high = _KINDS[node["type"]], node.get("minimum"), node.get("maximum")
     if low is None:
         return kind
-    return f"{kind} of at least {low:g}" if high is None else f"{kind} between {low:g} and {high:g}"
+    return f"{kind} of at least {low}" if high is None else f"{kind} between {low} and {high}"

@@ -10,6 +10,7 @@ are zero. A name may carry its strength after a colon, as in ``rotate:15``:
     rotate:15    turn by up to so many degrees
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -93,7 +94,7 @@ def _parse(text: str) -> tuple[Callable[..., jax.Array], tuple[float, ...]]:
         number = float(strength)
     except ValueError:
         number = -1.0
-    if not number > 0:
+    if not 0 < number < math.inf:
         raise ExperimentError(
             f"data.augment {text!r}: what stands after the colon must be a positive number."
         )

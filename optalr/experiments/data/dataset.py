@@ -1,7 +1,9 @@
 """What a loader returns, and how examples are held out."""
 
 import dataclasses
-from typing import Literal
+import functools
+import hashlib
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +29,7 @@ class Split:
         return Split(self.x[indices], self.y[indices])
 
 
-@dataclasses.dataclass(frozen=True)
-class Raw:
+class Raw(NamedTuple):
     """What a loader returns: examples, a test set if the data has one, and the task.
 
     Attributes:
@@ -39,6 +40,7 @@ class Raw:
       standardize: ``channel`` (one mean and deviation per channel), ``feature`` (one per number) or
         ``none``.
       note: what a user must know about the data.
+      source: the file or folder that it comes from, for messages.
     """
 
     train: Split
@@ -47,6 +49,7 @@ class Raw:
     num_classes: int
     standardize: Literal["channel", "feature", "none"] = "channel"
     note: str = ""
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,16 @@ class Dataset:
     mean: np.ndarray | None = None
     scale: np.ndarray | None = None
     note: str = ""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A checksum of all examples and targets of all splits."""
+        total = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            for array in (part.x, part.y):
+                total.update(f"{array.dtype.str}{array.shape}".encode())
+                total.update(np.ascontiguousarray(array).data)
+        return total.hexdigest()[:16]
 
     def prepare(self, x: jax.Array) -> jax.Array:
         """Return a batch as a model takes it: float32, standardized (text stays whole numbers)."""

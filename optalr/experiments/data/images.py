@@ -1,12 +1,12 @@
-"""MNIST and Fashion-MNIST (idx), CIFAR-10 and CIFAR-100 (pickles and binary), SVHN (.mat)."""
+"""MNIST and Fashion-MNIST (idx), CIFAR-10 and CIFAR-100 (pickles and binary)."""
 
-import io
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from optalr.experiments.data.checks import labelled
 from optalr.experiments.data.dataset import Raw, Split
 from optalr.experiments.data.restricted import load_pickle
 from optalr.experiments.data.sources import Download, Search, find
@@ -15,6 +15,11 @@ from optalr.experiments.errors import ExperimentError
 # The third byte of an idx file names the type of its numbers; this one is the unsigned byte.
 _IDX_UBYTE = 0x08
 _CIFAR_BYTES = 3 * 32 * 32
+# The largest file of each: 60000 images of 28 x 28; 10000 and 50000 of CIFAR, with their labels,
+# and with their names where the file is a pickle.
+_MNIST_MOST = 16 + 60_000 * 28 * 28
+_CIFAR10_MOST = 10_000 * (_CIFAR_BYTES + 64)
+_CIFAR100_MOST = 50_000 * (_CIFAR_BYTES + 64)
 
 
 def mnist(search: Search) -> Raw:
@@ -50,7 +55,7 @@ def cifar10(search: Search) -> Raw:
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     wanted = {name: (name, f"{name}.bin") for name in names}
     inside = ("cifar-10-batches-py", "cifar-10-batches-bin")
-    files = find(search, wanted, inside=inside, downloads=downloads)
+    files = find(search, wanted, most=_CIFAR10_MOST, inside=inside, downloads=downloads)
     layout = _CifarLayout(key=b"labels", label_bytes=1, byte=0, num_classes=10)
     parts = [_cifar_part(name, content, layout) for name, content in files.items()]
     train = Split(
@@ -74,37 +79,13 @@ def cifar100(search: Search, labels: str = "fine", drop_contradictions: bool = F
     downloads = [Download(address, "eb9058c3a382ffc7106e4002c42a8d85")]
     wanted = {name: (name, f"{name}.bin") for name in ("train", "test")}
     inside = ("cifar-100-python", "cifar-100-binary")
-    files = find(search, wanted, inside=inside, downloads=downloads)
+    files = find(search, wanted, most=_CIFAR100_MOST, inside=inside, downloads=downloads)
     layout = _CIFAR100[labels]
     parts = {name: _cifar_part(name, content, layout) for name, content in files.items()}
     train = parts["train"]
     if drop_contradictions:
         train = train.take(np.flatnonzero(~contradictory(train)))
     return Raw(train, parts["test"], "classification", layout.num_classes)
-
-
-def svhn(search: Search, extra: bool = False) -> Raw:
-    """Load SVHN, cropped: 73257 and 26032 digits of 32 x 32 x 3, from its .mat files.
-
-    Args:
-      search: where the files are.
-      extra: add the 531131 easier examples of ``extra_32x32.mat`` to the training set.
-    """
-    sums = {
-        "train": "e26dedcc434d2e4c54c9b2d4a06d8373",
-        "test": "eb5a983be6a315427106f1b164d9cef3",
-        "extra": "a93ce644f1a588dc4d68dda5feec44a7",
-    }
-    names = ("train", "test", "extra") if extra else ("train", "test")
-    address = "http://ufldl.stanford.edu/housenumbers"
-    downloads = [Download(f"{address}/{name}_32x32.mat", sums[name]) for name in names]
-    wanted = {name: (f"{name}_32x32.mat",) for name in names}
-    parts = {k: _svhn_part(k, v) for k, v in find(search, wanted, downloads=downloads).items()}
-    train = parts["train"]
-    if extra:
-        more = parts["extra"]
-        train = Split(np.concatenate([train.x, more.x]), np.concatenate([train.y, more.y]))
-    return Raw(train, parts["test"], "classification", 10)
 
 
 def parse_idx(name: str, content: bytes) -> np.ndarray:
@@ -157,7 +138,7 @@ def _downloads(address: str, sums: Sequence[str]) -> list[Download]:
 def _idx_data(search: Search, downloads: Sequence[Download], *, system: str) -> Raw:
     """Read the four idx files, which Debian's packages install into the folder ``system``."""
     wanted = {stem: _idx_names(stem) for stem in _IDX_STEMS}
-    files = find(search, wanted, system=(system,), downloads=downloads)
+    files = find(search, wanted, most=_MNIST_MOST, system=(system,), downloads=downloads)
     arrays = {stem: parse_idx(stem, content) for stem, content in files.items()}
     parts = []
     for part in ("train", "t10k"):
@@ -167,7 +148,7 @@ def _idx_data(search: Search, downloads: Sequence[Download], *, system: str) -> 
                 f"{part}-images and {part}-labels have {images.ndim} and {labels.ndim} axes, not 3 "
                 "and 1: were they exchanged?"
             )
-        parts.append(_labelled(part, images[..., None], labels, num_classes=10))
+        parts.append(labelled(part, images[..., None], labels, num_classes=10))
     return Raw(parts[0], parts[1], "classification", 10)
 
 
@@ -207,7 +188,7 @@ def _cifar_part(name: str, content: bytes, layout: _CifarLayout) -> Split:
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     images = _channels_last(records[:, layout.label_bytes :])
-    return _labelled(name, images, records[:, layout.byte], num_classes=layout.num_classes)
+    return labelled(name, images, records[:, layout.byte], num_classes=layout.num_classes)
 
 
 def _cifar_pickle(name: str, content: bytes, layout: _CifarLayout) -> Split:
@@ -223,46 +204,13 @@ def _cifar_pickle(name: str, content: bytes, layout: _CifarLayout) -> Split:
             f"{name} lacks 'data' of {_CIFAR_BYTES} bytes an image or {layout.key.decode()!r}: it "
             "is not the CIFAR file it should be."
         )
-    images = _channels_last(images)
-    return _labelled(name, images, np.asarray(labels), num_classes=layout.num_classes)
+    try:
+        labels = np.asarray(labels)
+    except ValueError:  # lists of several lengths in the list
+        labels = np.zeros((0, 0))
+    return labelled(name, _channels_last(images), labels, num_classes=layout.num_classes)
 
 
 def _channels_last(rows: np.ndarray) -> np.ndarray:
     """Return images from rows of a red, then a green, then a blue plane."""
     return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-
-
-def _svhn_part(name: str, content: bytes) -> Split:
-    from scipy.io import loadmat
-
-    try:
-        loaded: dict[str, Any] = loadmat(io.BytesIO(content))
-        images, labels = np.asarray(loaded["X"]), np.asarray(loaded["y"]).ravel()
-    except Exception as error:  # a damaged .mat file can make scipy raise nearly anything
-        raise ExperimentError(
-            f"{name}_32x32.mat is cut short or no SVHN file ({type(error).__name__}): fetch it "
-            "again."
-        ) from None
-    if images.ndim != 4 or images.shape[:3] != (32, 32, 3) or images.dtype != np.uint8:
-        raise ExperimentError(
-            f"{name}_32x32.mat holds X of shape {images.shape}, not (32, 32, 3, N) bytes: it "
-            "is not the cropped SVHN."
-        )
-    # The .mat files keep examples on the last axis.
-    images = np.ascontiguousarray(images.transpose(3, 0, 1, 2))
-    # SVHN labels the digit 0 as 10.
-    return _labelled(name, images, labels % 10, num_classes=10)
-
-
-def _labelled(name: str, images: np.ndarray, labels: np.ndarray, *, num_classes: int) -> Split:
-    """Return images with their labels; raise if they cannot belong together."""
-    if len(images) != len(labels):
-        raise ExperimentError(
-            f"{name}: {len(images)} images but {len(labels)} labels; the files do not belong "
-            "together."
-        )
-    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
-        raise ExperimentError(
-            f"{name}: labels from {labels.min()} to {labels.max()}, not 0 to {num_classes - 1}."
-        )
-    return Split(images, labels.astype(np.int32))

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from optalr.experiments.configs.calling import call
+from optalr.experiments.configs.calling import accepted, call
 from optalr.experiments.configs.config import DataConfig
-from optalr.experiments.data import images, npz, tabular, text
+from optalr.experiments.data import images, npz, svhn, tabular, text
+from optalr.experiments.data.checks import checked
 from optalr.experiments.data.dataset import Dataset, Raw, split
 from optalr.experiments.data.sources import Search
 from optalr.experiments.errors import ExperimentError, suggest
@@ -26,7 +27,7 @@ LOADERS: Mapping[str, Callable[..., Raw]] = MappingProxyType(
         "npz": npz.npz,
         "python_docs": text.python_docs,
         "shakespeare": text.shakespeare,
-        "svhn": images.svhn,
+        "svhn": svhn.svhn,
         "text": text.text,
     }
 )
@@ -46,8 +47,18 @@ def load(config: DataConfig) -> Dataset:
     """
     if config.name not in LOADERS:
         raise ExperimentError(f"unknown data.name {config.name!r}: {suggest(config.name, LOADERS)}")
+    loader = LOADERS[config.name]
+    if config.folder and "search" not in accepted(loader):
+        raise ExperimentError(
+            f"data {config.name!r} comes with a package and reads no folder: remove data.folder."
+        )
     search = Search(config.name, config.folder, config.download)
-    raw = call(LOADERS[config.name], config.options, section="data", search=search)
+    try:
+        raw = checked(config.name, call(loader, config.options, section="data", search=search))
+    except MemoryError:
+        raise ExperimentError(
+            f"data {config.name!r} takes more memory than there is: take smaller files."
+        ) from None
     return split(
         config.name,
         raw,

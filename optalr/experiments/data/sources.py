@@ -3,25 +3,28 @@
 The places to look are a folder of the user's, ``$OPTALR_DATA``, the system's folders and the cache.
 Files are fetched only if the config allows it.
 
-Nothing is unpacked to disk, and nothing in a file is executed. Archives are read in memory, after a
-check of every member's name, and pickles are read by ``restricted.py``.
+Nothing is unpacked to disk, and nothing in a file is executed. ``archives.py`` reads archives in
+memory, after a check of every member's name, and ``restricted.py`` reads pickles.
 """
 
-import gzip
+import functools
 import os
-import tarfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from optalr.experiments.data.archives import (
+    decompress,
+    is_archive,
+    read_archive,
+    read_unpacked,
+)
 from optalr.experiments.errors import ExperimentError
 
 ENVIRONMENT = "OPTALR_DATA"
-# The largest data set here, SVHN's extra images, stays below 2 GB: what unpacks to more than this
-# is damaged or hostile.
-_MAX_BYTES = 4 << 30
-_ARCHIVES = (".tar", ".tar.gz", ".tgz")
+# The largest file of a data set here, SVHN's extra images, has 1.6 GB: what unpacks to more than
+# this is damaged or hostile.
+MOST_BYTES = 1_700_000_000
 
 
 class Download(NamedTuple):
@@ -68,6 +71,7 @@ def find(
     search: Search,
     wanted: Mapping[str, Sequence[str]],
     *,
+    most: int = MOST_BYTES,
     system: Sequence[str] = (),
     inside: Sequence[str] = (),
     downloads: Sequence[Download] = (),
@@ -77,6 +81,7 @@ def find(
     Args:
       search: where to look.
       wanted: key to the names that its file can have (also with ``.gz``, which is decompressed).
+      most: the bytes that one of these files can have, unpacked; more is refused.
       system: folders into which packages of the operating system install the files.
       inside: subfolders, also of archives, in which the files can lie.
       downloads: what to fetch into the cache.
@@ -91,12 +96,12 @@ def find(
     # All files come from one place, so that two versions of a data set are never mixed.
     looked_in = places(search, system)
     for place in looked_in:
-        found = _read_all(place, wanted, inside)
+        found = _read_all(place, wanted, inside, most=most)
         if found is not None:
             return found
     if search.download and downloads:
         _fetch(downloads, cache_folder(search.data))
-        found = _read_all(cache_folder(search.data), wanted, inside)
+        found = _read_all(cache_folder(search.data), wanted, inside, most=most)
         if found is not None:
             return found
     names = ", ".join(options[0] for options in wanted.values())
@@ -105,25 +110,6 @@ def find(
     if downloads and not search.download:
         remedy += ", or set data.download=true"
     raise ExperimentError(f"data {search.data!r}: files not found in {looked}; {remedy}.")
-
-
-def decompress(name: str, content: bytes) -> bytes:
-    """Return the contents of a gzip file.
-
-    Raises:
-      ExperimentError: the file is cut short, damaged, or unpacks to far more than any data set.
-    """
-    # Not gzip.decompress, which has no limit: a small file can unpack to more than the memory.
-    try:
-        engine = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        plain = engine.decompress(content, _MAX_BYTES)
-    except zlib.error as error:
-        raise ExperimentError(f"{name} is no gzip file ({error}): fetch it again.") from None
-    if engine.unconsumed_tail:
-        raise ExperimentError(f"{name} unpacks to more than {_MAX_BYTES} bytes: refused.")
-    if not engine.eof:
-        raise ExperimentError(f"{name} is cut short: fetch it again.")
-    return plain
 
 
 def places(search: Search, system: Sequence[str] = ()) -> list[Path]:
@@ -143,39 +129,50 @@ def places(search: Search, system: Sequence[str] = ()) -> list[Path]:
 
 
 def _read_all(
-    place: Path, wanted: Mapping[str, Sequence[str]], inside: Sequence[str]
+    place: Path, wanted: Mapping[str, Sequence[str]], inside: Sequence[str], *, most: int
 ) -> dict[str, bytes] | None:
     """Return every wanted file, or None where ``place`` lacks one."""
-    files = _list_files(place, inside)
+    names = {n for options in wanted.values() for o in options for n in (o, o + ".gz")}
+    files = _list_files(place, inside, _Wanted(names, most, most * len(wanted)))
     chosen = {}
-    for key, names in wanted.items():
-        name = next((n for option in names for n in (option, option + ".gz") if n in files), None)
+    for key, options in wanted.items():
+        name = next((n for option in options for n in (option, option + ".gz") if n in files), None)
         if name is None:
             return None
         chosen[key] = name
     # Files are read only now, so that nothing is read from a place that lacks one of them.
-    found = {}
-    for key, name in chosen.items():
-        content = files[name]()
-        found[key] = decompress(name, content) if name.endswith(".gz") else content
-    return found
+    return {key: files[name]() for key, name in chosen.items()}
 
 
-def _list_files(place: Path, inside: Sequence[str]) -> dict[str, Reader]:
+class _Wanted(NamedTuple):
+    """Which files of a place are wanted.
+
+    Attributes:
+      names: their names.
+      most: the bytes that one of them can have.
+      in_all: the bytes that all of them can have.
+    """
+
+    names: set[str]
+    most: int
+    in_all: int
+
+
+def _list_files(place: Path, inside: Sequence[str], wanted: _Wanted) -> dict[str, Reader]:
     """Return base name to reader, of files in the folder and its subfolders and in its archives."""
     if place.is_file():
-        return _archive_members(place, inside)
+        return _archive_members(place, inside, wanted)
     if not place.is_dir():
         return {}
     files: dict[str, Reader] = {}
     for folder in (place, *(place / name for name in inside)):
-        if folder.is_dir():
-            for path in sorted(folder.iterdir()):
-                if path.is_file():
-                    files.setdefault(path.name, path.read_bytes)
+        for name in sorted(wanted.names):
+            path = folder / name
+            if path.is_file():
+                files.setdefault(name, functools.partial(read_unpacked, path, wanted.most))
     for path in sorted(place.iterdir()):
-        if path.name.endswith(_ARCHIVES) and any(name in path.name for name in _stems(inside)):
-            for name, reader in _archive_members(path, inside).items():
+        if is_archive(path) and any(name in path.name for name in _stems(inside)):
+            for name, reader in _archive_members(path, inside, wanted).items():
                 files.setdefault(name, reader)
     return files
 
@@ -185,55 +182,24 @@ def _stems(inside: Sequence[str]) -> list[str]:
     return ["-".join(name.split("-")[:2]) for name in inside]
 
 
-def _archive_members(path: Path, inside: Sequence[str]) -> dict[str, Reader]:
+def _archive_members(path: Path, inside: Sequence[str], wanted: _Wanted) -> dict[str, Reader]:
     """Return the members of a tar archive that lie in ``inside`` or at its root, by base name."""
     if not is_archive(path):
-        return {path.name: path.read_bytes}
-    contents = read_archive(path, lambda name: os.path.dirname(name) in ("", *inside))
-    return {os.path.basename(k): (lambda content=v: content) for k, v in contents.items()}
+        return {path.name: functools.partial(read_unpacked, path, wanted.most)}
+
+    def chosen(name: str) -> bool:
+        folder, base = os.path.split(name)
+        return folder in ("", *inside) and base in wanted.names
+
+    contents = read_archive(path, chosen, wanted.in_all)
+    return {
+        os.path.basename(name): functools.partial(_unpacked, name, content, wanted.most)
+        for name, content in contents.items()
+    }
 
 
-def is_archive(path: Path) -> bool:
-    """Return whether a file's name is that of a tar archive."""
-    return path.name.endswith(_ARCHIVES)
-
-
-def read_archive(path: Path, chosen: Callable[[str], bool]) -> dict[str, bytes]:
-    """Return name to contents of those files in a tar archive whose names are ``chosen``.
-
-    Raises:
-      ExperimentError: it is no archive, is cut short, or has a member whose name leads elsewhere.
-    """
-    contents: dict[str, bytes] = {}
-    total = 0
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                _refuse_unsafe(path, member)
-                name = os.path.normpath(member.name)
-                if not member.isfile() or not chosen(name):
-                    continue
-                total += member.size
-                if total > _MAX_BYTES:
-                    raise ExperimentError(f"{path} holds more than {_MAX_BYTES} bytes: refused.")
-                file = archive.extractfile(member)
-                contents[name] = file.read() if file else b""
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ExperimentError(
-            f"{path} is cut short or no tar archive ({error}): fetch it again."
-        ) from None
-    return contents
-
-
-def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
-    # Nothing is written to disk, so nothing could escape. But whoever made such an archive meant
-    # harm, so the rest of it deserves no trust.
-    parts = Path(member.name).parts
-    if member.name.startswith(("/", "\\")) or ".." in parts or member.issym() or member.islnk():
-        raise ExperimentError(
-            f"{path} holds {member.name!r}, which leads out of its folder: refused. Fetch the "
-            "archive from its official address."
-        )
+def _unpacked(name: str, content: bytes, most: int) -> bytes:
+    return decompress(name, content, most) if name.endswith(".gz") else content
 
 
 def _fetch(downloads: Sequence[Download], folder: Path) -> None:

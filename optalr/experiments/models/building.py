@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from optalr.experiments.configs.calling import call
+from optalr.experiments.configs.calling import USER_ERRORS, call, reason
 from optalr.experiments.configs.config import ModelConfig
 from optalr.experiments.data.dataset import Dataset
 from optalr.experiments.errors import ExperimentError, suggest
@@ -87,9 +87,10 @@ def build_model(config: ModelConfig, dataset: Dataset) -> Model:
     # Flax notices only at the first call whether shapes fit. An abstract call costs nothing.
     try:
         jax.eval_shape(model.init, jax.random.key(0))
-    except (TypeError, ValueError) as error:
+    except USER_ERRORS as error:
         shape = dataset.train.x.shape[1:]
         raise ExperimentError(
-            f"model {config.name!r} does not take {dataset.name} examples of shape {shape}: {error}"
+            f"model {config.name!r} does not take {dataset.name} examples of shape {shape}: "
+            f"{reason(error)}"
         ) from error
     return model

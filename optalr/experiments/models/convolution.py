@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from optalr.experiments.configs.calling import Count, CountOrNone, Part, Positive
 from optalr.experiments.errors import ExperimentError
 
 # Kaiming's initialization keeps the signal's scale through a deep net of ReLUs.
@@ -148,18 +149,18 @@ class SmallCNN(nn.Module):
         return nn.Dense(self.features)(x)
 
 
-def lenet(num_classes: int, dropout: float = 0.5) -> nn.Module:
+def lenet(num_classes: int, dropout: Part = 0.5) -> nn.Module:
     """Build LeNet with dropout, as the paper on the learned rate trains it."""
     return LeNet(num_classes, dropout)
 
 
-def table1_cnn(num_classes: int, batch_norm_momentum: float = 0.9) -> nn.Module:
+def table1_cnn(num_classes: int, batch_norm_momentum: Part = 0.9) -> nn.Module:
     """Build the CNN of the Lipschitz paper's table 1, with 730 000 parameters."""
     return TableOne(num_classes, batch_norm_momentum)
 
 
 def alexnet(
-    num_classes: int, *, width: int = 64, dense: int = 1024, dropout: float = 0.5
+    num_classes: int, *, width: Count = 64, dense: Count = 1024, dropout: Part = 0.5
 ) -> nn.Module:
     """Build AlexNet for small images; ``width`` scales its convolutions."""
     return AlexNet(num_classes, width=width, dense=dense, dropout=dropout)
@@ -169,9 +170,9 @@ def vgg(
     num_classes: int,
     *,
     depth: int = 16,
-    width: float = 1.0,
-    dense: int = 512,
-    dropout: float = 0.5,
+    width: Positive = 1.0,
+    dense: CountOrNone = 512,
+    dropout: Part = 0.5,
     batch_norm: bool = True,
 ) -> nn.Module:
     """Build VGG-11, 13, 16 or 19 for small images; ``width`` scales its convolutions."""
@@ -181,7 +182,7 @@ def vgg(
     return VGG(num_classes, blocks=blocks, dense=dense, dropout=dropout, batch_norm=batch_norm)
 
 
-def cnn(num_classes: int, widths: tuple[int, ...] = (16, 32), dense: int = 64) -> nn.Module:
+def cnn(num_classes: int, widths: tuple[Count, ...] = (16, 32), dense: Count = 64) -> nn.Module:
     """Build a small CNN with one convolution and one pool for each of ``widths``."""
     return SmallCNN(num_classes, widths, dense)
 

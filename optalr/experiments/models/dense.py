@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax
 
+from optalr.experiments.configs.calling import Count
+
 
 class MLP(nn.Module):
     """Dense layers with a ReLU between them; without hidden ones, a linear model."""
@@ -20,7 +22,7 @@ class MLP(nn.Module):
         return nn.Dense(self.features)(x)
 
 
-def mlp(num_classes: int, hidden: tuple[int, ...] = (128, 64)) -> nn.Module:
+def mlp(num_classes: int, hidden: tuple[Count, ...] = (128, 64)) -> nn.Module:
     """Build dense layers of the given widths, with a ReLU between them."""
     return MLP(num_classes, hidden)
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from optalr.experiments.configs.calling import Depth
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models.convolution import global_mean
 
@@ -104,7 +105,7 @@ class ResNetV2(nn.Module):
         return nn.Dense(self.features)(global_mean(x))
 
 
-def resnet(num_classes: int, depth: int = 20, version: int = 1) -> nn.Module:
+def resnet(num_classes: int, depth: Depth = 20, version: int = 1) -> nn.Module:
     """Build a ResNet for small images.
 
     Args:

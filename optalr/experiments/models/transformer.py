@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from optalr.experiments.configs.calling import Count, Depth, Part
 from optalr.experiments.errors import ExperimentError
 
 # The deviation that GPT-2 starts from.
@@ -73,7 +74,7 @@ class LanguageModel(nn.Module):
 
 
 def transformer(
-    num_classes: int, *, layers: int = 2, width: int = 64, heads: int = 4, dropout: float = 0.0
+    num_classes: int, *, layers: Depth = 2, width: Count = 64, heads: Count = 4, dropout: Part = 0.0
 ) -> nn.Module:
     """Build a causal transformer over symbols, with norms before its layers (as in GPT-2)."""
     if width % heads:

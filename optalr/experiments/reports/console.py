@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -86,15 +87,25 @@ def _numbers(row: Mapping[str, Any], score_name: str) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: names aligned left in the first column, numbers right in the others."""
+    """Print a table: names aligned left in the first column, numbers right in the others.
+
+    No word is broken. Where the terminal is too narrow for that, each row becomes a paragraph.
+    """
     console.print(title, soft_wrap=True)
     table = Table()
-    # The first column holds names, which are hard to read in pieces.
-    longest = max(map(len, (row[0] for row in rows)), default=0)
     for i, name in enumerate(header):
-        width = min(longest, console.width // 3) if i == 0 else None
-        side = "left" if i == 0 else "right"
-        table.add_column(name, justify=side, overflow="fold", min_width=width)
+        words = [word for row in (header, *rows) for word in row[i].split()]
+        widest = max(map(len, words), default=0)
+        # The first column holds names, which are hard to read in pieces.
+        longest = max(map(len, (row[0] for row in rows)), default=0) if i == 0 else 0
+        width = max(widest, min(longest, console.width // 3))
+        table.add_column(name, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    if Measurement.get(console, console.options, table).minimum <= console.width:
+        console.print(table)
+        return
+    for first, *others in rows:
+        console.print(first, soft_wrap=True)
+        for name, cell in zip(header[1:], others, strict=True):
+            console.print(f"  {name}: {cell}", soft_wrap=True)

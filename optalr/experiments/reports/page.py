@@ -102,6 +102,5 @@ def _environment(comparison: Comparison) -> str:
     """Return what the first run recorded about its machine, which stands for the others."""
     for name in comparison.configs:
         for folder in comparison.runs(name):
-            found = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-            return json.dumps(found, indent=2)
+            return json.dumps(folder.environment(), indent=2)
     return ""

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
+from optalr.experiments.records.writing import write_atomically
 from optalr.experiments.reports.axes import shade_phases, to_png
 from optalr.experiments.studies.curves import WINDOW
 from optalr.experiments.studies.series import column, trailing_mean
@@ -19,7 +20,7 @@ _DOTS_PER_INCH = 110
 def plot_run(folder: RunFolder, score_name: str) -> Path:
     """Draw ``curves.png`` into a run folder and return its path."""
     path = folder.path / "curves.png"
-    path.write_bytes(to_png(draw_run(folder, score_name)))
+    write_atomically(path, to_png(draw_run(folder, score_name)))
     return path
 
 

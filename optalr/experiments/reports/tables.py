@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from optalr.experiments.records.run_folder import write_atomically
+from optalr.experiments.records.writing import write_atomically
 from optalr.experiments.reports.axes import to_png
 from optalr.experiments.reports.page import TextTable, html_page
 from optalr.experiments.reports.pictures import draw_curves, draw_losses, draw_rates

@@ -9,8 +9,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,12 @@ from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.data import Dataset, load
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError, suggest
-from optalr.experiments.records.run_folder import RunFolder, write_atomically
+from optalr.experiments.records.locks import locked
+from optalr.experiments.records.run_folder import RunFolder, check_free
+from optalr.experiments.records.signals import Interruption
+from optalr.experiments.records.writing import new_folder, write_atomically
+from optalr.experiments.studies.parallel import resume_side_by_side
+from optalr.experiments.studies.size import check_seeds, refuse_endless
 from optalr.experiments.training.loop import train
 from optalr.experiments.training.trainer import Trainer
 
@@ -89,36 +96,39 @@ def create(
     Raises:
       ExperimentError: something is there already, or the number of seeds is not positive.
     """
-    if num_seeds < 1:
-        raise ExperimentError(f"--seeds must be at least 1, got {num_seeds}.")
-    if path.exists():
-        raise ExperimentError(
-            f"{path} exists and is not overwritten: name another folder with --out, or go on with "
-            f"`optalr resume {path}`."
-        )
-    (path / "configs").mkdir(parents=True)
-    for name, config in configs.items():
-        write_atomically(path / "configs" / f"{name}.toml", to_toml(to_table(config)))
     first = min(config.train.seed for config in configs.values())
+    check_seeds(first, num_seeds)
+    refuse_endless(len(configs) * num_seeds, "runs of the comparison")
+    check_free(path)
     seeds = tuple(range(first, first + num_seeds))
     # JSON has no NaN.
     target_or_null = None if math.isnan(target) else target
     specification = {"configs": list(configs), "seeds": seeds, "target": target_or_null}
-    # Written last, because `resume` recognizes a comparison by this file.
-    write_atomically(path / SPECIFICATION, json.dumps(specification, indent=2))
+    with new_folder(path) as scratch:
+        (scratch / "configs").mkdir()
+        for name, config in configs.items():
+            write_atomically(scratch / "configs" / f"{name}.toml", to_toml(to_table(config)))
+        write_atomically(scratch / SPECIFICATION, json.dumps(specification, indent=2))
     return Comparison(path, configs, seeds, target)
 
 
 def open_comparison(path: Path) -> Comparison:
-    """Open the folder of an earlier comparison."""
-    specification = json.loads((path / SPECIFICATION).read_text(encoding="utf-8"))
-    target = specification["target"]
-    return Comparison(
-        path,
-        {name: load_config(path / "configs" / f"{name}.toml") for name in specification["configs"]},
-        tuple(specification["seeds"]),
-        math.nan if target is None else target,
-    )
+    """Open the folder of an earlier comparison.
+
+    Raises:
+      ExperimentError: its list of configs and seeds is damaged.
+    """
+    try:
+        specification = json.loads((path / SPECIFICATION).read_text(encoding="utf-8"))
+        names, target = specification["configs"], specification["target"]
+        seeds = tuple(map(operator.index, specification["seeds"]))
+        target = math.nan if target is None else float(target)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExperimentError(
+            f"{path / SPECIFICATION} is damaged ({error}): it must list configs, seeds and target."
+        ) from None
+    configs = {name: load_config(path / "configs" / f"{name}.toml") for name in names}
+    return Comparison(path, configs, seeds, target)
 
 
 def select(comparison: Comparison, names: Sequence[str]) -> Comparison:
@@ -135,13 +145,51 @@ def select(comparison: Comparison, names: Sequence[str]) -> Comparison:
     return dataclasses.replace(comparison, configs=chosen)
 
 
-def run_all(comparison: Comparison, show: ShowProgress) -> None:
+def run_all(
+    comparison: Comparison, show: ShowProgress, *, force: bool = False, jobs: int = 1
+) -> None:
     """Train what is not yet trained. A run that diverges is recorded, and the next one follows.
 
     Args:
       comparison: the configs and seeds.
       show: ``show(title, score_name, lines)``, a context manager that yields a report function.
+      force: go on from checkpoints of other settings as well.
+      jobs: how many runs to train at once, each in a process of its own; 1 trains one after another
+        in this process.
+
+    Raises:
+      Interruption: a signal asked to stop.
+      ExperimentError: another process is at work on the comparison, or a run cannot go on.
     """
+    with locked(comparison.path):
+        try:
+            if jobs == 1:
+                _run_in_order(comparison, show, force=force)
+            else:
+                _run_at_once(comparison, jobs=jobs, force=force)
+        except Interruption as error:
+            remedy = f"interrupted; go on with `optalr resume {comparison.path}`."
+            raise Interruption(error.number, remedy) from None
+
+
+def _run_at_once(comparison: Comparison, *, jobs: int, force: bool) -> None:
+    unfinished = []
+    for name, config in comparison.configs.items():
+        for seed in comparison.seeds:
+            folder = _folder(comparison, name, override(config, {"train.seed": seed}))
+            if folder.result() is None:
+                unfinished.append(folder.path)
+    resume_side_by_side(unfinished, jobs, print, force=force)
+
+
+def _folder(comparison: Comparison, name: str, config: Config) -> RunFolder:
+    """Return the run folder of a config with its seed, which is made if it is not there."""
+    path = comparison.run_path(name, config.train.seed)
+    return RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
+
+
+def _run_in_order(comparison: Comparison, show: ShowProgress, *, force: bool) -> None:
+    go_on = functools.partial(train, force=True) if force else train
     datasets: dict[str, Dataset] = {}
     total = len(comparison.configs) * len(comparison.seeds)
     done = 0
@@ -160,16 +208,15 @@ def run_all(comparison: Comparison, show: ShowProgress) -> None:
                     datasets[settings] = load(config.data)
                 trainer = Trainer(config, datasets[settings])
                 trainer.compile()
-            seeded = override(config, {"train.seed": seed})
-            folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, seeded)
+            folder = _folder(comparison, name, override(config, {"train.seed": seed}))
             title = f"{name} seed {seed} ({done}/{total})"
             with (
                 show(title, trainer.objective.score_name, 1) as report,
                 contextlib.suppress(TrainingDivergedError),  # the run's result and the table say it
             ):
-                train(trainer, folder, report)
+                go_on(trainer, folder, report)
 
 
 def _data_settings(config: Config) -> str:
     """Return the data section as a text that is equal for equal data."""
-    return json.dumps(to_table(config)["data"], sort_keys=True)
+    return json.dumps(to_table(config)["data"], sort_keys=True, default=str)

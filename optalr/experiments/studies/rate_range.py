@@ -1,5 +1,6 @@
 """The learning rate that a config's problem asks for."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +14,9 @@ from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import build_model
 from optalr.experiments.training.objective import OBJECTIVES
 from optalr.experiments.training.steps import make_loss
+
+# The examples of all steps are chosen before the first.
+_MOST_STEPS = 1_000_000
 
 
 def suggest_for(
@@ -33,6 +37,10 @@ def suggest_for(
     Raises:
       ExperimentError: an argument is out of range.
     """
+    if not 1 <= num_steps <= _MOST_STEPS:
+        raise ExperimentError(f"--steps must lie between 1 and {_MOST_STEPS}, got {num_steps}.")
+    if not all(0 < start < math.inf for start in starts):
+        raise ExperimentError(f"--starts must be finite rates above 0, got {list(starts)}.")
     dataset = load(config.data)
     model, objective = build_model(config.model, dataset), OBJECTIVES[dataset.task]
     loss_fn = make_loss(model, objective, dataset)

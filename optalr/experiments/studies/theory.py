@@ -6,6 +6,7 @@ while plain SGD keeps the shape of the noise. How much there is to make isotropi
 the spectra of the factors.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ ISOTROPIC = "isotropic noise"
 SNAPSHOTS = 6
 # Normal numbers to draw at once for the reference. It needs as many per batch as there are weights.
 _CHUNK = 4096
+# All gradients are held, and the eigenvalues of a matrix of this size are taken.
+_MOST_BATCHES = 10_000
 
 
 class Theory(NamedTuple):
@@ -58,10 +61,13 @@ def examine(trainer: Trainer, *, num_batches: int, damping: float) -> Theory:
       ExperimentError: the method keeps no factors, training diverged, or an argument is out of
         range.
     """
-    if num_batches < 2:
-        raise ExperimentError(f"--batches must be at least 2 for a covariance, got {num_batches}.")
-    if not damping > 0:
-        raise ExperimentError(f"--damping must be above 0, got {damping}.")
+    if not 2 <= num_batches <= _MOST_BATCHES:
+        raise ExperimentError(
+            f"--batches must lie between 2, for a covariance, and {_MOST_BATCHES}, got "
+            f"{num_batches}."
+        )
+    if not 0 < damping < math.inf:
+        raise ExperimentError(f"--damping must be finite and above 0, got {damping}.")
     seed = trainer.config.train.seed
     state, spectra = _train_noting_spectra(trainer, seed)
     gradients, factors = _sample_gradients(trainer, state, num_batches)

@@ -13,7 +13,9 @@ from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.configs.files import override, to_toml
 from optalr.experiments.data import load
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.records.run_folder import RunFolder, write_atomically
+from optalr.experiments.records.run_folder import RunFolder, check_free
+from optalr.experiments.records.writing import new_folder, write_atomically
+from optalr.experiments.studies.size import check_seeds, refuse_endless
 from optalr.experiments.studies.sweep import can_sweep, train_grid
 from optalr.experiments.training.trainer import Trainer
 
@@ -38,6 +40,7 @@ def grid(config: Config) -> list[dict[str, Any]]:
                 f"tune.{key} must be a list of values, got {values!r}; write the key in quotes, "
                 'for example "method.learning_rate" = [0.1, 0.01].'
             )
+    refuse_endless(math.prod(map(len, config.tune.values())), "points of the grid")
     points = [
         dict(zip(config.tune, values, strict=True))
         for values in itertools.product(*config.tune.values())
@@ -64,14 +67,22 @@ def tune(config: Config, path: Path, num_seeds: int) -> Iterator[dict[str, Any]]
         holds something else.
     """
     points = grid(config)
-    if num_seeds < 1:
-        raise ExperimentError(f"--seeds must be at least 1, got {num_seeds}.")
+    check_seeds(config.train.seed, num_seeds)
+    refuse_endless(len(points) * num_seeds, "runs of the search")
     if config.data.validation_fraction <= 0:
         raise ExperimentError(
             "tuning chooses by the validation loss and there are no validation examples: set "
             "data.validation_fraction."
         )
     folder = _open(path, config, num_seeds)
+    with folder.lock():
+        yield from _search(config, folder, points, num_seeds=num_seeds)
+
+
+def _search(
+    config: Config, folder: RunFolder, points: list[dict[str, Any]], *, num_seeds: int
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per point, of those that are known already and of those to be trained."""
     known = {json.dumps(row["point"]): row for row in folder.rows(RESULTS)}
     dataset = load(config.data)
     seeds = range(config.train.seed, config.train.seed + num_seeds)
@@ -160,6 +171,7 @@ def _open(path: Path, config: Config, num_seeds: int) -> RunFolder:
                 f"{path} exists and holds something else: name another folder with --out."
             )
     else:
-        path.mkdir(parents=True)
-        write_atomically(file, text)
+        check_free(path)
+        with new_folder(path) as scratch:
+            write_atomically(scratch / file.name, text)
     return RunFolder(path)

@@ -11,89 +11,134 @@ import numpy as np
 
 import optalr
 from optalr.arrays import all_finite
-from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
+from optalr.experiments.records.identity import Identity, check_same, from_json, identify
 from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
+from optalr.experiments.records.signals import Interruption, StopRequest, handled
 from optalr.experiments.training.divergence import diagnose
 from optalr.experiments.training.trainer import Segment, Trainer, TrainState
 
 Report = Callable[[dict[str, Any]], None]
 
 
-def train(trainer: Trainer, folder: RunFolder, report: Report = lambda row: None) -> dict[str, Any]:
-    """Train to the last epoch, from the last checkpoint if there is one.
+def train(
+    trainer: Trainer,
+    folder: RunFolder,
+    report: Report = lambda row: None,
+    *,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Train to the last epoch, from the newest intact checkpoint if there is one.
 
     The parameters, the method's state and every recorded number except the seconds are the same
-    bits whether or not the run was interrupted.
+    bits whether or not the run was interrupted. SIGINT and SIGTERM are noted; the run then saves a
+    checkpoint after the steps under way, and leaves.
 
     Args:
       trainer: the config made ready.
       folder: where the run is recorded; the seed is that of its config.
       report: called after each segment with its last row of metrics.
+      force: go on from a checkpoint of other settings as well.
 
     Returns:
       The result: final losses and scores, steps, seconds.
 
     Raises:
       TrainingDivergedError: a loss or parameter is not finite. The message is a diagnosis.
+      ExperimentError: the folder is in use, its checkpoints are damaged or those of another run, or
+        the system refuses to write.
+      Interruption: a signal asked to stop.
     """
     finished = folder.result()
     if finished is not None:
         return finished
-    keep = trainer.config.record.keep
-    with folder.lock(), Checkpoints(folder.path / "checkpoints", keep) as checkpoints:
-        return _Run(trainer, folder, checkpoints=checkpoints, report=report).to_the_end()
+    seed = folder.config().train.seed
+    identity = identify(trainer.config, seed, trainer.dataset)
+    stop = StopRequest()
+    with handled(stop), folder.lock():
+        checkpoints = Checkpoints(folder.path / "checkpoints", trainer.config.record.keep)
+        run = _Run(trainer, folder, checkpoints=checkpoints, identity=identity, seed=seed)
+        return run.to_the_end(report, stop, force=force)
 
 
 class _Run:
     """One run under way."""
 
     def __init__(
-        self, trainer: Trainer, folder: RunFolder, *, checkpoints: Checkpoints, report: Report
+        self,
+        trainer: Trainer,
+        folder: RunFolder,
+        *,
+        checkpoints: Checkpoints,
+        identity: Identity,
+        seed: int,
     ):
         self.trainer, self.folder, self.checkpoints = trainer, folder, checkpoints
-        self.report = report
+        self.identity, self.seed = identity, seed
         self.record = trainer.config.record
-        self.seed = folder.config().train.seed
         self.seconds = 0.0
         self.validation_loss = math.nan
+        # Noted in checkpoints, so that a lost row of the evaluations does not change the result.
+        self.lowest_test_loss = math.nan
         self.saved_at = time.monotonic()
 
-    def to_the_end(self) -> dict[str, Any]:
+    def to_the_end(self, report: Report, stop: StopRequest, *, force: bool) -> dict[str, Any]:
         """Train what is left, and return the result."""
         trainer = self.trainer
-        state = self._start()
+        state = self._start(force)
+        self._leave_if_asked(stop, state)
         while (step := int(state.step)) < trainer.total_steps:
             if step % trainer.steps_per_epoch == 0:
                 self._evaluate_if_due(state)
             for segment in trainer.segments(state, self.seed, self.validation_loss):
                 state = segment.state
-                self._append(segment)
+                report(self._append(segment))
                 self._save_if_due(state)
+                self._leave_if_asked(stop, state)
             # Only one step gets it, the first after it was measured.
             self.validation_loss = math.nan
         return self._finish(state)
 
-    def _start(self) -> TrainState:
+    def _start(self, force: bool) -> TrainState:
         """Return the state to go on from, and cut off what was recorded after it."""
-        state = self.trainer.init(self.seed)
+        state, noted = self.trainer.init(self.seed), {}
         latest = self.checkpoints.latest()
         if latest is not None:
             # Compared first: a change of the config may make it impossible to read the state.
-            saved = self.checkpoints.meta(latest).get("configuration")
-            if saved is not None:
-                optalr.warn_if_changed(saved, _decisive_settings(self.trainer.config))
+            saved = from_json(self.checkpoints.meta(latest)["identity"])
+            where = self.checkpoints.path / str(latest)
+            check_same(saved, self.identity, where=where, force=force)
             state, meta = self.checkpoints.restore(latest, state)
-            self.seconds = meta["seconds"]
+            self.checkpoints.set_damaged_aside()
+            self.seconds, noted = meta["seconds"], meta["records"]
+            self.lowest_test_loss = _number(meta["lowest_test_loss"])
         step = int(state.step)
-        self.folder.cut(METRICS, step)
+        self.folder.run = self.identity.name
+        self.folder.reopen()
+        self.folder.cut(METRICS, step, noted=noted.get(METRICS))
         # The evaluation at this very step is made again, with the same numbers.
-        self.folder.cut(EVALUATIONS, step - 1)
+        self.folder.cut(EVALUATIONS, step - 1, noted=noted.get(EVALUATIONS))
         return state
 
-    def _append(self, segment: Segment) -> None:
-        """Record a row for each step of a segment, up to the first loss that is not finite."""
+    def _leave_if_asked(self, stop: StopRequest, state: TrainState) -> None:
+        """Save what there is and raise, if a signal has asked to stop."""
+        if stop.number is not None:
+            step = int(state.step)
+            if step:
+                self._save(state)
+            raise Interruption(
+                stop.number,
+                f"interrupted at step {step}, which is saved; go on with "
+                f"`optalr resume {self.folder.path}`.",
+            )
+
+    def _append(self, segment: Segment) -> dict[str, Any]:
+        """Record a row for each step of a segment, up to the first loss that is not finite.
+
+        Returns:
+          What to report of the last.
+        """
         trainer = self.trainer
         losses = segment.measured["loss"]
         num_steps = len(losses)
@@ -117,7 +162,7 @@ class _Run:
             self.folder.append(METRICS, rows)
             self._diverged(rows[-1]["step"])
         self.folder.append(METRICS, rows)
-        self.report(rows[-1] | {"total_steps": trainer.total_steps, "pace": pace})
+        return rows[-1] | {"total_steps": trainer.total_steps, "pace": pace}
 
     def _save_if_due(self, state: TrainState) -> None:
         step, total = int(state.step), self.trainer.total_steps
@@ -125,15 +170,23 @@ class _Run:
         due = within == 0 and (epoch % self.record.checkpoint_every == 0 or step == total)
         waited = time.monotonic() - self.saved_at
         if due or waited > 60 * self.record.checkpoint_minutes:
-            # The last loss may be finite where the parameters after it are not.
-            if not bool(jax.jit(all_finite)(state.params)):
-                self._diverged(step)
-            # Rows reach the disk first, so that no checkpoint is ahead of them.
-            self.folder.sync()
-            settings = _decisive_settings(self.trainer.config)
-            meta = {"seconds": self.seconds, "configuration": settings}
-            self.checkpoints.save(step, state, meta)
-            self.saved_at = time.monotonic()
+            self._save(state)
+
+    def _save(self, state: TrainState) -> None:
+        # The last loss may be finite where the parameters after it are not.
+        if not bool(jax.jit(all_finite)(state.params)):
+            self._diverged(int(state.step))
+        self.folder.check_place()
+        # Rows reach the disk first, so that no checkpoint is ahead of them.
+        self.folder.sync()
+        meta = {
+            "seconds": self.seconds,
+            "lowest_test_loss": self.lowest_test_loss,
+            "records": self.folder.standing(),
+            "identity": self.identity._asdict(),
+        }
+        self.checkpoints.save(int(state.step), state, meta)
+        self.saved_at = time.monotonic()
 
     def _evaluate_if_due(self, state: TrainState) -> None:
         epoch = int(state.step) // self.trainer.steps_per_epoch
@@ -146,15 +199,16 @@ class _Run:
         step = int(state.step)
         row = {"step": step, "epoch": step / self.trainer.steps_per_epoch}
         self.folder.append(EVALUATIONS, [row | {"seconds": self.seconds} | found])
+        # NaN where there is none yet, which `fmin` passes over.
+        self.lowest_test_loss = float(np.fmin(self.lowest_test_loss, found["test_loss"]))
         return found
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
         found = self._evaluate(state, "train", "validation", "test")
-        losses = [row["test_loss"] for row in self.folder.rows(EVALUATIONS)]
         result = {
             "status": "finished",
             **found,
-            "lowest_test_loss": float(np.nanmin(losses)),
+            "lowest_test_loss": self.lowest_test_loss,
             "steps": int(state.step),
             "epochs": self.trainer.config.train.epochs,
             "seconds": self.seconds,
@@ -208,12 +262,6 @@ def open_unfinished(path: str | Path) -> tuple[Trainer, RunFolder]:
     return Trainer(folder.config()), folder
 
 
-def _decisive_settings(config: Config) -> dict[str, str]:
-    """Describe what decides the course of a run.
-
-    The seed is left out: a trainer serves many, and each run folder has its own.
-    """
-    table = to_table(config)
-    decisive = {key: table[key] for key in ("data", "model", "method", "schedule", "phase")}
-    train = {key: value for key, value in table["train"].items() if key != "seed"}
-    return optalr.configuration(**decisive, train=train)
+def _number(value: float | None) -> float:
+    """Return a number of a checkpoint's JSON, which has no NaN."""
+    return math.nan if value is None else value

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optalr.experiments.configs.calling import USER_ERRORS, reason
 from optalr.experiments.configs.config import Config
 from optalr.experiments.configs.methods import build_method, probes_validation
 from optalr.experiments.data import Dataset, load
@@ -32,6 +33,8 @@ _REPORT_SECONDS = 1.0
 # It runs this many steps ahead of the device: enough to hide the host's work, few enough that
 # batches do not pile up in memory.
 _STEPS_AHEAD = 4
+# States count their steps as int32.
+_MOST_STEPS = 2**31 - 1
 
 
 class Segment(NamedTuple):
@@ -73,6 +76,7 @@ class Trainer:
         self._check_batch_size()
         self.steps_per_epoch = len(self.dataset.train) // self.batch_size
         self.total_steps = config.train.epochs * self.steps_per_epoch
+        self._check_total_steps()
         self.objective = OBJECTIVES[self.dataset.task]
         self.model = build_model(config.model, self.dataset)
         self.loss_fn = make_loss(self.model, self.objective, self.dataset)
@@ -243,8 +247,8 @@ class Trainer:
         """Call ``function``; turn what a method refuses into one line that names it."""
         try:
             return function(*arguments)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise ExperimentError(f"method {self.config.method.name!r}: {error}") from error
+        except USER_ERRORS as error:
+            raise ExperimentError(f"method {self.config.method.name!r}: {reason(error)}") from error
 
     def _augmentation(self) -> Augmentation | None:
         augment = build_augmentation(self.config.data.augment)
@@ -262,6 +266,13 @@ class Trainer:
                 f"train.batch_size {self.batch_size} is larger than the "
                 f"{len(self.dataset.train)} training examples of {self.dataset.name!r}: set "
                 f"train.batch_size to at most {len(self.dataset.train)}."
+            )
+
+    def _check_total_steps(self) -> None:
+        if self.total_steps > _MOST_STEPS:
+            raise ExperimentError(
+                f"train.epochs {self.config.train.epochs} of {self.steps_per_epoch} steps are more "
+                f"than the {_MOST_STEPS} steps that 32 bits can count: lower train.epochs."
             )
 
     def _check_validation(self) -> None:

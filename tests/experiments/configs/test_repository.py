@@ -11,6 +11,7 @@ from optalr.experiments.configs.methods import build_method
 from optalr.experiments.studies.tune import grid
 
 FOLDER = Path(__file__).parents[3] / "configs"
+EXAMPLES = FOLDER.parent / "optalr" / "experiments" / "examples"
 FILES = sorted(FOLDER.rglob("*.toml"))
 
 
@@ -45,3 +46,8 @@ def test_the_method_of_a_config_can_be_built(path):
         given["loss"] = "softmax_cross_entropy"
     total = 10 * config.train.epochs
     assert build_method(config, steps_per_epoch=10, total_steps=total, given=given)
+
+
+def test_the_wheel_ships_the_configs_of_the_digits():
+    shipped = {path.name: path.read_text() for path in EXAMPLES.glob("*.toml")}
+    assert shipped == {path.name: path.read_text() for path in (FOLDER / "digits").glob("*.toml")}

@@ -8,7 +8,8 @@ import pytest
 
 from optalr.experiments.configs.config import Config
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.records.run_folder import METRICS, RunFolder, free_path
+from optalr.experiments.records.run_folder import METRICS, RunFolder
+from optalr.experiments.records.writing import free_path
 
 
 def test_nothing_is_overwritten(tmp_path):

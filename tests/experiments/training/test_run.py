@@ -162,18 +162,20 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
         pytest.warns(ConfigurationChangedWarning, match=r"model\.hidden\.0: 16 -> 8"),
         pytest.raises(ExperimentError, match="does not fit this run"),
     ):
-        train(*open_unfinished(copy))
+        train(*open_unfinished(copy), force=True)
 
 
-def test_resuming_with_another_setting_warns_and_names_it(finished, tmp_path):
+def test_resuming_with_another_setting_is_refused_unless_told_and_names_it(finished, tmp_path):
     _, folder, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(folder.path, copy)
     (copy / "result.json").unlink()
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("epochs = 4", "epochs = 5"))
+    with pytest.raises(ExperimentError, match=r"train\.epochs: 4 -> 5\. .* with --force"):
+        train(*open_unfinished(copy))
     with pytest.warns(ConfigurationChangedWarning) as caught:
-        result = train(*open_unfinished(copy))
+        result = train(*open_unfinished(copy), force=True)
     assert [str(w.message).split(": ", 1)[1] for w in caught] == ["train.epochs: 4 -> 5"]
     assert result["steps"] == 25
 

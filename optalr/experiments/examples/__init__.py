@@ -1,0 +1,1 @@
+"""Configs that the package ships, copies of those in the repository's `configs/digits`."""
