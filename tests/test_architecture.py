@@ -22,6 +22,7 @@ ORDER_INSIDE = {
     "experiments": ["reports", "studies", "training", "records", "models", "data", "configs"],
     "signals": ["tapping", "tracing", "binding"],
     "linalg": ["roots", "minres"],
+    "recipes": ["paper"],
 }
 # What several methods share: no method itself.
 SHARED = {"shared"}

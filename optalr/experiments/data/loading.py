@@ -1,5 +1,6 @@
 """Loading data by name."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -48,6 +49,8 @@ def load(config: DataConfig) -> Dataset:
         raise ExperimentError(f"unknown data.name {config.name!r}: {suggest(config.name, LOADERS)}")
     search = Search(config.name, config.folder, config.download)
     raw = call(LOADERS[config.name], config.options, section="data", search=search)
+    if config.standardize:
+        raw = dataclasses.replace(raw, standardize=config.standardize)
     return split(
         config.name,
         raw,

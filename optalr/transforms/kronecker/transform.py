@@ -18,7 +18,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_choice, check_count, check_interval, require_extra
+from optalr.arguments import (
+    check_choice,
+    check_count,
+    check_interval,
+    check_kind,
+    require_extra,
+)
 from optalr.arrays import at_least_float32, on_auto_axes, wide_dtype
 from optalr.clocks import asking
 from optalr.signals.coverage import Coverage
@@ -160,6 +166,7 @@ def scale_by_kronecker(
     check_count("update_every", update_every)
     if signals_every is not None:
         check_count("signals_every", signals_every)
+    check_kind("layout", layout, Coverage, remedy=_LAYOUT)
     check_choice("statistics", statistics, ("signals", "gradient"))
     check_root_method(options, power, statistics)
     if options.joint_bias and layout is None:
@@ -276,6 +283,7 @@ class _Kronecker:
         return Step(self.spectrum(), plans, leaves, signals, measure)
 
 
+_LAYOUT = "Pass what optalr.coverage(loss_fn, params, *args) returns."
 _REMEDY = (
     "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call value, "
     "grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); "
