@@ -29,6 +29,7 @@ from optalr.recipes import (
     learned_rate_then,
     lipschitz_adam,
     lipschitz_sgd,
+    paper,
     tso_alra,
     untuned,
 )
@@ -138,6 +139,8 @@ __all__ = [
     "lipschitz_adam",
     "classical",
     "CLASSICAL_RULES",
+    # Each source to the letter.
+    "paper",
     # Wrappers that hand extras on.
     "multi_steps",
     "pass_extras",

@@ -110,6 +110,50 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
 
 
+def check_transformation(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise ``TypeError`` unless ``value`` has the methods of a gradient transformation.
+
+    Args:
+      name: the argument's name, as the caller wrote it.
+      value: what was passed.
+      optional: whether None is allowed.
+    """
+    if optional and value is None:
+        return
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation{' or None' if optional else ''}, got "
+            f"{value!r}. Build it first, for instance optax.sgd(0.1)."
+        )
+
+
+def check_kind(name: str, value: Any, kind: Any, *, remedy: str = "") -> None:
+    """Raise ``TypeError`` unless ``value`` is a ``kind`` (a type, or several), or None."""
+    if value is not None and not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        listed = " or ".join(each.__name__ for each in kinds)
+        raise TypeError(f"{name} must be a {listed} or None, got {value!r}. {remedy}".rstrip())
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` is a bool; an array may be a traced one."""
+    if not isinstance(value, bool | np.bool_ | jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_function(name: str, value: Any, *, remedy: str = "") -> None:
+    """Raise ``TypeError`` unless ``value`` can be called, or is None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {value!r}. {remedy}".rstrip())
+
+
+def check_mask(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` is a tree of bools, a function to one, or None."""
+    flags = bool | np.bool_ | jax.Array | np.ndarray
+    if not callable(value) and not all(isinstance(x, flags) for x in jax.tree.leaves(value)):
+        raise TypeError(f"{name} must be a tree of bools, a function or None, got {value!r}.")
+
+
 def check_numbers(name: str, tree: Any, *, floating: bool = False) -> None:
     """Raise unless every leaf of a pytree is an array of numbers, or a number.
 

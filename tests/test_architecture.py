@@ -31,6 +31,7 @@ ORDER_INSIDE = {
     ],
     "signals": ["tapping", "tracing", "binding"],
     "linalg": ["roots", "minres"],
+    "recipes": ["paper"],
 }
 # What several methods share: no method itself.
 SHARED = {"shared"}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import optalr
-from optalr import linalg, phases, schedules
+from optalr import linalg, paper, phases, schedules
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGES = sorted((DOCS / "api").glob("*.md"))
@@ -24,7 +24,7 @@ ADAPTERS = (
 # What a user writes to reach a public name, and what stands there.
 PUBLIC = {
     f"{room.__name__}.{name}": getattr(room, name)
-    for room in (optalr, linalg, schedules, phases)
+    for room in (optalr, linalg, schedules, phases, paper)
     for name in room.__all__
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 import optalr
-from optalr import linalg, schedules
+from optalr import linalg, paper, schedules
 
 PUBLIC = {
     name: getattr(optalr, name)
@@ -17,8 +17,8 @@ PUBLIC = {
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
 # Public modules beside the front door; ``linalg.inverse_root`` stands for a name in one.
 INNER = {
-    f"{module.__name__.removeprefix('optalr.')}.{name}": getattr(module, name)
-    for module in (linalg, schedules)
+    f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
+    for module in (linalg, schedules, paper)
     for name in module.__all__
 }
 EVERYTHING = {n: v for n, v in {**PUBLIC, **INNER}.items() if not inspect.ismodule(v)}

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_choice, check_interval
+from optalr.arguments import (
+    check_choice,
+    check_flag,
+    check_interval,
+    check_transformation,
+)
 from optalr.arrays import wide_dtype
 from optalr.clocks import ASK, BLEND, FIRST, SECOND, TAKE_OVER, asking, chosen, is_told
 from optalr.phases.momentum import hand_over_momentum
@@ -63,6 +68,7 @@ def two_stage(
     phase: Any,
     *,
     momentum: Momentum = "restart",
+    guard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Apply ``first``, and from the switch on ``second``.
 
@@ -92,6 +98,7 @@ def two_stage(
         gives it the momentum of the first stage at the switch, unchanged: it is in the units of the
         first stage's direction, and the rate of the second scales it. A function ``(first_state,
         second_state) -> second_state`` of your own is applied at the switch.
+      guard: whether gradients are looked at as above; False hands each on as it is.
 
     Returns:
       A transformation; extra arguments reach both stages.
@@ -128,24 +135,24 @@ def two_stage(
       follows Akiba, Suzuki, Fukuda, "Extremely Large Minibatch SGD", 2017.
     """
     for name, stage in (("first", first), ("second", second)):
-        if not (hasattr(stage, "init") and hasattr(stage, "update")):
-            raise TypeError(
-                f"{name} must be an optax.GradientTransformation, got {stage!r}. Build it first, "
-                "for instance optax.sgd(0.1)."
-            )
+        check_transformation(name, stage)
+    check_flag("guard", guard)
     if not callable(momentum):
         check_choice("momentum", momentum, tuple(_TRANSFERS))
     if callable(phase):
         inject = optax.inject_hyperparams(
-            two_stage, static_args=("first", "second", "momentum"), hyperparam_dtype=jnp.float32
+            two_stage,
+            static_args=("first", "second", "momentum", "guard"),
+            hyperparam_dtype=jnp.float32,
         )
-        return inject(first, second, phase=phase_schedule(phase), momentum=momentum)
+        return inject(first, second, phase=phase_schedule(phase), momentum=momentum, guard=guard)
     check_interval("phase", phase, 0.0, 1.0, remedy="Pass a phase scheduler such as switch_at.")
     stages = _Stages(
         first=optax.with_extra_args_support(first),
         second=optax.with_extra_args_support(second),
         phase=phase,
         transfer=momentum if callable(momentum) else _TRANSFERS[momentum],
+        guard=guard,
     )
     return transformation("two_stage", stages.init, stages.update, keeps_leaves=False)
 
@@ -158,6 +165,7 @@ class _Stages:
     second: optax.GradientTransformationExtraArgs
     phase: Any
     transfer: Transfer | None
+    guard: bool
 
     def init(self, params: Any) -> TwoStageState:
         first, second = settle(self.first.init(params)), settle(self.second.init(params))
@@ -178,11 +186,10 @@ class _Stages:
         self, updates: Any, state: Any, params: Any = None, **extras: Any
     ) -> tuple[Any, TwoStageState]:
         inputs = (params, extras)
-        given = admit(updates, state.gradients)
-        updates = given.updates
-        state = state._replace(
-            failures=count_up(state.failures, given.failed), gradients=given.watch
-        )
+        if self.guard:
+            given = admit(updates, state.gradients)
+            updates, failures = given.updates, count_up(state.failures, given.failed)
+            state = state._replace(failures=failures, gradients=given.watch)
         told = int(state.told) if is_told(state.told) else ASK
         if isinstance(state.first, Released) or told in (SECOND, TAKE_OVER):
             return self._second_alone(updates, state, inputs, takes_over=told == TAKE_OVER)

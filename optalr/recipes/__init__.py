@@ -1,5 +1,6 @@
 """Complete optimizers, made of the parts in the other rooms with ``optax.chain``."""
 
+from optalr.recipes import paper
 from optalr.recipes.classical import CLASSICAL_RULES, classical
 from optalr.recipes.flows import edf
 from optalr.recipes.learned_rate import learned_rate_sgd, learned_rate_then
@@ -15,6 +16,7 @@ __all__ = [
     "learned_rate_then",
     "lipschitz_adam",
     "lipschitz_sgd",
+    "paper",
     "tso_alra",
     "untuned",
 ]

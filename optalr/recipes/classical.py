@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import optax
 
-from optalr.arguments import check_choice
+from optalr.arguments import check_choice, check_transformation
 from optalr.transforms.guard import guard
+from optalr.transforms.local_gains import scale_by_local_gains
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
 
 
@@ -15,7 +17,7 @@ def classical(
     rule: str | optax.GradientTransformation,
     learning_rate: Rate,
     *,
-    gains: optax.GradientTransformation | None = None,
+    gains: optax.GradientTransformation | Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Combine one of optax's classical rules with any schedule, and with a gain per weight.
 
@@ -33,15 +35,16 @@ def classical(
         ``dampening=d`` is ``optax.chain(optax.scale(1 - d), optax.trace(momentum))``, except for
         the first step, which PyTorch does not dampen.
       learning_rate: η, at least 0, or a schedule from ``optax`` or ``optalr.schedules``.
-      gains: ``optalr.scale_by_local_gains(...)``, or None. A gain follows the sign of u. It comes
-        after the rule, because a rule that divides by the size of the gradient would divide out
-        gains that come before it.
+      gains: ``optalr.scale_by_local_gains(...)``, a mapping of its arguments, or None. A gain
+        follows the sign of u. It comes after the rule, because a rule that divides by the size of
+        the gradient would divide out gains that come before it.
 
     Returns:
       A transformation.
 
     Raises:
       ValueError: the name of the rule is unknown, or the rate is negative.
+      TypeError: ``rule`` or ``gains`` is of another kind.
 
     Cost: that of optax's rule, and of the gains.
 
@@ -62,6 +65,10 @@ def classical(
     if isinstance(rule, str):
         check_choice("rule", rule, tuple(CLASSICAL_RULES))
         rule = CLASSICAL_RULES[rule]()
+    if isinstance(gains, Mapping):
+        gains = scale_by_local_gains(**gains)
+    for name, link in (("rule", rule), ("gains", gains)):
+        check_transformation(name, link, optional=name == "gains")
     links = [rule] if gains is None else [rule, gains]
     return guard(optax.chain(*links, scale_by_recorded_rate(learning_rate)))
 

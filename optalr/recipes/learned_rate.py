@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr import phases
-from optalr.arguments import check_interval
+from optalr.arguments import check_interval, check_kind
 from optalr.transforms.guard import guard
 from optalr.transforms.learned_rate.safeguards import RateSafeguards
 from optalr.transforms.learned_rate.transform import LearnedRateState, scale_by_learned_rate
@@ -143,6 +143,7 @@ def learned_rate_then(
             f"second must take a learning_rate, got {second!r}. Pass the factory, such as "
             "optax.sgd, not a built optimizer."
         )
+    check_kind("first", first, dict)
     learned = learned_rate_sgd(initial_rate, **(first or {}))
     start = float(initial_rate) * rate_factor
     following = optax.inject_hyperparams(second, hyperparam_dtype=jnp.float32)(

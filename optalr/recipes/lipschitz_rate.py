@@ -139,6 +139,8 @@ def lipschitz_adam(
       rates for fast convergence", 2020. Departures: the bound on ‖a∘a‖_F from captured moments,
       and both averages corrected for their bias.
     """
+    check_interval("b1", b1, 0.0, 1.0, open_high=True)
+    check_interval("b2", b2, 0.0, 1.0, open_high=True)
     links = _penalty(weight_decay)
     scale = scale_by_lipschitz_rate(
         loss,

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from optalr import phases
-from optalr.arguments import check_choice, check_interval, is_python_zero
+from optalr.arguments import (
+    check_choice,
+    check_count,
+    check_interval,
+    is_python_zero,
+)
 from optalr.phases.switching import no_switch
 from optalr.signals.coverage import Coverage
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
@@ -116,13 +121,13 @@ def tso_alra(
         mesh=mesh,
         options=options,
     )
-    if momentum is not None:
-        direction = optax.chain(direction, optax.trace(momentum))
-    penalty = _penalty(weight_decay)
+    direction, penalty = _with_momentum(direction, momentum), _penalty(weight_decay)
     if second_learning_rate is None or isinstance(second_learning_rate, str):
         # One rate for both phases, on one clock: a schedule does not start again at the switch.
         join = _join(second_learning_rate, second_momentum)
         return optax.chain(join(direction, phase), *penalty, scale_by_recorded_rate(learning_rate))
+    if not callable(second_learning_rate):
+        check_interval("second_learning_rate", second_learning_rate, 0.0)
     second = [] if second_momentum is None else [_sgd_direction(second_momentum)]
     first = optax.chain(direction, *penalty, scale_by_recorded_rate(learning_rate))
     return phases.two_stage(first, _ending([*second, *penalty], second_learning_rate), phase)
@@ -153,6 +158,14 @@ def _shortened(stage: optax.GradientTransformation, share: float) -> optax.Gradi
     return optax.GradientTransformation(stage.init, update)
 
 
+def _with_momentum(direction: Any, momentum: Any) -> optax.GradientTransformation:
+    """Return a direction with its momentum behind it."""
+    if momentum is None:
+        return direction
+    check_interval("momentum", momentum, 0.0, 1.0, open_high=True, remedy="None is for none.")
+    return optax.chain(direction, optax.trace(momentum))
+
+
 def _phase_scheduler(switch_at: int | None, phase: Any) -> Any:
     """Return what decides the phase: the scheduler given, a fixed step, or a switch by hand."""
     if switch_at is None:
@@ -162,6 +175,7 @@ def _phase_scheduler(switch_at: int | None, phase: Any) -> Any:
             "switch_at and phase both say when to switch. Pass one of them: switch_at=2_000, or "
             "phase=optalr.switch_on_plateau()."
         )
+    check_count("switch_at", switch_at, 0)
     return phases.switch_at(switch_at)
 
 

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_count, check_interval, is_concrete
+from optalr.arguments import (
+    check_count,
+    check_interval,
+    check_kind,
+    check_mask,
+    is_concrete,
+)
 from optalr.signals.coverage import Coverage
 from optalr.states import settle
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
@@ -161,7 +167,7 @@ def untuned(
         mesh=mesh,
         options=_with_early_roots(options),
     )
-    decay = _decay(peak, length, every=learn_every, mask=decay_mask)
+    decay = _decay(peak, length, every=learn_every, mask=_checked_mask(decay_mask))
     rate = scale_by_recorded_rate(_schedule(peak, length, warmup=warmup, profile=profile))
     return optax.chain(direction, _momentum(momentum), decay, rate)
 
@@ -202,8 +208,15 @@ def _momentum(decay: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: settle(trace.init(params)), trace.update)
 
 
+def _checked_mask(decay_mask: Any) -> Any:
+    """Return the mask, or raise by the name that it has here."""
+    check_mask("decay_mask", decay_mask)
+    return decay_mask
+
+
 def _with_early_roots(given: Any) -> Any:
     """Return the options, with roots from the first batch on unless they say otherwise."""
+    check_kind("options", given, (Mapping, KroneckerOptions))
     return given if isinstance(given, KroneckerOptions) else {**_EARLY, **(given or {})}
 
 

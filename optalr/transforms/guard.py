@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optalr.arguments import check_transformation
 from optalr.arrays import all_finite, at_least_float32
 from optalr.states import count_up, settle, settle_like
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
@@ -56,8 +57,7 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
       >>> optax.apply_updates(params, updates).tolist(), int(optalr.metrics(state)["failures"])
       ([1.0, 1.0], 1)
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}.")
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:

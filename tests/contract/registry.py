@@ -15,6 +15,13 @@ import optax
 import optalr
 
 
+class Exemption(NamedTuple):
+    """A clause of ``CLAUSES`` that a method does not keep, and why."""
+
+    clause: str
+    reason: str
+
+
 class Method(NamedTuple):
     """One line of the registry.
 
@@ -26,6 +33,7 @@ class Method(NamedTuple):
       guards: whether a gradient that is not finite yields a finite update and a failure counted;
         False for what only passes on what it is given.
       rtol: tolerance between two compilations of the same steps.
+      exempt: clauses that the method does not keep.
     """
 
     name: str
@@ -34,6 +42,7 @@ class Method(NamedTuple):
     reports: tuple[str, ...] = ()
     guards: bool = True
     rtol: float = 1e-4
+    exempt: tuple[Exemption, ...] = ()
 
     def __repr__(self) -> str:
         return self.name
@@ -48,6 +57,20 @@ def _stages(phase, first=None):
 PHASE = ("phase", "steps_since_switch")
 RATE = ("learning_rate", "failures", "average_rate", "nonconvex_probes", "runaway_steps")
 DECAY = ("weight_decay", "hypergradient", "failures")
+
+# Clauses that a method may be exempted from, by name. All others hold for every line.
+CLAUSES = {
+    "faults": "5 and 9: what is not finite, or out of proportion, is counted and harmless",
+    "rescaling": "9: a gradient that was rescaled on its way changes no direction",
+}
+# Methods of this module run a paper's text and nothing else.
+PAPER = "paper."
+
+
+def _to_the_letter(why: str, *others: Exemption) -> dict[str, Any]:
+    """Return the fields of a line that keeps every clause but that on faults, and others."""
+    return {"guards": False, "exempt": (Exemption("faults", f"to the letter: {why}"), *others)}
+
 
 # What a method is also tried with, beside its defaults.
 CHOICES = {
@@ -314,6 +337,65 @@ METHODS = (
         needs=("head",),
         reports=("learning_rate", "lipschitz_constant", "failures"),
         rtol=1e-3,
+    ),
+    Method(
+        "paper.tso_alra",
+        lambda learning_rate=1e-2, decay=0.9, damping=1e-2: optalr.paper.tso_alra(
+            learning_rate, update_every=2, decay=decay, damping=damping, switch_at=6
+        ),
+        needs=("signals",),
+        reports=("learning_rate", "phase", "root_age"),
+        rtol=1e-3,
+        **_to_the_letter(
+            "Algorithm 1 folds every batch in, and applies every root",
+            Exemption("rescaling", "to the letter: eps is absolute, beside factors of any scale"),
+        ),
+    ),
+    Method(
+        "paper.learned_rate_sgd",
+        lambda initial_rate=0.1, rate_momentum=0.1: optalr.paper.learned_rate_sgd(
+            initial_rate, step=0.1, rate_momentum=rate_momentum
+        ),
+        needs=("value_fn",),
+        reports=("learning_rate",),
+        rtol=1e-2,  # differences of float32 losses
+        **_to_the_letter("eq. 19 is a floor, and the only bound on a rate"),
+    ),
+    Method(
+        "paper.lipschitz_sgd",
+        lambda weight_decay=1e-3: optalr.paper.lipschitz_sgd(
+            "softmax", steps_per_epoch=1, num_classes=3, weight_decay=weight_decay
+        ),
+        needs=("head",),
+        reports=("learning_rate", "lipschitz_constant", "activation_norm"),
+        **_to_the_letter("eq. 20 takes the largest activations of a pass, whatever they are"),
+    ),
+    Method(
+        "paper.edf",
+        lambda learning_rate=0.5: optalr.paper.edf(learning_rate, num_steps=2, acceleration="W2"),
+        needs=("gauss_newton",),
+        reports=("learning_rate", "damping"),
+        rtol=1e-3,
+        **_to_the_letter(
+            "Algorithm 1 divides by norms that may be zero or not finite",
+            Exemption("rescaling", "to the letter: G is that of the loss, g what arrives"),
+        ),
+    ),
+    Method(
+        "paper.swats",
+        lambda learning_rate=0.01, b1=0.9, b2=0.99, eps=1e-3: optalr.paper.swats(
+            learning_rate, b1=b1, b2=b2, eps=eps
+        ),
+        reports=("learning_rate", "phase", "steps_since_switch"),
+        **_to_the_letter("Algorithm 1 averages every gradient"),
+    ),
+    Method(
+        "paper.amsgrad",
+        lambda learning_rate=0.01, b1=0.9, b2=0.99: optalr.paper.amsgrad(
+            learning_rate, b1=b1, b2=b2
+        ),
+        reports=("learning_rate",),
+        **_to_the_letter("Algorithm 2 keeps the largest second moment for ever"),
     ),
     Method(
         "multi_steps",

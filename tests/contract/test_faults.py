@@ -14,7 +14,6 @@ from tests.contract.faults import AFTER, FAULTS, NOW_AND_THEN, WARM, Fault, comp
 from tests.contract.registry import METHODS, Method
 
 guarding = pytest.mark.parametrize("method", [m for m in METHODS if m.guards], ids=repr)
-every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 # An update is normal again when it has this share of the length it would have had.
 NORMAL = 0.3
@@ -68,7 +67,11 @@ def test_faults_now_and_then_are_all_counted_and_never_believed(method, size):
     assert record.norms.max() <= TOO_LONG * expected.norms.max()
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method",
+    [m for m in METHODS if "rescaling" not in [exemption.clause for exemption in m.exempt]],
+    ids=repr,
+)
 def test_a_scaled_loss_whose_gradient_is_divided_back_changes_nothing(method):
     tx, step = compiled(method)
     scale = np.float32(2.0**15)  # a power of two, so that nothing is rounded

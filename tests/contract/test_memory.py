@@ -12,7 +12,7 @@ WIDE = (
     6000  # more than ``max_factor_size``: such a side keeps a diagonal, of 6000 and not 36 million
 )
 # Whole moments refuse so many parameters by name.
-DENSE = {"scale_by_block_diagonal", "scale_by_full_matrix"}
+DENSE = {"scale_by_block_diagonal", "scale_by_full_matrix", "paper.tso_alra"}
 
 
 def wide_params():

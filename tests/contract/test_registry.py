@@ -6,7 +6,7 @@ import types
 import pytest
 
 import optalr
-from tests.contract.registry import CHOICES, METHODS
+from tests.contract.registry import CHOICES, CLAUSES, METHODS, PAPER
 
 
 def builds_a_transformation(function):
@@ -21,7 +21,7 @@ TRANSFORMATIONS = [
     name
     for name in optalr.__all__
     if inspect.isfunction(function := getattr(optalr, name)) and builds_a_transformation(function)
-]
+] + [f"{PAPER}{name}" for name in optalr.paper.__all__]
 
 
 def names_in(code):
@@ -48,6 +48,17 @@ def test_the_lines_are_the_public_transformations_and_their_choices():
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_a_line_builds_what_its_name_says(method):
     mentioned = names_behind(method.make)
-    assert mentioned & set(TRANSFORMATIONS)
+    assert mentioned & {name.removeprefix(PAPER) for name in TRANSFORMATIONS}
     if method.name not in CHOICES:
-        assert method.name in mentioned
+        assert set(method.name.split(".")) <= mentioned
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_an_exemption_names_its_clause_and_its_reason(method):
+    clauses = [exemption.clause for exemption in method.exempt]
+    assert set(clauses) <= set(CLAUSES)
+    assert all(len(exemption.reason.split()) > 4 for exemption in method.exempt)
+    if method.name.startswith(PAPER):
+        assert method.guards is ("faults" not in clauses)
+    else:
+        assert not method.exempt, "only what runs a paper's text may leave a clause out"

@@ -67,6 +67,9 @@ class DataConfig(OpenSection):
     """Largest number of training examples; 0 takes all."""
     fraction: float = Field(default=1.0, ge=0, le=1)
     """Use this part of the training examples. It is taken before `limit`."""
+    standardize: Literal["", "channel", "feature", "unit", "none"] = ""
+    """How numbers are scaled: by the mean and deviation of a channel or a feature, to the unit
+    interval (bytes are divided by 255), or not; empty leaves it to the data."""
     # TOML has lists only, which a strict tuple would refuse.
     augment: tuple[str, ...] = Field(default=(), strict=False)
     """Random changes of the training images: flip, shift, crop, zoom, rotate. A strength may
@@ -103,7 +106,11 @@ class ScheduleConfig(OpenSection):
 
 
 class PhaseConfig(OpenSection):
-    """What moves the phase of a two-stage method. Further keys are arguments of the scheduler."""
+    """What moves the phase of a two-stage method. Further keys are arguments of the scheduler.
+
+    A section `second` with a `name` and its arguments is the second stage of a method that has no
+    phases of its own: adam, then sgd.
+    """
 
     name: str = ""
     """A name of `optalr list`; empty leaves the phase to the method."""

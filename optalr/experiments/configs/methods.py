@@ -1,10 +1,13 @@
 """From a method's name and hyperparameters to an optax transformation.
 
-A name is looked up in optalr, then in optax, then in ``optax.contrib``.
+A name is looked up in optalr, then in optax, then in ``optax.contrib``. A name with a dot,
+``paper.tso_alra``, is one of ``optalr.paper``.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -23,11 +26,13 @@ RECIPES = (
     "classical",
     "edf",
     "learned_rate_sgd",
+    "learned_rate_then",
     "lipschitz_adam",
     "lipschitz_sgd",
     "swats",
     "tso_alra",
     "untuned",
+    *(f"paper.{name}" for name in optalr.paper.__all__),
 )
 # Those of them that read `validation_value_fn` without being told.
 _PROBING = ("untuned",)
@@ -82,8 +87,11 @@ def build_method(
     given = {"total_steps": total_steps, **(given or {})}
     given = {key: value for key, value in given.items() if key not in options}
     factory, origin = find_method(config.method.name)
-    if config.phase.name:
-        given["phase"] = _build_phase(config, factory, steps_per_epoch)
+    phase = _build_phase(config, factory, steps_per_epoch) if config.phase.name else None
+    if phase is not None:
+        given["phase"] = phase
+    if "second" in accepted(factory):
+        given["second"], _ = _second_stage(config.phase.options, learning_rate=rate)
     if "learning_rate" not in accepted(factory):
         method = _build_without_rate(factory, options, schedule=schedule, given=given)
     elif origin == "optalr":
@@ -91,6 +99,8 @@ def build_method(
     else:
         method = call(_injected(factory), options, section="method", learning_rate=schedule)
     method = optax.with_extra_args_support(method)
+    if phase is not None and "phase" not in accepted(factory):
+        method = optalr.two_stage(method, _second_stage(config.phase.options)[1], phase)
     before = _on_the_gradient(config.train)
     return optax.chain(*before, method) if before else method
 
@@ -107,26 +117,49 @@ def find_method(name: str) -> tuple[Callable[..., Any], str]:
     Raises:
       ExperimentError: no such optimizer.
     """
+    if name in RECIPES:
+        return attrgetter(name)(optalr), "optalr"
     scales = name.startswith("scale_by_") and name not in _NOT_OPTIMIZERS
     for module, origin in ((optalr, "optalr"), (optax, "optax"), (optax.contrib, "optax")):
         factory = getattr(module, name, None)
-        recipe = origin == "optalr" and name in RECIPES
-        if callable(factory) and (scales or recipe or _is_optimizer(module, name)):
+        if callable(factory) and (scales or _is_optimizer(module, name)):
             return factory, origin
     raise ExperimentError(f"unknown method.name {name!r}: {suggest(name, method_names())}")
 
 
 def _build_phase(config: Config, factory: Callable[..., Any], steps_per_epoch: int) -> Any:
-    """Return the phase scheduler that ``config`` names, for a method that takes one."""
+    """Return the phase scheduler that ``config`` names."""
     scheduler = choose(PHASES, config.phase.name, key="phase.name")
     options = _in_steps(config.phase.options, steps_per_epoch, section="phase")
+    second = options.pop("second", None)
     phase = call(scheduler, options, section="phase")
-    if "phase" not in accepted(factory):
+    if second is None and "phase" not in accepted(factory):
         raise ExperimentError(
-            f"method {config.method.name!r} has no phases: remove the [phase] section, or take a "
-            "two-stage method such as tso_alra."
+            f"method {config.method.name!r} has no phases: remove the [phase] section, take a "
+            "two-stage method such as tso_alra, or say in [phase.second] what follows."
         )
     return phase
+
+
+def _second_stage(
+    options: Mapping[str, Any], **given: Any
+) -> tuple[Callable[..., Any], optax.GradientTransformation]:
+    """Return what ``[phase.second]`` names, as a function of its rate and as it is built.
+
+    Args:
+      options: the ``[phase]`` section's keys.
+      **given: a rate, where the section need not say one.
+    """
+    section = options.get("second")
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise ExperimentError(
+            "phase.second must be a section that names what follows the first stage, for example "
+            f"name = 'sgd' and learning_rate = 0.1, got {section!r}."
+        )
+    factory, _ = find_method(section["name"])
+    own = {key: value for key, value in section.items() if key != "name"}
+    built = call(_injected(factory), own, section="phase.second", **given)
+    return partial(factory, **own), built
 
 
 def _build_without_rate(

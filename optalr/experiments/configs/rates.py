@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optalr import schedules
 from optalr.experiments.configs.calling import call, choose
 from optalr.experiments.configs.config import ScheduleConfig
 from optalr.experiments.errors import ExperimentError
@@ -63,12 +64,37 @@ def exponential(learning_rate: float, steps_per_epoch: int, decay_per_epoch: flo
     return optax.exponential_decay(learning_rate, steps_per_epoch, decay_per_epoch)
 
 
+def inverse(learning_rate: float, steps_per_epoch: int, rate_per_epoch: float) -> Schedule:
+    """Divide the rate by ``1 + rate_per_epoch`` times the epochs so far."""
+    return schedules.inverse_decay(learning_rate, rate_per_epoch / steps_per_epoch)
+
+
+def halving(learning_rate: float, steps_per_epoch: int, every_epochs: float) -> Schedule:
+    """Halve the rate every ``every_epochs``."""
+    return schedules.halving(learning_rate, max(1, round(every_epochs * steps_per_epoch)))
+
+
+def triangular(
+    learning_rate: float,
+    *,
+    steps_per_epoch: int,
+    half_cycle_epochs: float,
+    lowest_factor: float = 0.1,
+) -> Schedule:
+    """Let the rate rise from ``lowest_factor`` of it and fall back in straight lines, on and on."""
+    half_cycle = max(1, round(half_cycle_epochs * steps_per_epoch))
+    return schedules.triangular(lowest_factor * learning_rate, learning_rate, half_cycle)
+
+
 SCHEDULES: Mapping[str, Callable[..., Schedule]] = MappingProxyType(
     {
         "constant": constant,
         "cosine": cosine,
         "exponential": exponential,
+        "halving": halving,
+        "inverse": inverse,
         "steps": steps,
+        "triangular": triangular,
         "warmup_cosine": warmup_cosine,
     }
 )

@@ -47,7 +47,7 @@ class Raw(NamedTuple):
     test: Split | None
     task: Task
     num_classes: int
-    standardize: Literal["channel", "feature", "none"] = "channel"
+    standardize: Literal["channel", "feature", "unit", "none"] = "channel"
     note: str = ""
     source: str = ""
 
@@ -147,6 +147,10 @@ def _moments(x: np.ndarray, how: str) -> tuple[np.ndarray | None, np.ndarray | N
     """Return the ``mean`` and the ``scale``, one over the deviation, of a ``Dataset``."""
     if how == "none":
         return None, None
+    if how == "unit":
+        largest = np.iinfo(x.dtype).max if x.dtype.kind in "iu" else np.abs(x).max(initial=0.0)
+        one = np.ones((1,) * x.ndim, np.float32)
+        return 0 * one, one / np.float32(largest or 1)
     axes = (0,) if how == "feature" else tuple(range(x.ndim - 1))
     # In chunks: a float64 copy of a whole image set would take eight times its memory.
     total, square, count = 0.0, 0.0, 0

@@ -59,6 +59,8 @@ def load(config: DataConfig) -> Dataset:
         raise ExperimentError(
             f"data {config.name!r} takes more memory than there is: take smaller files."
         ) from None
+    if config.standardize:
+        raw = raw._replace(standardize=config.standardize)
     return split(
         config.name,
         raw,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_count, check_known
+from optalr.arguments import check_count, check_flag, check_known
 from optalr.arrays import wide_dtype
 from optalr.states import unboxed
 from optalr.transforms.dense.second_moment import (
@@ -107,6 +107,7 @@ def scale_by_block_diagonal(
       Adaptive Learning Rate by Switching from Block Diagonal Matrix Preconditioning to SGD", 2020,
       eq. 5, 12 and 13. Bias correction and relative damping are ours.
     """
+    check_flag("bias_correction", bias_correction)
     rule = SecondMoment(power, decay, damping, damping_form, bias_correction)
     check_count("update_every", update_every)
     check_known("max_size", max_size)

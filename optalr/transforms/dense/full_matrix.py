@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_count, check_known
+from optalr.arguments import check_count, check_flag, check_known
 from optalr.transforms.dense.second_moment import (
     Memory,
     RootClock,
@@ -120,6 +120,7 @@ def scale_by_full_matrix(
       eq. 2, 3 and 5. The window: Naman Agarwal et al., "Efficient Full-Matrix Adaptive
       Regularization", 2019, with any power and damping inside the root.
     """
+    check_flag("bias_correction", bias_correction)
     rule = SecondMoment(power, decay, damping, damping_form, bias_correction)
     check_count("update_every", update_every)
     if max_size is None:

@@ -11,10 +11,12 @@ from optalr.arguments import (
     check_choice,
     check_count,
     check_interval,
+    check_kind,
     from_fields,
     is_concrete,
 )
 from optalr.linalg.roots.inverse_root import METHODS
+from optalr.signals.coverage import Coverage
 from optalr.signals.moments import AUTO, FactorStorage
 from optalr.transforms.kronecker.rule import DAMPING_FORMS
 from optalr.transforms.kronecker.spectrum import SPECTRA
@@ -131,7 +133,26 @@ def resolve_options(given: KroneckerOptions | Mapping[str, Any] | None) -> Krone
     return given
 
 
-def check_root_method(options: KroneckerOptions, power: Any, statistics: str) -> None:
+def check_together(
+    options: KroneckerOptions, *, power: Any, statistics: str, layout: Coverage | None
+) -> None:
+    """Raise if the options do not go with other arguments."""
+    _check_layout(layout, options)
+    _check_root_method(options, power, statistics)
+
+
+def _check_layout(layout: Any, options: KroneckerOptions) -> None:
+    """Raise unless a layout is a report, or None where nothing needs one."""
+    remedy = "Pass what optalr.coverage(loss_fn, params, *args) returns."
+    check_kind("layout", layout, Coverage, remedy=remedy)
+    if options.joint_bias and layout is None:
+        raise ValueError(
+            "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which says "
+            "which bias belongs to which kernel."
+        )
+
+
+def _check_root_method(options: KroneckerOptions, power: Any, statistics: str) -> None:
     """Raise if the root method cannot take the roots that ``power`` asks for."""
     method = options.root_method
     if options.spectrum != "factored" or method not in ("coupled_newton", "cholesky_polar"):

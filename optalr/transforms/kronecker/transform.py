@@ -29,7 +29,7 @@ from optalr.transforms.kronecker.leaves import Leaf, plan_leaves
 from optalr.transforms.kronecker.length import bound, finish, graft, norm_of, run_graft
 from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
 from optalr.transforms.kronecker.memory import KroneckerState, at_rest, from_trees, to_trees
-from optalr.transforms.kronecker.options import KroneckerOptions, check_root_method, resolve_options
+from optalr.transforms.kronecker.options import KroneckerOptions, check_together, resolve_options
 from optalr.transforms.kronecker.pairing import REMEDY, with_signals
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import (
@@ -178,12 +178,7 @@ def scale_by_kronecker(
     if signals_every is not None:
         check_count("signals_every", signals_every)
     check_choice("statistics", statistics, ("signals", "gradient"))
-    check_root_method(options, power, statistics)
-    if options.joint_bias and layout is None:
-        raise ValueError(
-            "joint_bias=True needs layout=optalr.coverage(loss_fn, params, *args), which says "
-            "which bias belongs to which kernel."
-        )
+    check_together(options, power=power, statistics=statistics, layout=layout)
     first_roots = {"warmup": options.warmup, "min_batches": options.min_batches}
     periods = partial(periods_of, update_every, signals_every, decay, **first_roots)
     spread = spread_over(mesh, options.mesh_axes, rests=options.sharded_factors)

@@ -19,6 +19,7 @@ import optax
 
 from optalr.arguments import (
     check_choice,
+    check_function,
     check_interval,
     require_extra,
 )
@@ -158,6 +159,7 @@ def scale_by_krylov_flow(
     check_choice("curvature", curvature, tuple(_REMEDIES))
     check_choice("negative_curvature", negative_curvature, tuple(ENDINGS))
     num_steps = checked_steps(num_steps)
+    check_function("preconditioner", preconditioner)
     refuse_schedule("tol", tol)
     check_interval("tol", tol, 0.0, 1.0, open_high=True)
     rule = resolve_damping(damping)

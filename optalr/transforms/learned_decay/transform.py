@@ -5,14 +5,14 @@ step with decay is ``θ − η (u + λ θ_m)``: a function of λ as well, which 
 ``slope`` measures its derivative, ``rule`` answers it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_interval
+from optalr.arguments import check_flag, check_interval, check_kind, check_mask
 from optalr.arrays import wide_dtype
 from optalr.clocks import PROBE, Periodic, asking, period_of, permitted
 from optalr.signals.ray import by_path
@@ -153,7 +153,7 @@ def add_learned_decay(
       "Adam", 2015, in place of the bare step of eq. 6, which depends on the loss's scale.
     """
     check_interval("initial_decay", initial_decay, 0.0, open_low=True)
-    check_interval("meta_rate", meta_rate, 0.0)
+    _check_kinds(probe, mask, meta_rate, flags={"per_leaf": per_leaf, "required": required})
     measuring = SlopeProbe(probe, every, derivative, per_leaf, required)
     rule = DecayRule(smoothing, memory, min_factor, max_factor)
 
@@ -187,6 +187,15 @@ def add_learned_decay(
         return _add_decay(updates, decaying, decays, per_leaf=per_leaf), state
 
     return transformation(METHOD, init_fn, update_fn)
+
+
+def _check_kinds(probe: Any, mask: Any, meta_rate: Any, *, flags: Mapping[str, Any]) -> None:
+    """Raise where an argument on the learning is out of range or of another kind."""
+    check_interval("meta_rate", meta_rate, 0.0)
+    check_kind("probe", probe, str)
+    check_mask("mask", mask)
+    for name, value in flags.items():
+        check_flag(name, value)
 
 
 def _decaying(params: Any, mask: Any) -> Any:

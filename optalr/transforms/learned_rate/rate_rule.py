@@ -84,12 +84,23 @@ class RateRule:
         new, nonconvex = self._propose(reading, rate)
         # Without momentum nothing is added: not even 0 times a velocity that is not finite.
         if not (is_concrete(self.momentum) and float(self.momentum) == 0):
-            new = new + jnp.asarray(self.momentum, new.dtype) * memory.velocity
+            new = self._carried(new, nonconvex, memory)
         if factor is not None:
             new = jnp.where(new > 0, new, rate / factor)
         no = jnp.zeros((), bool)
         applied = rate if self.lag else new
         return Outcome(applied, new, new - rate, nonconvex, runaway=no, clipped=no, failed=no)
+
+    def _carried(self, proposal: jax.Array, nonconvex: jax.Array, memory: RateMemory) -> jax.Array:
+        """Return the proposal with the momentum added to it."""
+        carried = proposal + jnp.asarray(self.momentum, proposal.dtype) * memory.velocity
+        if self.safeguards.max_drag is None:
+            return carried
+        # A rate that a safeguard set is no step of Newton's: nothing carries it further.
+        share = jnp.where(nonconvex, 0, self.safeguards.max_drag).astype(proposal.dtype)
+        held = jnp.clip(carried, (1 - share) * proposal, proposal)
+        # Of order 1 the proposal is a small step downhill, and no minimum to stay below.
+        return jnp.where(jnp.asarray(self.order) >= 2, held, carried)
 
     def _propose(self, reading: Reading, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the next rate without momentum, and whether the curvature safeguard acted."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_count, check_interval
+from optalr.arguments import check_count, check_flag, check_interval, check_kind
 from optalr.clocks import PROBE, Periodic, asking, period_of, permitted
 from optalr.states import count_up
 from optalr.transforms.learned_rate.probing import (
@@ -162,8 +162,7 @@ def scale_by_learned_rate(
     derivatives = resolve_derivatives(derivatives, order)
     check_interval("initial_rate", initial_rate, 0.0, open_low=True, remedy="Try 1e-2.")
     check_interval("meta_rate", meta_rate, 0.0, open_low=True)
-    check_interval("rate_momentum", rate_momentum, 0.0, 1.0, open_high=True)
-    check_count("every", every)
+    _check_course(rate_momentum, every, lag=lag, probe=probe)
     safeguards = resolve_safeguards(safeguards)
     # A comparison of gradients comes a step late: the rate that it moves is applied at once.
     lag = lag and not isinstance(derivatives, SuccessiveGradients)
@@ -197,6 +196,14 @@ def scale_by_learned_rate(
         return follow_unless_zero(updates, outcome.applied), state
 
     return transformation("scale_by_learned_rate", init_fn, update_fn)
+
+
+def _check_course(rate_momentum: Any, every: Any, *, lag: Any, probe: Any) -> None:
+    """Raise where an argument on the course of the rate is out of range or of another kind."""
+    check_interval("rate_momentum", rate_momentum, 0.0, 1.0, open_high=True)
+    check_count("every", every)
+    check_flag("lag", lag)
+    check_kind("probe", probe, str)
 
 
 def _is_due(state: LearnedRateState, every: Any) -> tuple[jax.Array, Any]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_count, check_interval
+from optalr.arguments import check_count, check_interval, check_kind
 from optalr.clocks import REFRESH, asking, period_of, permitted
 from optalr.signals.lipschitz import lipschitz_scale
 from optalr.states import count_up
@@ -145,8 +145,8 @@ def scale_by_lipschitz_rate(
     lipschitz_scale(loss, num_classes)  # refuses a loss, or classes, for which there is no L
     check_interval("weight_decay", weight_decay, 0.0)
     check_count("steps_per_epoch", steps_per_epoch)
-    rate_of = rate_for(averages)
-    guards = resolve_guards(guards)
+    _check_sources(averages, last_layer, target_norm)
+    rate_of, guards = rate_for(averages), resolve_guards(guards)
     norms = further_norms(loss, target_norm)
     gauge = Gauge(loss, num_classes, norms, last_layer, rate_of.wants_squares)
     epochs = Epochs(weight_decay)
@@ -179,6 +179,14 @@ def scale_by_lipschitz_rate(
         return follow_unless_zero(updates, rate), state._replace(gradients=given.watch)
 
     return transformation("scale_by_lipschitz_rate", init_fn, update_fn, keeps_leaves=False)
+
+
+def _check_sources(averages: Any, last_layer: Any, target_norm: Any) -> None:
+    """Raise where what is averaged, or where a norm comes from, is of another kind."""
+    check_kind("averages", averages, tuple)
+    check_kind("last_layer", last_layer, str)
+    if target_norm is not None:
+        check_interval("target_norm", target_norm, 0.0)
 
 
 def _renewed(

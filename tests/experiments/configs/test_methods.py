@@ -63,6 +63,49 @@ def test_a_direction_may_be_given_another_length_than_a_rate():
     np.testing.assert_allclose(rate, (17 / 65) / (65 / 257), rtol=1e-5)
 
 
+def test_a_name_with_a_dot_is_a_paper_to_the_letter():
+    tx = _method({"method": {"name": "paper.amsgrad", "learning_rate": 0.1, "b1": 0.5}})
+    found, state = _updates(tx, PARAMS, GRADS)
+    expected, _ = _updates(optalr.paper.amsgrad(0.1, b1=0.5), PARAMS, GRADS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    np.testing.assert_allclose(optalr.metrics(state)["learning_rate"], 0.1, rtol=1e-6)
+    assert {f"paper.{name}" for name in optalr.paper.__all__} <= set(method_names())
+
+
+def test_gains_are_a_section_of_classical():
+    tx = _method({"method": {"name": "classical", "rule": "sgd", "gains": {"beta": 0.5}}})
+    found, _ = _updates(tx, PARAMS, GRADS, num=2)
+    np.testing.assert_allclose(found["bias"], 1.0 - 0.01 * 0.25 * (1 + 1.5), rtol=1e-6)
+
+
+SWITCH = {"name": "switch_at", "step_epochs": 0.2}  # two of ten steps
+
+
+def test_a_second_optimizer_follows_one_without_phases():
+    second = {"name": "sgd", "learning_rate": 0.5, "momentum": 0.9}
+    method = {"name": "adam", "learning_rate": 0.1}
+    tx = _method({"method": method, "phase": {**SWITCH, "second": second}})
+    found, state = _updates(tx, PARAMS, GRADS, num=4)
+    # Adam's steps are 0.1 each where the gradient is constant; then 0.5 g and 0.5 (1.9 g).
+    np.testing.assert_allclose(found["bias"], 1.0 - 0.2 - 0.5 * 0.25 * 2.9, rtol=1e-4)
+    report = optalr.metrics(state)
+    assert float(report["phase"]) == 1.0
+    np.testing.assert_allclose(report["learning_rate"], 0.5, rtol=1e-6)
+
+
+def test_the_learned_rate_is_handed_to_what_phase_second_names():
+    second = {"name": "sgd", "momentum": 0.9}
+    method = {"name": "learned_rate_then", "initial_rate": 0.1, "rate_factor": 0.1}
+    tx = _method({"method": method, "phase": {**SWITCH, "second": second}})
+    evaluate, w = optalr.value_grad_and_extras(lambda w: jnp.sum((w - 1) ** 2)), jnp.zeros(3)
+    state = tx.init(w)
+    for _ in range(4):
+        _, grads, extras = evaluate(w)
+        updates, state = tx.update(grads, state, w, **extras)
+        w = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(optalr.metrics(state)["learning_rate"], 0.1 * 0.5, rtol=1e-5)
+
+
 def test_weight_decay_is_an_l2_penalty_on_kernels():
     tx = _method({"method": {"learning_rate": 1.0}, "train": {"weight_decay": 0.1}})
     found, _ = _updates(tx, PARAMS, GRADS, num=1)
@@ -101,7 +144,18 @@ def test_every_name_listed_can_be_found():
         ({"schedule": {"name": "steps"}}, r"needs 'schedule\.at_epochs'"),
         ({"schedule": {"name": "steps", "at_epochs": 3}}, "must be a list"),
         ({"schedule": {"name": "constant", "factor": 3}}, "it takes none"),
-        ({"phase": {"name": "switch_at", "step": 3}}, "has no phases"),
+        ({"phase": {"name": "switch_at", "step": 3}}, r"has no phases.*phase\.second"),
+        ({"phase": {**SWITCH, "second": 3}}, "phase.second must be a section that names"),
+        ({"phase": {**SWITCH, "second": {"name": "sdg"}}}, "did you mean 'sgd'"),
+        (
+            {"phase": {**SWITCH, "second": {"name": "sgd", "rate": 1}}},
+            r"unknown key 'phase\.second\.rate'",
+        ),
+        (
+            {"method": {"name": "learned_rate_then", "initial_rate": 0.1}, "phase": SWITCH},
+            "phase.second must be a section",
+        ),
+        ({"method": {"name": "paper.amsgard"}}, "did you mean 'paper.amsgrad'"),
         ({"phase": {"name": "switch"}}, "did you mean 'switch_at'"),
     ],
 )
@@ -125,6 +179,12 @@ def test_schedules():
     np.testing.assert_allclose(_rates("steps", at_epochs=[1, 5]), expected, rtol=1e-6)
     halves = [1, 0.5, 0.5**4.9, 0.5**5, 0.5**10]
     np.testing.assert_allclose(_rates("exponential", decay_per_epoch=0.5), halves, rtol=1e-5)
+    inverse = 1 / (1 + 0.5 * np.array([0, 1, 4.9, 5, 10]))
+    np.testing.assert_allclose(_rates("inverse", rate_per_epoch=0.5), inverse, rtol=1e-5)
+    halved = [1, 1, 0.25, 0.25, 0.5**5]
+    np.testing.assert_allclose(_rates("halving", every_epochs=2), halved, rtol=1e-6)
+    wave = _rates("triangular", half_cycle_epochs=2, lowest_factor=0.2)
+    np.testing.assert_allclose(wave, [0.2, 0.6, 0.2 + 0.8 * 0.9 / 2, 0.6, 1], rtol=1e-4)
     warm = _rates("warmup_cosine", warmup_epochs=2)
     np.testing.assert_allclose(warm[:2], [0, 0.5], atol=1e-6)
     np.testing.assert_allclose(warm[-1], 0, atol=1e-6)

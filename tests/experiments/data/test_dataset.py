@@ -1,5 +1,6 @@
 """How data are split and standardized."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,6 +43,14 @@ def test_training_examples_are_standardized_and_constants_are_dropped():
     prepared = np.asarray(data.prepare(data.train.x))
     np.testing.assert_allclose(prepared.mean(0), 0.0, atol=1e-5)
     np.testing.assert_allclose(prepared.std(0), [1, 0, 1], atol=1e-4)
+
+
+def test_bytes_are_divided_by_255_where_that_is_wanted():
+    images = np.array([0, 51, 255, 102], np.uint8).reshape(4, 1, 1, 1)
+    raw = Raw(Split(images, np.arange(4)), None, "classification", 4, standardize="unit")
+    data = _split(raw, test_fraction=0.25, validation_fraction=0.0)
+    prepared = np.asarray(data.prepare(jnp.asarray(data.train.x)))
+    np.testing.assert_allclose(prepared, data.train.x / 255, rtol=1e-6)
 
 
 def test_nothing_left_to_test_on_is_refused():

@@ -163,7 +163,8 @@ def test_successive_gradients_follow_equation_8():
 
 def test_momentum_on_the_rate():
     loss, hessian, w = quadratic()
-    tx = optalr.scale_by_learned_rate(0.05, rate_momentum=0.5)
+    free = optalr.RateSafeguards(max_drag=None)  # which would keep it below Newton's rate
+    tx = optalr.scale_by_learned_rate(0.05, rate_momentum=0.5, safeguards=free)
     rate, velocity, state = 0.05, 0.0, None
     for _ in range(4):
         g = np.asarray(jax.grad(loss)(w))

@@ -27,6 +27,28 @@ def test_safeguard_where_the_curvature_is_not_positive():
     assert float(state.next_rate) < 50
 
 
+def test_momentum_of_the_rate_takes_no_step_beyond_newtons():
+    """On a quadratic with the best rate 1 the bare rule goes from 0.01 to 1 and on to 1.9."""
+    loss = lambda w: 0.5 * jnp.sum(w**2)  # noqa: E731
+    for safeguards, peak in (("off", 1.9), ("on", 1.0)):
+        tx = optalr.scale_by_learned_rate(0.01, rate_momentum=0.9, safeguards=safeguards)
+        w, state, rates = jnp.array([1e3]), None, []
+        for _ in range(3):
+            w, state = one_step(tx, loss, w, state)
+            rates.append(float(state.next_rate))
+        assert max(rates) == pytest.approx(peak, abs=0.02)
+        assert min(rates) >= 0.5
+
+
+def test_no_momentum_is_added_to_a_rate_that_a_safeguard_set():
+    hill = lambda w: -(w[0] ** 2)  # noqa: E731
+    tx = optalr.scale_by_learned_rate(0.25, rate_momentum=0.9)
+    w, state = jnp.array([1.0]), None
+    for expected in (0.5, 1.0, 2.0):  # doubled, and no more
+        w, state = one_step(tx, hill, w, state)
+        assert float(state.next_rate) == pytest.approx(expected)
+
+
 def test_safeguard_against_probes_that_are_not_finite():
     wall = lambda w: jnp.where(w[0] > 0, w[0] - jnp.log(w[0]), jnp.nan)  # noqa: E731
     w = jnp.array([3.0])
@@ -140,6 +162,7 @@ def test_bad_configurations_are_refused_by_name():
         ("curvature", 1.0),
         ("nonfinite", 0.5),
         ("runaway", -1.0),
+        ("max_drag", -0.1),
         ("max_step", 0.0),
         ("floor", 0.0),
     ):
