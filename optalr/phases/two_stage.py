@@ -107,8 +107,8 @@ def two_stage(
       copied otherwise. The update cannot be differentiated in reverse mode. The first stage runs
       inside control flow, where XLA on a CPU is 10 to 20 times slower at gradients of convolutions.
       A stage that takes such gradients itself, as ``edf`` does (12.6 ms a step alone, 152 ms in
-      here, with three convolutions), is better run by ``optalr.train_step``, whose programs hold one
-      stage each, or on an accelerator.
+      here, with three convolutions), is better run by ``optalr.train_step``, whose programs hold a
+      single stage, or on an accelerator.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr
