@@ -20,6 +20,8 @@ ADAPTERS = (
     "optalr.adapters.linen.TrainState",
     "optalr.adapters.nnx.Optimizer",
     "optalr.adapters.nnx.value_grad_and_extras",
+    "optalr.adapters.packing.pack_extras",
+    "optalr.adapters.packing.unpack_extras",
 )
 # What a user writes to reach a public name, and what stands there.
 PUBLIC = {

@@ -9,8 +9,9 @@ found (``tracing``) and tapped while it is differentiated (``tapping``), and wha
 becomes moments. Curvature products (``curvature``) need no layers.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 import jax
 import jax.core
@@ -28,9 +29,37 @@ from optalr.signals.tapping.fisher import true_fisher
 from optalr.signals.tapping.gauge import Dummies
 from optalr.signals.tracing.site import Sampling
 
+Params = TypeVar("Params")
+Args = ParamSpec("Args")
+Value = TypeVar("Value", covariant=True)
+
+
+class Evaluate(Protocol[Params, Args, Value]):
+    """The function that ``value_grad_and_extras`` returns, as type checkers see it.
+
+    It has the loss's signature and returns what the loss returns. Besides the loss's arguments a
+    ``ParamSpec`` admits no others, so a call with ``signals`` or ``key`` is a signature of its own,
+    in which the loss's further arguments are not checked.
+    """
+
+    @overload
+    def __call__(
+        self, params: Params, /, *args: Args.args, **kwargs: Args.kwargs
+    ) -> tuple[Value, Params, dict[str, Any]]: ...
+
+    @overload
+    def __call__(
+        self, params: Params, /, *args: Any, signals: Any, key: Any = None, **kwargs: Any
+    ) -> tuple[Value, Params, dict[str, Any]]: ...
+
+    @overload
+    def __call__(
+        self, params: Params, /, *args: Any, key: Any, **kwargs: Any
+    ) -> tuple[Value, Params, dict[str, Any]]: ...
+
 
 def value_grad_and_extras(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[Concatenate[Params, Args], Value],
     *,
     has_aux: bool = False,
     num_examples: int | None = None,
@@ -41,7 +70,7 @@ def value_grad_and_extras(
     fisher: str = "empirical",
     likelihood: str | None = None,
     storage: FactorStorage | None = None,
-) -> Callable[..., tuple[Any, Any, dict[str, Any]]]:
+) -> Evaluate[Params, Args, Value]:
     """Return a function that evaluates a loss, its gradient, and what else methods may read.
 
     Choose it in place of ``jax.value_and_grad`` in every training loop that uses a method of this
@@ -81,7 +110,8 @@ def value_grad_and_extras(
 
     Returns:
       ``evaluate(params, *args, signals=True, key=None)``, which returns ``(value, grads,
-      extras)``, with aux ``((value, aux), grads, extras)``. ``signals`` says whether to measure: a
+      extras)``, with aux ``((value, aux), grads, extras)``. Type checkers see the signature of the
+      loss, whose arguments may also be given by name. ``signals`` says whether to measure: a
       Python bool, or a traced one such as ``optalr.wants_signals(opt_state)``. ``extras`` holds:
 
       * ``value``, ``grad``: the loss and the gradient;
@@ -137,8 +167,9 @@ def value_grad_and_extras(
         arguments.check_count("num_examples", num_examples)
     drawn = true_fisher(loss_fn, fisher, likelihood)
 
-    def evaluate(params: Any, *args: Any, signals: Any = True, key: jax.Array | None = None):
-        problem, traced = pose(loss_fn, params, args, has_aux=has_aux, axis_name=axis_name)
+    def evaluate(params: Any, /, *args: Any, signals: Any = True, key: Any = None, **named: Any):
+        called = functools.partial(loss_fn, **named) if named else loss_fn
+        problem, traced = pose(called, params, args, has_aux=has_aux, axis_name=axis_name)
         layers = layers_of(traced)
         tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage)
         if drawn is None:
@@ -148,18 +179,18 @@ def value_grad_and_extras(
             outputs, grad_leaves, _ = Tapped(traced, layers, False, sampling).differentiate()
             tapped = drawn.tap_model(tapped, problem)
             slots = drawn.measure(tapped, key, axis_name)
-        value, *aux_leaves = outputs
+        (value, *aux_leaves), value_fn = outputs, problem.value_fn(axis_name)
         grads = jax.tree.unflatten(traced.treedef, grad_leaves)
-        value_fn = problem.value_fn(axis_name)
         # Everything is put in, whoever reads it: under jit what is not read is never computed.
         extras = {"value": value, "grad": grads, "value_fn": value_fn, "point": params}
-        extras |= _measured_entries(Assembly.of(tapped, num_examples), tapped.flag, slots)
-        extras |= problem.products(params, value_fn)
+        measured = _measured_entries(Assembly.of(tapped, num_examples), tapped.flag, slots)
+        extras |= measured | problem.products(params, value_fn)
         if not has_aux:
             return value, grads, extras
         return (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)), grads, extras
 
-    return evaluate
+    # Only ``has_aux`` knows whether a pair comes first, and a type checker does not ask it.
+    return evaluate  # pyright: ignore[reportReturnType]
 
 
 def check_storage(name: str, storage: Any) -> None:

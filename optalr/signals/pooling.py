@@ -22,9 +22,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex_core
 
-from optalr.signals.tracing.jaxprs import replay
+from optalr.signals.tracing.jaxprs import is_closed, replay
 
 # Larger windows (global pooling) have small outputs: unrolling them would cost more than it saves.
 _MAX_OFFSETS = 16
@@ -81,7 +80,7 @@ def _holds_pooling(equation: Any) -> bool:
     inner = equation.params.get("jaxpr")
     return (
         equation.primitive.name in ("jit", "pjit")
-        and isinstance(inner, jex_core.ClosedJaxpr)
+        and is_closed(inner)
         and any(_holds_pooling(each) for each in inner.jaxpr.eqns)
     )
 

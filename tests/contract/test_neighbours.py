@@ -161,6 +161,10 @@ PASSING = {
     "partition": lambda tx: optax.partition(
         {"a": tx, "b": optax.sgd(0.1)}, {"hidden": "a", "output": "b"}
     ),
+    "multi_transform": lambda tx: optax.multi_transform(
+        {"a": tx, "b": optax.sgd(0.1)}, {"hidden": "a", "output": "b"}
+    ),
+    "chain": lambda tx: optax.chain(tx),
     "named_chain": lambda tx: optax.named_chain(("method", tx)),
     "selective_transform": lambda tx: optax.selective_transform(
         tx, freeze_mask={"hidden": False, "output": True}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.extend import core as jex_core
 
 from optalr.arrays import wide_dtype
 from optalr.signals.loss import Traced
@@ -29,6 +28,7 @@ from optalr.signals.tapping.gauge import (
 )
 from optalr.signals.tapping.rebuilding import rebuild
 from optalr.signals.tapping.taps import Recorder
+from optalr.signals.tracing.jaxprs import as_function
 from optalr.signals.tracing.layers import find_layers
 from optalr.signals.tracing.site import Sampling, Site
 from optalr.signals.tracing.walk import Layers
@@ -71,7 +71,7 @@ class Tapped:
         """Evaluate the function; return its flat outputs."""
         arrays = self.traced.inputs[self.traced.num_leaves :]
         if self.is_off:
-            return jex_core.jaxpr_as_fun(self.traced.closed)(*leaves, *arrays)
+            return as_function(self.traced.closed)(*leaves, *arrays)
         # A twin takes the flag as an argument, in which a Python bool would become an array, and
         # a cond on it would stay in the program. None is no argument at all.
         flag = None if isinstance(self.flag, bool) else self.flag

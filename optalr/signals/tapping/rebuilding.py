@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex_core
 
 from optalr.signals.tapping.gauge import Dummies
 from optalr.signals.tapping.taps import Recorder
@@ -28,6 +27,7 @@ from optalr.signals.tracing.inner import (
     scan_arity,
 )
 from optalr.signals.tracing.jaxprs import (
+    closed_jaxpr,
     is_literal,
     vary,
     varying_axes,
@@ -45,14 +45,14 @@ def rebuild(nested: Nested, values: list[Any], recorder: Recorder) -> Sequence[A
 @rebuild.register(Call)
 def _rebuild_call(nested: Call, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     # Inlined: the whole is compiled anyway, and an inner jit would hide the slots.
-    inner = _closed_jaxpr(nested.equation.params["jaxpr"])
+    inner = closed_jaxpr(nested.equation.params["jaxpr"])
     return recorder.run(inner, nested.plans[0], values)
 
 
 @rebuild.register(Remat)
 def _rebuild_remat(nested: Remat, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     params, plan = nested.equation.params, nested.plans[0]
-    inner = _closed_jaxpr(params["jaxpr"])
+    inner = closed_jaxpr(params["jaxpr"])
 
     def body(slots, *args):
         return dataclasses.replace(recorder, slots=slots).run(inner, plan, args)
@@ -107,7 +107,7 @@ def _rebuild_scan(nested: Scan, values: list[Any], recorder: Recorder) -> Sequen
 @rebuild.register(ShardMap)
 def _rebuild_shard_map(nested: ShardMap, values: list[Any], recorder: Recorder) -> Sequence[Any]:
     params, plan = nested.equation.params, nested.plans[0]
-    inner = _closed_jaxpr(params["jaxpr"])
+    inner = closed_jaxpr(params["jaxpr"])
     # The dummies enter replicated, so their sums come back summed over the devices.
     replicated = jax.sharding.PartitionSpec()
 
@@ -189,12 +189,6 @@ def _all_sites(plan: Plan) -> Iterator[Site]:
     for nested in plan.nested.values():
         for inner in nested.plans:
             yield from _all_sites(inner)
-
-
-def _closed_jaxpr(jaxpr: Any) -> Any:
-    """Return a closed jaxpr as it is, and close an open one that has no constants."""
-    # Primitives differ: ``jit`` and ``scan`` hold closed jaxprs, remat and ``shard_map`` open ones.
-    return jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jex_core.ClosedJaxpr(jaxpr, ())
 
 
 def _manual_axes(shard_map_params: dict[str, Any]) -> frozenset[str]:

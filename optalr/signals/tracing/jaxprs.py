@@ -4,22 +4,49 @@ In: a jaxpr, jax's record of a function as a list of equations. Out: facts about
 functions, or its value with some equations evaluated in another way (``replay``).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex_core
 
 # Evaluates one equation in a way of its own: the values of its inputs in, and of what it reads
 # besides; those of its outputs out.
 Replacement = Callable[[list[Any]], Sequence[Any]]
 
 
+@functools.cache
+def _public_core() -> Any:
+    """Return ``jax.extend.core``, imported when the first loss is traced.
+
+    Its package imports Pallas, a sixth of what ``import optalr`` would take.
+    """
+    from jax.extend import core
+
+    return core
+
+
 def is_literal(var: Any) -> bool:
     """Return whether an equation's input is a constant written into it."""
-    return isinstance(var, jex_core.Literal)
+    return isinstance(var, _public_core().Literal)
+
+
+def is_closed(jaxpr: Any) -> bool:
+    """Return whether something is a closed jaxpr, which holds its constants."""
+    return isinstance(jaxpr, _public_core().ClosedJaxpr)
+
+
+def closed_jaxpr(jaxpr: Any) -> Any:
+    """Return a closed jaxpr as it is, and close an open one that has no constants."""
+    # Primitives differ: ``jit`` and ``scan`` hold closed jaxprs, remat and ``shard_map`` open ones.
+    return jaxpr if is_closed(jaxpr) else _public_core().ClosedJaxpr(jaxpr, ())
+
+
+def as_function(closed: Any) -> Callable[..., list[Any]]:
+    """Return a closed jaxpr as a function of its inputs, which returns its outputs."""
+    return _public_core().jaxpr_as_fun(closed)
 
 
 def variables(equation: Any) -> list[Any]:
@@ -35,7 +62,7 @@ def has_tangent(var: Any) -> bool:
 
 def open_jaxpr(jaxpr: Any) -> Any:
     """Return the open jaxpr of a closed one, or the jaxpr itself."""
-    return jaxpr.jaxpr if isinstance(jaxpr, jex_core.ClosedJaxpr) else jaxpr
+    return jaxpr.jaxpr if is_closed(jaxpr) else jaxpr
 
 
 def extract(
@@ -51,7 +78,7 @@ def extract(
         eqns=list(equations),
         effects=frozenset().union(*(equation.effects for equation in equations)),
     )
-    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(part, ()))
+    return as_function(closed_jaxpr(part))
 
 
 def replay(

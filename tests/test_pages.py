@@ -1,0 +1,46 @@
+"""The code of a page is one program, and runs as it stands there, as its reader would run it."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Pages that say so of themselves.
+PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if "is one program" in p.read_text()]
+
+
+def code_of(page):
+    return "\n\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.M))
+
+
+def run(page, folder):
+    program = folder / f"{page.stem}.py"
+    program.write_text(code_of(page))
+    user = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
+    user |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, str(program)], env=user, cwd=folder, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs(page, tmp_path):
+    done = run(page, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_which_pages_run():
+    assert {page.stem for page in PAGES} >= {
+        "ten_minutes", "mixed_precision", "checkpoints", "reading_state", "migrating",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_what_a_page_shows_as_python_is_python(page):
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        assert compile(code, page.name, "exec")

@@ -1,0 +1,40 @@
+"""The README's first example runs exactly as it stands, and prints what the README says."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+(EXAMPLE,) = re.findall(r"<!-- the first example -->\n```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_example_is_a_whole_program():
+    imported = {
+        name
+        for node in ast.parse(EXAMPLE).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or node.names[0].name]
+    }
+    assert {"jax", "optax", "optalr"} <= imported
+
+
+@pytest.mark.slow
+def test_the_first_example_prints_what_the_readme_says(tmp_path):
+    program = tmp_path / "example.py"
+    program.write_text(EXAMPLE)
+    # As a user runs it: without the flags and settings of the test suite.
+    user = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
+    user |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(program)], env=user, check=True, capture_output=True, text=True
+    )
+    measured = float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1])
+    stated = float(re.search(r"a test accuracy of ([\d.]+) %", README)[1])
+    # Four test images of 397: what the rounding of another machine may change.
+    assert abs(measured - stated) <= 1.0
