@@ -1,6 +1,7 @@
 """Count what each kind of compiled step is made of, in multiples of Adam's step.
 
     python benchmarks/operations.py
+    python benchmarks/operations.py --bytes     # what a plain step moves; this compiles
 
 Operations are those of the lowered program (StableHLO), nested functions included. So the counts
 are the same on every machine with this jax, and nothing is compiled or run. Control flow is counted
@@ -112,11 +113,49 @@ def rows(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
                 yield net, name, kind, str(found.total()), ratio, str(flow)
 
 
+def moved(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Yield rows of bytes that a plain step moves, as XLA counts them, and that it must move.
+
+    Beside SGD's step an update must read the roots, read and write the momentum, and read and write
+    what each of its two products takes and gives: 6 passes over the parameters.
+    """
+    for net in names:
+        loss_fn, params, batch = NETS[net]()
+        layout = optalr.coverage(loss_fn, params, *batch)
+        methods = {
+            "SGD": optax.sgd(1e-2),
+            "Adam": optax.adam(1e-3),
+            "tso_alra": optalr.tso_alra(1e-2, layout=layout),
+            "untuned": optalr.untuned(1000, layout=layout),
+        }
+        size, least = _nbytes(params), 0.0
+        for name, tx in methods.items():
+            state = jax.eval_shape(tx.init, params)
+            step = optalr.train_step(loss_fn, tx, has_aux=net in ("ResNet", "GPT"))
+            cost = step.lower(params, state, *batch, kind="plain").compile().cost_analysis()
+            least = least or cost["bytes accessed"]
+            must = {"SGD": least, "Adam": least + 4 * size}.get(name)
+            if must is None:
+                must = least + (_nbytes(state) - size) / 2 + 6 * size
+            yield net, name, *(f"{x / 1e6:.1f}" for x in (cost["bytes accessed"], must))
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    names = parser.parse_args().nets
+    parser.add_argument("--bytes", action="store_true", help="bytes of plain steps instead")
+    options = parser.parse_args()
+    if options.bytes:
+        print("| net | method | MB moved | MB that must be moved |\n|---|---|---|---|")
+        for row in moved(options.nets):
+            print("| " + " | ".join(row) + " |", flush=True)
+        return
+    names = options.nets
     print("| net | method | step | operations | times Adam's | control flow |")
     print("|---|---|---|---|---|---|")
     for row in rows(names):
