@@ -14,7 +14,9 @@ from optalr.experiments.configs.files import load_config
 from optalr.experiments.errors import suggest
 from optalr.experiments.records.locks import locked
 from optalr.experiments.records.run_folder import RunFolder
+from tests.syntax import imports, package
 
+ROOT = Path(__file__).parents[2]
 SMALL = """
 [data]
 limit = 64
@@ -182,17 +184,29 @@ def test_suggestions_stay_in_their_section():
 def test_without_its_extra_the_command_says_how_to_install_it(tmp_path):
     code = (
         "import sys; sys.modules['tyro'] = None; sys.argv = ['optalr', 'list'];"
-        "from optalr.__main__ import main; main()"
+        "from optalr_command import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == cli.EXIT_MISTAKE
     assert done.stderr.count("\n") == 1
     assert "pip install 'optalr[experiments]'" in done.stderr
 
 
+def test_nothing_here_needs_one_system_alone():
+    """What Windows lacks would keep the command from starting there."""
+    unix = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}
+    used = {
+        imported.module
+        for module in package().values()
+        for imported in imports(module.name)
+        if imported.module in unix
+    }
+    assert not used
+
+
 @pytest.mark.slow
 def test_runs_side_by_side_are_those_one_after_another(config, tmp_path):
-    repository = str(Path(__file__).parents[2])
+    repository = str(ROOT)
     words = [sys.executable, "-m", "optalr", "compare", "configs", "--seeds", "2"]
     for jobs in ("1", "2"):
         subprocess.run(
@@ -211,7 +225,7 @@ def test_a_signal_stops_runs_side_by_side(config):
     import os
     import time
 
-    repository = str(Path(__file__).parents[2])
+    repository = str(ROOT)
     words = ["compare", "configs", "--seeds", "2", "--set", "train.epochs=100000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "optalr", *words, "--jobs", "2", "--out", "out"],
