@@ -1,35 +1,6 @@
-"""The command ``optalr``, also as ``python -m optalr``."""
+"""``python -m optalr``: the command line."""
 
-import os
-import signal
-import sys
-from typing import Any
-
-EXIT_MISTAKE = 2
-
-
-def main() -> None:
-    """Run the command line, or say how to install what it needs."""
-    # Until a run begins to write, a signal can end the process at any moment.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
-    try:
-        from optalr.experiments.cli import main as run
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("optalr"):
-            raise
-        print(
-            f"optalr: error: the command line needs {error.name}, which is not installed: "
-            "pip install 'optalr[experiments]'",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_MISTAKE)
-    run()
-
-
-def _leave(number: int, frame: Any) -> None:
-    os._exit(128 + number)
-
+from optalr_command import main
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from optalr.experiments.errors import ExperimentError, suggest, warnings_log
 # With these, tyro prints a page on standard output and ends the program.
 _HELP = ("-h", "--help")
 # What tyro draws around its messages.
-_BOX = "─│╭╮╰╯┌┐└┘-+|"
+_SIDES, _EDGES = "│| ", "─╭╮╰╯-+ "
 
 
 def parse(
@@ -71,13 +71,15 @@ def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 
 def _one_line(box: str) -> str:
-    """Return the first paragraph in a box."""
+    """Return the first paragraph in a box, whose first line is a title."""
     words: list[str] = []
-    # The first line is the title; a line that is all frame ends the paragraph.
     for line in box.splitlines()[1:]:
-        text = line.strip(_BOX + " ")
-        if not text or text.startswith("Got errors"):
-            break
+        text = line.strip(_SIDES)
+        # A line that is all frame, or empty, stands before the paragraph or ends it.
+        if set(text) <= set(_EDGES) or text.startswith("Got errors"):
+            if words:
+                break
+            continue
         words.append(text)
     return " ".join(words).rstrip(".") or "the command line cannot be read"
 

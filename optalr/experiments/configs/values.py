@@ -13,6 +13,8 @@ from optalr.experiments.errors import ExperimentError
 _DEEPEST = 16
 # What TOML promises of whole numbers.
 _LARGEST = 2**63 - 1
+# Of float32, in which runs compute: what is larger becomes infinite there.
+_LARGEST_FLOAT = (2 - 2**-23) * 2.0**127
 # Of a value in a message.
 _SHOWN = 60
 
@@ -62,8 +64,8 @@ def _children(prefix: str, value: Mapping[str, Any] | Sequence[Any]) -> Iterator
 def _problem(value: Any) -> str:
     """Return what a value should be, where it is not that; else nothing."""
     # NaN is in no interval.
-    if isinstance(value, float) and not -float("inf") < value < float("inf"):
-        return "a finite number"
+    if isinstance(value, float) and not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:
+        return "a finite number of 32 bits"
     if isinstance(value, int) and abs(value) > _LARGEST:
         return "a whole number of at most 64 bits"
     if isinstance(value, str) and not _can_be_written(value):

@@ -77,7 +77,8 @@ def arithmetic() -> dict[str, str]:
     }
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Return the versions of optalr and of what it computes with."""
     found = {"optalr": optalr.__version__}
     for package in _PACKAGES:

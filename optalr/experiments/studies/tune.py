@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,13 +166,20 @@ def _open(path: Path, config: Config, num_seeds: int) -> RunFolder:
     """Open the folder of a search, new or begun. ``tuning.toml`` says what it searches."""
     text = to_toml({"tuning": {"seeds": num_seeds}, **to_table(config)})
     file = path / "tuning.toml"
-    if path.exists():
-        if not file.exists() or file.read_text(encoding="utf-8") != text:
-            raise ExperimentError(
-                f"{path} exists and holds something else: name another folder with --out."
-            )
-    else:
+    if not path.exists():
         check_free(path)
         with new_folder(path) as scratch:
             write_atomically(scratch / file.name, text)
+    elif not _says(file, text):
+        raise ExperimentError(
+            f"{path} exists and holds something else: name another folder with --out."
+        )
     return RunFolder(path)
+
+
+def _says(file: Path, text: str) -> bool:
+    """Return whether a TOML file holds what ``text`` holds, however it is written."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")) == tomllib.loads(text)
+    except (OSError, ValueError):
+        return False
