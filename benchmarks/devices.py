@@ -107,12 +107,16 @@ def refresh(numbers, num_devices, form):
     # What a device hands on: a root, its residual and whether it is good.
     squares = sum(s.counts * float(n) ** 2 for n, s in zip(sizes, shares, strict=True))
     flags = sum(2 * s.counts for s in shares)
-    others = num_devices - 1
     if form == "parts":  # factors come by rows, roots go by rows
-        received = others * FLOAT * (2 * squares.max() / num_devices + flags.max())
+        moved, handed = 2 * squares.max() / num_devices, flags
     else:
-        received = others * FLOAT * (squares + flags).max()
-    return Cost(ROOT * cubes.max(), received)
+        moved, handed = 0.0, squares + flags
+    busy, others = int(np.count_nonzero(flags)), num_devices - 1
+    if busy + 1 < num_devices:  # vectors are dealt out first, and empty ones not gathered
+        received = others / num_devices * (busy + 1) * handed.max()
+    else:
+        received = others * handed.max()
+    return Cost(ROOT * cubes.max(), FLOAT * (others * moved + received))
 
 
 def direction(params, num_devices, form):
@@ -227,7 +231,7 @@ def check():
         found[f"{form}: bytes of a refresh"] = received_bytes(text, kind)
         flags = FLOAT * (DEVICES - 1) * max(sum(2 * share.counts for share in shares))
         received = refresh(numbers, DEVICES, form).bytes
-        # In parts the flags go in a gather of their own.
+        # In parts the flags go in a gather of their own. Here every device has some.
         counted[f"{form}: bytes of a refresh"] = received - (flags if form == "parts" else 0)
         tx = make(mesh, form)
         rows = {name: jax.P("data") for name in params}
