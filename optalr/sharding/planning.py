@@ -93,6 +93,28 @@ class Plan(NamedTuple):
     leaving: Ledger
 
     @property
+    def num_devices(self) -> int:
+        """How many shares there are."""
+        return len(self.kinds[0].share.counts)
+
+    @property
+    def busy(self) -> np.ndarray:
+        """The devices that have any matrices."""
+        return np.flatnonzero(sum(kind.share.counts for kind in self.kinds))
+
+    @property
+    def deals_out(self) -> bool:
+        """Whether vectors are dealt out before they are gathered: it costs what one vector does."""
+        return len(self.busy) + 1 < self.num_devices
+
+    @property
+    def rows(self) -> list[int]:
+        """The row of each device among the vectors that are gathered; any for one without."""
+        if not self.deals_out:
+            return list(range(self.num_devices))
+        return np.searchsorted(self.busy, np.arange(self.num_devices)).tolist()
+
+    @property
     def dtype(self) -> Any:
         """What holds the numbers of all pieces."""
         return np.result_type(*(piece.dtype for kind in self.kinds for piece in kind.found))

@@ -11,7 +11,9 @@ all-gather hands out what all have found:
    have alike needs no switch, three matrices on eight devices need two branches, one of them empty.
    Nothing is solved twice and no stack is padded.
 3. What a device has found is one vector, all sizes behind each other. Its length is that of the
-   device with the most. All devices' vectors are gathered at once, and cut up by the plan.
+   device with the most. All devices' vectors are gathered at once, and cut up by the plan. Where
+   there are fewer matrices than devices, many vectors are empty. Then those that are not are first
+   dealt out over all devices by an all-to-all, so that no empty one is gathered.
 
 Matrices that rest by rows (``Spread.rests``) go to their owners by one all-to-all, and their roots
 go back to rows by another. A device then never holds more than its share of either.
@@ -75,7 +77,7 @@ def solve_over(
     for kind, own_rows in zip(plan.kinds, rows, strict=True):
         remaining = iter(own_rows)
         leaves = [
-            next(remaining) if piece.cut else _collected(kind, piece, gathered)
+            next(remaining) if piece.cut else _collected(kind, piece, gathered, rows=plan.rows)
             for piece in kind.found
         ]
         solved.update(_by_request(kind, leaves, requests))
@@ -106,18 +108,32 @@ def _of_device(spread: Spread, solve: Solve, plan: Plan, *, stacks: Any) -> Any:
     boxes = _Boxes(jnp.zeros(plan.gathered.length, dtype), rows)
     for kind in plan.kinds:
         boxes = _solve_share(solve, kind, boxes, place=place, arrived=arrived)
-    gathered = jax.lax.all_gather(boxes.vector, spread.names)
+    gathered = _gathered(boxes.vector, plan, spread.names)
     if not plan.leaving.length:
         return gathered, [[] for _ in plan.kinds]
     returned = jax.lax.all_to_all(boxes.rows, spread.names, 0, 0, tiled=True)
-    own = [[_collected(kind, piece, returned) for piece in _cut(kind)] for kind in plan.kinds]
+    each = range(plan.num_devices)
+    own = [
+        [_collected(kind, piece, returned, rows=each) for piece in _cut(kind)]
+        for kind in plan.kinds
+    ]
     return gathered, own
+
+
+def _gathered(vector: jax.Array, plan: Plan, names: tuple[str, ...]) -> jax.Array:
+    """Return the vectors of all devices, or of those that have any matrices (``plan.rows``)."""
+    busy, num_devices = plan.busy, plan.num_devices
+    if not plan.deals_out:
+        return jax.lax.all_gather(vector, names)
+    dealt = jnp.pad(vector, (0, -vector.size % num_devices)).reshape(num_devices, -1)
+    dealt = jax.lax.all_to_all(dealt, names, 0, 0, tiled=True)[busy]
+    return jax.lax.all_gather(dealt, names, axis=1).reshape(len(busy), -1)
 
 
 def _letters(plan: Plan, dtype: Any) -> jax.Array:
     """Return this device's rows of all matrices, ``(num_devices, length)``, by their owners."""
     letters = []
-    for owner in range(len(plan.kinds[0].share.counts)):
+    for owner in range(plan.num_devices):
         content = [
             part[kind.share.starts[owner] :][: kind.share.counts[owner]].astype(dtype).reshape(-1)
             for kind in plan.kinds
@@ -180,11 +196,11 @@ def _whole(rows: jax.Array) -> jax.Array:
     return jnp.moveaxis(rows, 0, 1).reshape(k, n, n)
 
 
-def _collected(kind: Kind, piece: Piece, vectors: jax.Array) -> jax.Array:
-    """Return a piece of all matrices' solutions, given each device's vector."""
+def _collected(kind: Kind, piece: Piece, vectors: jax.Array, *, rows: Sequence[int]) -> jax.Array:
+    """Return a piece of all matrices' solutions, given devices' vectors and the row of each."""
     found = [
-        vectors[device, begin : begin + count * piece.size].reshape(count, *piece.shape)
-        for device, (begin, count) in enumerate(zip(piece.begin, kind.share.counts, strict=True))
+        vectors[row, begin : begin + count * piece.size].reshape(count, *piece.shape)
+        for row, begin, count in zip(rows, piece.begin, kind.share.counts, strict=True)
         if count
     ]
     return jnp.concatenate(found).astype(piece.dtype)

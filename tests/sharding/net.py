@@ -19,14 +19,15 @@ def mesh_of(*shape, axes="auto"):
     return jax.make_mesh(shape, names, axis_types=(AXES[axes],) * len(shape))
 
 
-SIZES = (6, 12, 12, 9, 4)
+# Layers that no number of devices divides, and layers that eight devices divide.
+SIZES, EVEN = (6, 12, 12, 9, 4), (8, 16, 16, 24, 8)
 
 
-def make_params():
-    keys = jax.random.split(jax.random.key(0), len(SIZES))
+def make_params(sizes=SIZES):
+    keys = jax.random.split(jax.random.key(0), len(sizes))
     return {
         f"kernel{i}": jax.random.normal(keys[i], (m, n)) / m**0.5
-        for i, (m, n) in enumerate(itertools.pairwise(SIZES))
+        for i, (m, n) in enumerate(itertools.pairwise(sizes))
     }
 
 
@@ -38,9 +39,9 @@ def loss_fn(params, inputs, targets):
     return jnp.mean((hidden - targets) ** 2)
 
 
-def make_batch(seed):
-    inputs = jax.random.normal(jax.random.key(seed), (16, SIZES[0]))
-    return inputs, jnp.sin(3 * inputs[:, : SIZES[-1]])
+def make_batch(seed, sizes=SIZES):
+    inputs = jax.random.normal(jax.random.key(seed), (16, sizes[0]))
+    return inputs, jnp.sin(3 * inputs[:, : sizes[-1]])
 
 
 def traced(tx, out_shardings=None):

@@ -19,7 +19,6 @@ from tests.sharding import net
 from tests.sharding.counting import collectives
 from tests.sharding.test_roots_over_mesh import gpt, mlp
 
-SIZES = (8, 16, 16, 24, 8)
 OPTIONS = {
     "eigh": {},
     "eigenbasis": {"root_method": "eigenbasis"},
@@ -28,17 +27,8 @@ OPTIONS = {
 }
 
 
-def make_params():
-    keys = jax.random.split(jax.random.key(0), len(SIZES))
-    return {
-        f"kernel{i}": jax.random.normal(keys[i], (m, n)) / m**0.5
-        for i, (m, n) in enumerate(itertools.pairwise(SIZES))
-    }
-
-
-def make_batch(seed):
-    inputs = jax.random.normal(jax.random.key(seed), (16, SIZES[0]))
-    return inputs, jnp.sin(3 * inputs)
+make_params = functools.partial(net.make_params, net.EVEN)
+make_batch = functools.partial(net.make_batch, sizes=net.EVEN)
 
 
 def make_tx(mesh, options="eigh"):
@@ -158,5 +148,5 @@ def test_a_plain_step_sends_products_and_no_factor():
     gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", texts["plain"])
     numbers = [math.prod(map(int, shape.split(","))) for shape in gathered]
     assert len(numbers) == plain["all-gather"]
-    assert sum(numbers) <= 2 * sum(math.prod(pair) for pair in itertools.pairwise(SIZES))
+    assert sum(numbers) <= 2 * sum(math.prod(pair) for pair in itertools.pairwise(net.EVEN))
     assert collectives(texts["refreshing"])["all-to-all"] == 2

@@ -1,6 +1,7 @@
 """Roots shared out over a mesh: the same numbers, a share of the work, one collective a refresh."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,19 @@ def test_every_request_is_answered_whoever_solves_it(axes, mesh_axes, with_last,
     for one, other in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_fewer_matrices_than_devices_are_dealt_out_before_they_are_gathered():
+    spread, given = spread_over(mesh_of(8), None), requests(with_last=True)[:1]
+    shared = jax.jit(lambda parts: solve_over(spread, solve, parts))
+    for one, other in zip(
+        jax.tree.leaves(shared(given)), jax.tree.leaves(solve_over(None, solve, given)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    text = shared.lower(given).compile().as_text()
+    assert collectives(text) == {"all-to-all": 1, "all-gather": 1}
+    # One matrix of 5 x 5, its first column and whether it is good, in eighths.
+    assert re.search(r"f32\[1,8,4\]\S* all-gather", text)
 
 
 def test_a_mesh_that_is_not_the_one_of_set_mesh_is_refused():
