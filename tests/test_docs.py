@@ -145,7 +145,10 @@ def test_a_newcomer_meets_the_thirty_lines_first():
     assert "(thirty_lines.md)" in (DOCS / "index.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "configs/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CONTRIBUTING.md", "configs/README.md", "examples/algoperf/README.md"],
+)
 def test_links_between_files_lead_somewhere(name):
     source = DOCS.parent / name
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", source.read_text()):

@@ -38,3 +38,13 @@ def test_the_first_example_prints_what_the_readme_says(tmp_path):
     stated = float(re.search(r"a test accuracy of ([\d.]+) %", README)[1])
     # Four test images of 397: what the rounding of another machine may change.
     assert abs(measured - stated) <= 1.0
+
+
+@pytest.mark.parametrize("rival", ["adam", "adamw", "muon", "soap"])
+def test_the_losses_beside_others_are_those_of_the_report(rival):
+    report = (ROOT / "benchmarks" / "results" / "untuned.md").read_text()
+    ratio = re.search(rf"^\| `{rival}` \| (0\.\d+) \| \d+ of 10", report, re.MULTILINE)[1]
+    counts = re.search(rf"^\| `{rival}` \| 10 of 10 \| (\d+ / \d+ / \d+) ", report, re.MULTILINE)[1]
+    section = README.partition("## Beside others")[2].partition("\n## ")[0]
+    assert f"{float(ratio):.2f}" in section
+    assert counts in section or (rival == "adam" and counts == "10 / 0 / 0")
