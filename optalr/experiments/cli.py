@@ -44,6 +44,7 @@ def run(
     out: Path | None = None,
     seed: int | None = None,
     budget: float = 1.0,
+    mesh: str = "",
     dry_run: bool = False,
     set_: Set = (),
 ) -> None:
@@ -55,13 +56,20 @@ def run(
       seed: overrides train.seed.
       budget: part of the config's work to do, for a laptop: 0.01 trains a tenth of the epochs on a
         tenth of the examples. Milestones stated in epochs shrink with the epochs.
+      mesh: how many devices share each batch, as in data=8; by default what the config's section
+        [mesh] says, or one device.
       dry_run: write nothing; say how the method treats each parameter, and what the run would take.
       set_: overrides, for example train.epochs=5.
     """
     from optalr.experiments import commands
 
     commands.train_config(
-        config, out=out, overrides=_overrides(set_, seed), budget=budget, dry=dry_run
+        config,
+        out=out,
+        overrides=_overrides(set_, seed),
+        budget=budget,
+        mesh=mesh,
+        dry=dry_run,
     )
 
 
@@ -126,17 +134,19 @@ def tune(
     )
 
 
-def resume(folder: _Path, /, *, force: bool = False, jobs: int = 1) -> None:
+def resume(folder: _Path, /, *, force: bool = False, jobs: int = 1, mesh: str = "") -> None:
     """Continue an interrupted run or comparison, to the same bits as without the interruption.
 
     Args:
       folder: what `optalr run` or `optalr compare` made.
       force: go on even from a checkpoint of other settings, data or another seed.
       jobs: runs of a comparison at once.
+      mesh: how many devices share each batch of a run from here on, as in data=4; by default as
+        many as before. Only the last bits depend on it.
     """
     from optalr.experiments import commands
 
-    commands.resume_folder(folder, force=force, jobs=jobs)
+    commands.resume_folder(folder, force=force, jobs=jobs, mesh=mesh)
 
 
 def suggest_rate(

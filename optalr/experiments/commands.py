@@ -20,6 +20,7 @@ from optalr.experiments.studies import compare, theory, tune
 from optalr.experiments.studies.rate_range import suggest_for
 from optalr.experiments.tools import report_on, unused
 from optalr.experiments.training.budget import scale_to_budget
+from optalr.experiments.training.devices import mesh_table
 from optalr.experiments.training.estimate import estimate
 from optalr.experiments.training.loop import open_unfinished, train
 from optalr.experiments.training.trainer import Trainer
@@ -33,10 +34,13 @@ def train_config(
     out: Path | None = None,
     budget: float = 1.0,
     overrides: tuple[str, ...] = (),
+    mesh: str = "",
     dry: bool = False,
 ) -> None:
     """Train as a config says, into a new folder; or only say what that would take."""
     config = scale_to_budget(load_config(config_path, overrides), budget)
+    if mesh:
+        config = override(config, {"mesh": mesh_table(mesh)})
     default = RUNS / f"{_title(config_path)}-seed{config.train.seed}"
     check_free(free_path(default) if out is None else out)  # before anything is compiled
     trainer = Trainer(config)
@@ -97,12 +101,12 @@ def tune_config(
     console.print(f"best: {_point(winner)}\nits config: {best_file}", soft_wrap=True)
 
 
-def resume_folder(path: Path, *, force: bool = False, jobs: int = 1) -> None:
+def resume_folder(path: Path, *, force: bool = False, jobs: int = 1, mesh: str = "") -> None:
     """Continue what was interrupted."""
     if (path / compare.SPECIFICATION).is_file():
         _run_and_report(compare.open_comparison(path), force=force, jobs=jobs)
         return
-    trainer, folder = open_unfinished(path)
+    trainer, folder = open_unfinished(path, {"mesh": mesh_table(mesh)} if mesh else None)
     trainer.compile()
     _train_and_show(trainer, folder, force=force)
 

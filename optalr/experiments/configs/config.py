@@ -139,6 +139,14 @@ class TrainConfig(Section):
     """Epochs between evaluations."""
 
 
+class MeshConfig(Section):
+    """Several devices, on one machine."""
+
+    data: int = Field(default=0, ge=0)
+    """How many devices share each batch, and the roots of a method that takes any; 0 for one
+    device, as if there were no others. Parameters and states are on every one of them."""
+
+
 class RecordConfig(Section):
     """What is kept on disk."""
 
@@ -168,6 +176,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     phase: PhaseConfig = PhaseConfig()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
     record: RecordConfig = RecordConfig()
     tune: dict[str, Any] = {}
     """The grid of `optalr tune`: a dotted key in quotes to a list of values."""

@@ -57,7 +57,10 @@ def identify(config: Config, seed: int, dataset: Dataset) -> Identity:
     data = {key: value for key, value in table["data"].items() if key not in _PLACES}
     train = {**table["train"], "seed": seed}
     settings = optalr.configuration(**parts, train=train, data=data, data_digest=dataset.digest)
-    return Identity(settings, arithmetic())
+    numbers = arithmetic()
+    if config.mesh.data:  # sums over a batch are cut elsewhere
+        numbers["mesh"] = f"data={config.mesh.data}"
+    return Identity(settings, numbers)
 
 
 def arithmetic() -> dict[str, str]:

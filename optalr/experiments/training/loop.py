@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 import optalr
 from optalr.arrays import all_finite
+from optalr.experiments.configs.files import override
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
 from optalr.experiments.records.identity import Identity, check_same, from_json, identify
@@ -241,8 +242,14 @@ class _Run:
         raise TrainingDivergedError(message)
 
 
-def open_unfinished(path: str | Path) -> tuple[Trainer, RunFolder]:
+def open_unfinished(
+    path: str | Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[Trainer, RunFolder]:
     """Return what ``train`` needs to continue the run in a folder.
+
+    Args:
+      path: the folder.
+      overrides: dotted keys of the config to new values, such as ``mesh.data``.
 
     Raises:
       ExperimentError: the folder holds no run, or one that has nothing left to do.
@@ -259,7 +266,7 @@ def open_unfinished(path: str | Path) -> tuple[Trainer, RunFolder]:
             f"{folder.path} is finished ({result['steps']} steps): nothing to resume. To train "
             "longer, run its config.toml with --set train.epochs=..."
         )
-    return Trainer(folder.config()), folder
+    return Trainer(override(folder.config(), overrides or {})), folder
 
 
 def _number(value: float | None) -> float:

@@ -94,6 +94,7 @@ def make_step(
     *,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     validation: Split | None = None,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> Step:
     """Return ``step(state, key, batch) -> (state, measured)``.
 
@@ -107,11 +108,14 @@ def make_step(
       augment: changes the examples at random.
       validation: lets methods probe the loss of a random batch of these examples, as the extra
         ``validation_value_fn``.
+      sharding: of the batch, where several devices share it.
     """
     evaluate = optalr.value_grad_and_extras(loss_fn, has_aux=True)
 
     def step(state: TrainState, key: jax.Array, batch: Batch) -> tuple[TrainState, Measured]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        if sharding is not None:
+            batch = _shared(batch, sharding)
         x = batch.x if augment is None else augment(augment_key, batch.x)
         (loss, (outputs, model_state)), grads, extras = evaluate(
             state.params,
@@ -132,6 +136,12 @@ def make_step(
         return TrainState(params, model_state, opt_state, state.step + 1), measured
 
     return step
+
+
+def _shared(batch: Batch, sharding: jax.sharding.NamedSharding) -> Batch:
+    """Return the batch with its examples cut over devices."""
+    x, y = jax.lax.with_sharding_constraint((batch.x, batch.y), sharding)
+    return batch._replace(x=x, y=y)
 
 
 def _probe(loss_fn: Any, validation: Split, state: TrainState, *, key: jax.Array) -> Any:

@@ -16,6 +16,7 @@ from optalr.experiments.data import Dataset, load
 from optalr.experiments.data.augment import Augmentation, build_augmentation
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import build_model
+from optalr.experiments.training.devices import by_examples, everywhere, make_mesh
 from optalr.experiments.training.objective import OBJECTIVES
 from optalr.experiments.training.steps import (
     Batch,
@@ -81,9 +82,9 @@ class Trainer:
         self.model = build_model(config.model, self.dataset)
         self.loss_fn = make_loss(self.model, self.objective, self.dataset)
         # Arguments that a method may ask for and that data and model determine.
-        self.given: dict[str, Any] = {"num_classes": self.dataset.num_classes}
-        if self.dataset.task != "regression":
-            self.given["loss"] = "softmax_cross_entropy"
+        mesh, labelled = make_mesh(config.mesh, self.batch_size), self.dataset.task != "regression"
+        self.given: dict[str, Any] = {"num_classes": self.dataset.num_classes, "mesh": mesh}
+        self.given |= {"loss": "softmax_cross_entropy"} if labelled else {}
         self.tx = build_method(
             config,
             steps_per_epoch=self.steps_per_epoch,
@@ -101,9 +102,11 @@ class Trainer:
             self.objective,
             augment=self.augment,
             validation=self.dataset.validation if probes else None,
+            sharding=None if mesh is None else by_examples(mesh),
         )
         self.evaluation = make_evaluation(self.model, self.objective, self.dataset)
-        self._init = jax.jit(self._first_state)
+        self._place = None if mesh is None else everywhere(mesh)
+        self._init = jax.jit(self._first_state, out_shardings=self._place)
         self.compile_seconds = 0.0
         # Keys are kept, because making one takes longer than recording a small step.
         self._keys: dict[int, jax.Array] = {}
@@ -209,7 +212,8 @@ class Trainer:
         """Return the training examples on the device."""
         if self._resident is None:
             train = self.dataset.train
-            self._resident = jnp.asarray(train.x), jnp.asarray(train.y)
+            x, y = (jax.device_put(part, self._place) for part in (train.x, train.y))
+            self._resident = x, y
         return self._resident
 
     def _compile_epoch(self, state: Any, key: jax.Array, num_steps: int) -> Any:
@@ -238,7 +242,8 @@ class Trainer:
         # A trainer either scans or streams, so the number of steps identifies a program.
         if num_steps not in self._compiled:
             started = time.perf_counter()
-            jitted, examples = jax.jit(function, donate_argnums=(0,)), arguments()
+            place, examples = self._place, arguments()
+            jitted = jax.jit(function, donate_argnums=(0,), in_shardings=place, out_shardings=place)
             self._compiled[num_steps] = self._guard(lambda: jitted.lower(*examples).compile())
             self.compile_seconds += time.perf_counter() - started
         return self._compiled[num_steps]
