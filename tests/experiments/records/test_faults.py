@@ -54,11 +54,11 @@ def _fail_and_resume(trainer, path, fails_at, kind):
 KINDS = ("once", "stays", "killed")
 
 
-def test_every_thirty_first_operation_may_fail(trainer, whole, tmp_path):
+def test_every_forty_seventh_operation_may_fail(trainer, whole, tmp_path):
     _, wanted, count = whole
     assert count > 60
-    for fails_at in range(1, count + 1, 31):
-        kind = KINDS[fails_at // 31 % 3]
+    for fails_at in range(1, count + 1, 47):
+        kind = KINDS[fails_at // 47 % 3]
         path = tmp_path / f"{fails_at}" / "run"
         assert _fail_and_resume(trainer, path, fails_at, kind) == wanted, (kind, fails_at)
 
