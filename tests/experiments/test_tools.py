@@ -151,6 +151,7 @@ def test_a_grid_is_counted_before_it_is_built(config, capsys):
     assert "1000000000 points of the grid would take 31.7 years" in shown
 
 
+@pytest.mark.slow
 def test_two_searches_cannot_share_a_folder(config, capsys):
     cli.main(["tune", config, "--seeds", "1", "--out", "search"])
     with locked(Path("search")):
@@ -158,6 +159,7 @@ def test_two_searches_cannot_share_a_folder(config, capsys):
     assert "search is in use by another process (process " in shown
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_deleted_ends_its_run(config, tmp_path):
     from optalr.experiments.errors import ExperimentError
     from optalr.experiments.training.loop import train
@@ -181,6 +183,7 @@ def test_suggestions_stay_in_their_section():
     assert suggest("epochs", keys) == "did you mean 'train.epochs'?"
 
 
+@pytest.mark.slow
 def test_without_its_extra_the_command_says_how_to_install_it(tmp_path):
     code = (
         "import sys; sys.modules['tyro'] = None; sys.argv = ['optalr', 'list'];"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
+import tomlkit
 
 from optalr.experiments.configs.config import Config, from_table, to_table
 from optalr.experiments.errors import ExperimentError, cause_of, suggest
@@ -56,7 +56,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 
 def to_toml(table: Mapping[str, Any]) -> str:
     """Return nested dicts as TOML text."""
-    return tomli_w.dumps(table)
+    return tomlkit.dumps(table)
 
 
 def _neighbours(path: Path) -> str:

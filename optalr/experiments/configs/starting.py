@@ -4,7 +4,7 @@ import textwrap
 from importlib import resources
 from typing import Any
 
-import tomli_w
+import tomlkit
 
 from optalr.experiments.configs.config import Config, Section, to_table
 from optalr.experiments.errors import ExperimentError, suggest
@@ -68,5 +68,5 @@ def _comment(text: str) -> str:
 
 
 def _entry(key: str, value: Any) -> str:
-    line = tomli_w.dumps({key: value}).strip()
+    line = tomlkit.dumps({key: value}).strip()
     return line if key in _SHOWN else f"# {line}"

@@ -108,9 +108,7 @@ class RunFolder:
           ExperimentError: the system refused, or the folder was moved or deleted under the run.
         """
         self.check_place()
-        if name not in self._standing:
-            self._standing[name] = Standing.of(self._lines(name).intact)
-        standing = self._standing[name]
+        standing = self._stand(name)
         lines = to_lines(rows, after=standing.last, run=self.run)
         path = self.path / name
         with held(), writing(path), open(path, "ab") as file:
@@ -123,6 +121,17 @@ class RunFolder:
                     os.truncate(path, size)
                 raise
         standing.add(lines)
+
+    def _stand(self, name: str) -> Standing:
+        """Return the standing of a JSONL file, without a last line that was cut short."""
+        if name not in self._standing:
+            path = self.path / name
+            content = path.read_bytes() if path.exists() else b""
+            if not content.endswith(b"\n") and content:
+                with writing(path):
+                    os.truncate(path, content.rfind(b"\n") + 1)
+            self._standing[name] = Standing.of(read_lines(content).intact)
+        return self._standing[name]
 
     def check_place(self) -> None:
         """Raise if the folder that the lock was taken in is no longer at its place."""

@@ -61,13 +61,12 @@ def examine(trainer: Trainer, *, num_batches: int, damping: float) -> Theory:
       ExperimentError: the method keeps no factors, training diverged, or an argument is out of
         range.
     """
-    if not 2 <= num_batches <= _MOST_BATCHES:
-        raise ExperimentError(
-            f"--batches must lie between 2, for a covariance, and {_MOST_BATCHES}, got "
-            f"{num_batches}."
-        )
+    if num_batches < 2:
+        raise ExperimentError(f"--batches must be at least 2 for a covariance, got {num_batches}.")
+    if num_batches > _MOST_BATCHES:
+        raise ExperimentError(f"--batches must be at most {_MOST_BATCHES}, got {num_batches}.")
     if not 0 < damping < math.inf:
-        raise ExperimentError(f"--damping must be finite and above 0, got {damping}.")
+        raise ExperimentError(f"--damping must be above 0 and finite, got {damping}.")
     seed = trainer.config.train.seed
     state, spectra = _train_noting_spectra(trainer, seed)
     gradients, factors = _sample_gradients(trainer, state, num_batches)

@@ -51,12 +51,10 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("section", Config.model_fields)
-def test_a_config_is_refused_in_one_line_or_written_and_read_again(tmp_path, section):
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_config_is_refused_in_one_line_or_written_and_read_again(tmp_path, stride):
     path, read = tmp_path / "config.toml", 0
-    for (name, key), value in itertools.product(KEYS, VALUES):
-        if name != section:
-            continue
+    for (name, key), value in list(itertools.product(KEYS, VALUES))[::stride]:
         try:
             config = from_table({name: value if key is None else {key: value}})
         except ExperimentError as error:

@@ -49,3 +49,13 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert np.isnan(rows[0]["loss"])
     folder.cut(METRICS, 5)
     assert (tmp_path / METRICS).read_text() == '{"step": 1, "loss": null}\n'
+
+
+def test_rows_follow_a_torn_line_as_if_it_had_not_been_written(tmp_path):
+    RunFolder(tmp_path).append(METRICS, [{"step": 1}, {"step": 2}])
+    path = tmp_path / METRICS
+    path.write_bytes(path.read_bytes()[:-20])
+    RunFolder(tmp_path).append(METRICS, [{"step": 2}, {"step": 3}])
+    assert [row["step"] for row in RunFolder(tmp_path).rows(METRICS)] == [1, 2, 3]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["row"] for line in lines] == [1, 2, 3]

@@ -43,7 +43,7 @@ def _write_config(path):
     ("number", "moment"),
     [
         (signal.SIGTERM, "checkpoint"),
-        (signal.SIGINT, "append"),
+        pytest.param(signal.SIGINT, "append", marks=pytest.mark.slow),
         (signal.SIGINT, "garbage"),
     ],
 )
@@ -57,24 +57,17 @@ def test_a_signal_while_something_is_written(tmp_path, monkeypatch, capsys, whol
             asked.append(number)
             signal.raise_signal(number)
 
-    if moment == "checkpoint":
-        save = checkpoints.sums_of
-        monkeypatch.setattr(checkpoints, "sums_of", lambda *a: (ask(), save(*a))[1])
-    elif moment == "append":
-        append = RunFolder.append
-        monkeypatch.setattr(RunFolder, "append", lambda *a: (ask(), append(*a))[1])
-    else:
-        append = RunFolder.append
-        monkeypatch.setattr(RunFolder, "append", lambda *a: (gc.collect(), append(*a))[1])
+    def collect():
         gc.callbacks.append(ask)
-        # Before training a signal ends the process at once, which this test would not survive.
-        monkeypatch.setattr(cli, "leave_at_once", lambda *a: asked.clear())
-    try:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(["run", _write_config(tmp_path / "small.toml"), "--out", str(out)])
-    finally:
-        if moment == "garbage":
-            gc.callbacks.remove(ask)
+        gc.collect()
+        gc.callbacks.remove(ask)
+
+    before = collect if moment == "garbage" else ask
+    module, name = (checkpoints, "sums_of") if moment == "checkpoint" else (RunFolder, "append")
+    write = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *arguments: (before(), write(*arguments))[1])
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", _write_config(tmp_path / "small.toml"), "--out", str(out)])
     assert caught.value.code == CODES[number]
     shown = capsys.readouterr().err
     assert "which is saved; go on with `optalr resume" in shown
