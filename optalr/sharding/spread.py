@@ -21,7 +21,7 @@ class Spread:
 
     Raises:
       TypeError: ``mesh`` is no mesh.
-      ValueError: the mesh has no such axis.
+      ValueError: the mesh has no such axis, or there is none, or one twice.
     """
 
     mesh: Mesh | AbstractMesh
@@ -35,10 +35,11 @@ class Spread:
                 "mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ('data',)), got "
                 f"{self.mesh!r}. Under optax.inject_hyperparams pass static_args=('mesh',)."
             )
-        missing = [name for name in self.axes or () if name not in self.mesh.axis_names]
-        if missing:
+        known = set(self.mesh.axis_names)
+        if not self.names or len({*self.names} & known) < len(self.names):
             raise ValueError(
-                f"mesh_axes must be axes of the mesh, {self.mesh.axis_names}, got {missing[0]!r}."
+                f"mesh_axes must be axes of the mesh, {self.mesh.axis_names}, each once, got "
+                f"{self.axes!r}."
             )
 
     @property
@@ -112,16 +113,21 @@ def spread_over(mesh: Any, axes: Any, *, rests: bool = False) -> Spread | None:
     """Return what ``mesh``, ``mesh_axes`` and ``sharded_factors`` stand for; None without a mesh.
 
     Raises:
-      TypeError: ``mesh`` is no mesh.
+      TypeError: ``mesh`` is no mesh, or ``mesh_axes`` are no names.
       ValueError: the mesh has no such axis, or there are other arguments and no mesh.
     """
+    if axes is not None:
+        axes = (axes,) if isinstance(axes, str) else axes
+        if not isinstance(axes, list | tuple) or not all(isinstance(name, str) for name in axes):
+            raise TypeError(f"mesh_axes must be names of the mesh's axes, got {axes!r}.")
+        axes = tuple(axes)
     if mesh is None:
         if axes is not None:
             raise ValueError(f"mesh_axes={axes!r} are axes of a mesh. Pass mesh= as well.")
         if rests:
             raise ValueError("sharded_factors=True needs a mesh to shard over. Pass mesh= as well.")
         return None
-    return Spread(mesh, (axes,) if isinstance(axes, str) else axes and tuple(axes), rests)
+    return Spread(mesh, axes, bool(rests))
 
 
 def _is_explicit(mesh_or_array: Any) -> bool:

@@ -70,8 +70,7 @@ def test_a_nan_in_the_examples_of_one_device_is_a_failure_on_all(how):
     assert int(state.root_age) == int(alone.root_age)
 
 
-@pytest.mark.parametrize("make_step", [net.traced, net.told])
-@pytest.mark.parametrize("name", ["kernel0", "kernel3"])
+@pytest.mark.parametrize(("make_step", "name"), [(net.traced, "kernel0"), (net.told, "kernel3")])
 def test_a_root_that_one_device_misses_stays_in_place_on_all(make_step, name):
     def broken(batch, state):
         factor = state.memory.rows.factor

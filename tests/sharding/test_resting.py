@@ -66,7 +66,7 @@ def alone(options):
     [
         (net.told, "auto", "eigh"),
         (net.traced, "explicit", "eigh"),
-        *((net.traced, "auto", name) for name in OPTIONS),
+        *((net.traced, "auto", name) for name in ("eigenbasis", "measured", "blocks")),
     ],
 )
 def test_factors_that_rest_in_parts_change_no_number(make_step, axes, options):
