@@ -111,6 +111,11 @@ def probes_validation(config: Config) -> bool:
     return method.name in _PROBING or "validation_value_fn" in method.options.values()
 
 
+def measures_all(config: Config) -> bool:
+    """Return whether the config's method is measured on whole batches, as its paper has it."""
+    return config.method.name.startswith("paper.")
+
+
 def find_method(name: str) -> tuple[Callable[..., Any], str]:
     """Return the factory called ``name`` and the package it comes from.
 

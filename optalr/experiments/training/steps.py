@@ -95,6 +95,7 @@ def make_step(
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     validation: Split | None = None,
     sharding: jax.sharding.NamedSharding | None = None,
+    **capture: Any,
 ) -> Step:
     """Return ``step(state, key, batch) -> (state, measured)``.
 
@@ -109,8 +110,9 @@ def make_step(
       validation: lets methods probe the loss of a random batch of these examples, as the extra
         ``validation_value_fn``.
       sharding: of the batch, where several devices share it.
+      **capture: options of ``value_grad_and_extras``.
     """
-    evaluate = optalr.value_grad_and_extras(loss_fn, has_aux=True)
+    evaluate = optalr.value_grad_and_extras(loss_fn, has_aux=True, **capture)
 
     def step(state: TrainState, key: jax.Array, batch: Batch) -> tuple[TrainState, Measured]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))

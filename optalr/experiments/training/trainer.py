@@ -11,7 +11,7 @@ import numpy as np
 
 from optalr.experiments.configs.calling import USER_ERRORS, reason
 from optalr.experiments.configs.config import Config
-from optalr.experiments.configs.methods import build_method, probes_validation
+from optalr.experiments.configs.methods import build_method, measures_all, probes_validation
 from optalr.experiments.data import Dataset, load
 from optalr.experiments.data.augment import Augmentation, build_augmentation
 from optalr.experiments.errors import ExperimentError
@@ -103,6 +103,7 @@ class Trainer:
             augment=self.augment,
             validation=self.dataset.validation if probes else None,
             sharding=None if mesh is None else by_examples(mesh),
+            **({"max_cost": None} if measures_all(config) else {}),
         )
         self.evaluation = make_evaluation(self.model, self.objective, self.dataset)
         self._place = None if mesh is None else everywhere(mesh)

@@ -50,7 +50,9 @@ def tso_alra(
       max_size: the longest side of a matrix that is decomposed; ``init`` refuses a longer one.
 
     Returns:
-      A transformation that reads the extra ``signals``, at every step of the first loop.
+      A transformation that reads the extra ``signals``, at every step of the first loop. The paper
+      measures whole batches: pass ``max_cost=None`` to ``value_grad_and_extras`` where it would
+      sample (above 10⁸ flops).
 
     Raises:
       ValueError: a number is out of range, both ``switch_at`` and ``phase`` are given, or (at
