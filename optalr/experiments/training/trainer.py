@@ -95,13 +95,12 @@ class Trainer:
         self._check_validation()
         self.scans = self._choose_loop()
         self.augment = self._augmentation()
-        probes = probes_validation(config)
         self.step = make_step(
             self.loss_fn,
             self.tx,
             self.objective,
             augment=self.augment,
-            validation=self.dataset.validation if probes else None,
+            validation=self.dataset.validation if probes_validation(config) else None,
             sharding=None if mesh is None else by_examples(mesh),
             **({"max_cost": None} if measures_all(config) else {}),
         )
