@@ -1,7 +1,7 @@
 """The command ``optalr``, before anything of it is imported.
 
-It stands outside of the package, whose import brings jax and takes a second: so a signal is answered
-from the first moment on, and what is not installed is named in one line.
+It stands outside of the package, whose import brings jax and takes a second. So a signal is
+answered from the first moment on, and what is not installed is named in one line.
 """
 
 import os
