@@ -43,6 +43,11 @@ class StopRequest:
             leave_at_once(number, frame)
         self.number = number
 
+    def raise_if_asked(self, message: str) -> None:
+        """Raise ``Interruption`` with a message, if a signal has asked to stop."""
+        if self.number is not None:
+            raise Interruption(self.number, message)
+
 
 def leave_at_once(number: int, frame: Any) -> None:
     """End the process. Only for moments in which nothing is half-written."""

@@ -16,7 +16,7 @@ from optalr.experiments.errors import ExperimentError, TrainingDivergedError
 from optalr.experiments.records.checkpoints import Checkpoints
 from optalr.experiments.records.identity import Identity, check_same, from_json, identify
 from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
-from optalr.experiments.records.signals import Interruption, StopRequest, handled
+from optalr.experiments.records.signals import StopRequest, handled
 from optalr.experiments.training.divergence import diagnose
 from optalr.experiments.training.trainer import Segment, Trainer, TrainState
 
@@ -60,7 +60,14 @@ def train(
     with handled(stop), folder.lock():
         checkpoints = Checkpoints(folder.path / "checkpoints", trainer.config.record.keep)
         run = _Run(trainer, folder, checkpoints=checkpoints, identity=identity, seed=seed)
-        return run.to_the_end(report, stop, force=force)
+        try:
+            result = run.to_the_end(report, stop, force=force)
+        except TrainingDivergedError:
+            stop.raise_if_asked(f"interrupted; {folder.path} had diverged.")
+            raise
+        # A signal in the last moments is no reason to go on with what would follow.
+        stop.raise_if_asked(f"interrupted; {folder.path} is finished.")
+        return result
 
 
 class _Run:
@@ -128,10 +135,9 @@ class _Run:
             step = int(state.step)
             if step:
                 self._save(state)
-            raise Interruption(
-                stop.number,
+            stop.raise_if_asked(
                 f"interrupted at step {step}, which is saved; go on with "
-                f"`optalr resume {self.folder.path}`.",
+                f"`optalr resume {self.folder.path}`."
             )
 
     def _append(self, segment: Segment) -> dict[str, Any]:
