@@ -63,7 +63,11 @@ def assert_same(found, expected, rtol=1e-9, first=None):
         np.testing.assert_allclose(found[name], value, rtol=0, atol=rtol * moved)
 
 
-@pytest.mark.parametrize(("switch", "interval"), [(None, 7), (30, 7), (30, 1)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("switch", "interval"), [slow(None, 7), (30, 7), slow(30, 1)])
 def test_tso_alra(x64, switch, interval):
     tx = optalr.paper.tso_alra(
         RATE, update_every=interval, decay=0.9, damping=1e-6, switch_at=switch
@@ -80,7 +84,7 @@ def test_tso_alra(x64, switch, interval):
 LINEAR = {"model": linear, "first": net.linear_start()}
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("beta", [0.0, slow(0.1)])
 def test_learned_rate_of_second_order(x64, beta):
     tx = optalr.paper.learned_rate_sgd(RATE, step=1e-5, smoothing=1e-6, rate_momentum=beta)
     found, rates, _ = train(tx, **LINEAR)
@@ -102,7 +106,7 @@ def test_learned_rate_of_first_order(x64):
     assert_same(found, expected, rtol=1e-5, first=net.linear_start())
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("adaptive", [True, slow(False)])
 def test_lipschitz_rate(x64, adaptive):
     num, num_epochs = len(BATCHES), 3
     tx = optalr.paper.lipschitz_sgd(
@@ -122,11 +126,11 @@ def test_lipschitz_rate(x64, adaptive):
 @pytest.mark.parametrize(
     ("k", "curvature", "acceleration", "damping"),
     [
-        (1, "gauss_newton", None, (1.0, 1.0)),
+        slow(1, "gauss_newton", None, (1.0, 1.0)),
         (3, "gauss_newton", None, (1.0, 1.0)),
-        (2, "gauss_newton", "W1", (0.5, 2.0)),
-        (2, "gauss_newton", "W2", (0.0, 1.0)),
-        (2, "hessian", None, (1.0, 1.0)),
+        slow(2, "gauss_newton", "W1", (0.5, 2.0)),
+        slow(2, "gauss_newton", "W2", (0.0, 1.0)),
+        slow(2, "hessian", None, (1.0, 1.0)),
     ],
 )
 def test_edf(x64, k, curvature, acceleration, damping):
@@ -142,7 +146,7 @@ def test_edf(x64, k, curvature, acceleration, damping):
     assert_same(train(tx)[0], expected, rtol=1e-8)
 
 
-@pytest.mark.parametrize("eps", [1e-9, 1e-2])
+@pytest.mark.parametrize("eps", [slow(1e-9), 1e-2])
 def test_swats(x64, eps):
     tx = optalr.paper.swats(RATE, b1=0.9, b2=0.99, eps=eps)
     found, _, state = train(tx)

@@ -114,8 +114,8 @@ def lipschitz_sgd(
 
     What happens: a net with hidden layers breaks down. On digits (an MLP, 20 epochs, five seeds)
     four seeds diverge and the fifth learns nothing; the fixed rate leaves all five at chance.
-    ``optalr.lipschitz_sgd`` ends at a test loss of 0.079 with its guards. Logistic regression has
-    no hidden units to lose, and trains at this rate (docs/lipschitz_rate.md).
+    ``optalr.lipschitz_sgd`` ends at a test loss of 0.079 with its guards. Logistic regression,
+    which has no hidden units to lose, trains at this rate (docs/lipschitz_rate.md).
 
     Args:
       loss: ``"softmax_cross_entropy"``, ``"binary_cross_entropy"`` (means over the batch) or
