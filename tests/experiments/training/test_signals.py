@@ -100,16 +100,20 @@ def processes(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_signal_at_a_hundred_moments(tmp_path, whole, processes):
-    """Each ends the process with its code, at once or after a write, and no run is damaged."""
+@pytest.mark.parametrize("part", range(4))
+def test_a_signal_at_a_hundred_moments(tmp_path, whole, processes, part):
+    """Each ends the process with its code, at once or after a write, and no run is damaged.
+
+    In four parts, since a hundred processes take a while to start.
+    """
     trainer, wanted = whole
     config = _write_config(tmp_path / "small.toml")
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(part)
     began = time.monotonic()
     assert _interrupted(processes, tmp_path, config, None) == 0
     length = time.monotonic() - began
     codes = []
-    for i in range(100):
+    for i in range(25):
         number = list(CODES)[i % 2]
         out = tmp_path / f"run{i}"
         delay = float(generator.uniform(0, length))
@@ -122,7 +126,7 @@ def test_a_signal_at_a_hundred_moments(tmp_path, whole, processes):
             if folder.result() is None:
                 train(trainer, open_unfinished(out)[1])
             assert snapshot(trainer, folder) == wanted, (i, number, delay)
-    assert len([code for code in codes if code]) > 50
+    assert len([code for code in codes if code]) > 12
 
 
 def _interrupted(processes, out, config, asked):
