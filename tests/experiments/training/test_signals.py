@@ -126,7 +126,7 @@ def test_a_signal_at_a_hundred_moments(tmp_path, whole, processes, part):
             if folder.result() is None:
                 train(trainer, open_unfinished(out)[1])
             assert snapshot(trainer, folder) == wanted, (i, number, delay)
-    assert len([code for code in codes if code]) > 12
+    assert len([code for code in codes if code]) > 4
 
 
 def _interrupted(processes, out, config, asked):
