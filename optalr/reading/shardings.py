@@ -10,9 +10,10 @@ from optalr.states import is_box, unboxed
 from optalr.transforms.dense.block_diagonal import BlockDiagonalState
 from optalr.transforms.dense.full_matrix import FullMatrixState
 from optalr.transforms.kronecker.memory import SideMemory
+from optalr.transforms.published.eigen_roots import EigenRootsState
 
 # What holds matrices of a parameter's moments: one may have the parameter's shape by chance.
-_OF_MATRICES = (SideMemory, BlockDiagonalState, FullMatrixState)
+_OF_MATRICES = (SideMemory, BlockDiagonalState, FullMatrixState, EigenRootsState)
 # Where a variable of nnx keeps the names of its axes; the last two in older releases.
 _NNX_NAMES = ("out_sharding", "sharding_names", "sharding")
 

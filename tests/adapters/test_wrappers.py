@@ -39,7 +39,7 @@ def schedule(gradient_step):
     return jnp.where(gradient_step < 2, 1, 3)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("every", [1, K, schedule], ids=["1", "4", "schedule"])
 def test_numbers_are_those_of_optax(every, mean, dtype):

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from tests.contract.registry import PAPER
+from tests.contract.registry import CHOICES, PAPER
 
 SUITE = pathlib.Path(__file__).with_name("test_contract.py")
 
@@ -12,12 +12,13 @@ SUITE = pathlib.Path(__file__).with_name("test_contract.py")
 def pytest_collection_modifyitems(items):
     """Sort the contract's tests by method, in the places that they have among all tests.
 
-    Those of the papers' own forms run among the slow ones: the fast ones have no room for more.
+    Those of the papers' own forms, and of choices beside a method's defaults, run among the slow
+    ones: the fast ones have no room for more.
     """
     for item in items:
         if item.path.parent == SUITE.parent and hasattr(item, "callspec"):
             name = getattr(item.callspec.params.get("method"), "name", "")
-            if name.startswith(PAPER):
+            if name.startswith(PAPER) or name in CHOICES:
                 item.add_marker(pytest.mark.slow)
     places = [i for i, item in enumerate(items) if item.path == SUITE]
     suite = sorted((items[i] for i in places), key=lambda item: item.callspec.params["method"].name)

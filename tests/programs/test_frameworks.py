@@ -78,6 +78,7 @@ def test_linen_with_batch_statistics_and_dropout():
     trained(loss_fn, variables["params"], arguments=arguments, has_aux=True)
 
 
+@pytest.mark.slow
 def test_nnx():
     class Net(nnx.Module):
         def __init__(self, rngs):

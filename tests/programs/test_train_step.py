@@ -138,6 +138,7 @@ def held_out(step):
     return {"validation_value_fn": Partial(held_out_loss, make_batch(999))}
 
 
+@pytest.mark.slow
 def test_untuned_learns_its_decay():
     tx = optalr.untuned(40, learn_every=3)
     losses, step, _, state = run(tx, steps=40, extras=held_out)
@@ -153,6 +154,7 @@ def test_gradients_are_gathered():
     assert step.kinds[0] == "gathering"
 
 
+@pytest.mark.slow
 def test_a_momentum_is_handed_over_and_phases_are_blended():
     first = optax.chain(optax.trace(0.9), optax.scale(-0.01))
     second = optax.chain(optax.trace(0.9), optax.scale(-0.05))

@@ -120,7 +120,7 @@ def test_memory_is_that_of_a_chunk():
     assert temporary_bytes(128) < temporary_bytes(4096) / 4
 
 
-@pytest.mark.parametrize("loop", ["scan", "unroll", "python"])
+@pytest.mark.parametrize("loop", ["scan", pytest.param("unroll", marks=pytest.mark.slow), "python"])
 def test_sums_of_half_precision_terms_are_taken_in_float32(loop):
     num_chunks = 2048 if loop == "scan" else 320
     params = jnp.ones(2, jnp.bfloat16)
