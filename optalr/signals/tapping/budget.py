@@ -40,15 +40,14 @@ class Budget:
     def samplings(self, sites: Sequence[Site], kept: Mapping[int, Kept]) -> dict[int, Sampling]:
         """Return which examples and positions of each leaf to look at."""
         costs = [Cost.of(site, kept[site.leaf]) for site in sites]
-        budget = max(LEAST, self.max_cost * gradient_flops(costs))
         if sum(cost.per_row * cost.rows for cost in costs) <= LEAST:
             return {site.leaf: Sampling() for site in sites}
-        level = _affordable(costs, budget)
-        # Uses of one leaf have one size, and so one limit.
-        return {
-            site.leaf: Sampling(max_rows=cost.sample(level))
-            for site, cost in zip(sites, costs, strict=True)
-        }
+        level = _affordable(costs, max(LEAST, self.max_cost * gradient_flops(costs)))
+        # Uses of one leaf have factors of one size, and so one limit.
+        limits: dict[int, int] = {}
+        for site, cost in zip(sites, costs, strict=True):
+            limits[site.leaf] = max(limits.get(site.leaf, 1), cost.sample(level))
+        return {leaf: Sampling(max_rows=limit) for leaf, limit in limits.items()}
 
 
 class Cost(NamedTuple):
