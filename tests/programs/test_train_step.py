@@ -147,6 +147,7 @@ def test_untuned_learns_its_decay():
     assert "refreshing" in step.kinds
 
 
+@pytest.mark.slow
 def test_gradients_are_gathered():
     tx = optalr.multi_steps(optalr.tso_alra(1e-2, update_every=4), 3)
     losses, step, *_ = run(tx, steps=40)
@@ -247,6 +248,7 @@ def test_a_phase_by_a_bare_function_is_asked_on_the_device():
     np.testing.assert_allclose(losses, traced_losses(tx, steps=8), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_period_by_a_schedule_is_asked_on_the_device():
     make = optax.inject_hyperparams(
         optalr.scale_by_block_diagonal, static_args=("damping_form", "max_size", "bias_correction")

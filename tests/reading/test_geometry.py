@@ -51,6 +51,7 @@ def test_theorem_2_preconditioned_noise_is_isotropic_and_sgds_is_not():
     assert plain.effective_rank < 2
 
 
+@pytest.mark.slow
 def test_theorem_2_on_a_trained_model():
     rng = np.random.default_rng(4)
     x = jnp.asarray(rng.standard_normal((512, 6)) * np.geomspace(3, 0.3, 6), jnp.float32)
@@ -246,6 +247,7 @@ def one_spread(point, x):
     return rows.T @ rows / len(x) + 1e-2 * jnp.eye(6)
 
 
+@pytest.mark.slow
 def test_steps_of_a_small_net_leave_the_geodesic_as_their_length_squared():
     rng = np.random.default_rng(9)
     x = jnp.asarray(rng.standard_normal((20, 2)), jnp.float32)

@@ -137,7 +137,13 @@ def two_updates(tx, read, params, batch):
     return updates, state
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[pytest.mark.slow] if " " in name else [])
+        for name, options in OPTIONS.items()
+    ],
+)
 def test_updates_are_those_of_whole_gram_matrices(options):
     options = {"block_size": None, **options, "max_factor_size": 20}
     options["block_size"] = options["block_size"] and 8
