@@ -9,6 +9,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+# With the packages of the environment that runs the tests, whether it is activated or not.
+PYRIGHT = (sys.executable, "-m", "pyright", "--pythonpath", sys.executable)
 PROGRAMS = sorted((ROOT / "examples").glob("*.py"))
 PAGE = (ROOT / "docs" / "frameworks.md").read_text()
 
@@ -34,7 +36,7 @@ def test_the_guide_shows_every_example_as_it_stands():
 
 @pytest.mark.slow
 def test_examples_are_well_typed():
-    done = as_a_user(sys.executable, "-m", "pyright", "-p", "examples")
+    done = as_a_user(*PYRIGHT, "-p", "examples")
     assert done.returncode == 0, done.stdout
 
 
@@ -52,7 +54,7 @@ def test_a_type_checker_knows_the_signature_of_the_loss(tmp_path):
         "evaluate(w, 'x')  # a string\n"
         "evaluate(x, x, signals=True)  # no parameters\n"
     )
-    done = as_a_user(sys.executable, "-m", "pyright", str(program))
+    done = as_a_user(*PYRIGHT, str(program))
     assert 'Type of "value" is "Array"' in done.stdout
     assert 'Type of "grads" is "dict[str, Array]"' in done.stdout
     # The class of arrays is abstract, which is an error in line 3.

@@ -55,9 +55,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
         names = set(archive.namelist())
         (metadata,) = [name for name in names if name.endswith("METADATA")]
         about = Parser().parsestr(archive.read(metadata).decode())
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "optalr").rglob("*.py")}
+    paths = (path for end in ("*.py", "*.toml") for path in (ROOT / "optalr").rglob(end))
+    sources = {path.relative_to(ROOT).as_posix() for path in paths}
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == {*sources, "optalr/py.typed"}
+    assert package == {*sources, "optalr/py.typed", "optalr_command.py"}
     assert about["Version"] == optalr.__version__
     assert about["Description-Content-Type"] == "text/markdown"
     assert about.get_payload().strip() == on_an_index(README).strip()
