@@ -5,8 +5,12 @@ import math
 from typing import Any
 
 import jax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # jax 0.11 has none
+    shard_alike = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +86,15 @@ class Spread:
 
         The compiler would choose for the products of a matrix's rows, and hand the choice on to the
         parameters. On explicit axes and inside a ``shard_map`` it has no choice. Inside control
-        flow it chooses all the same: shardings do not pass through.
+        flow it chooses all the same: shardings do not pass through. So it does where jax has no
+        ``shard_alike``; ``out_shardings`` of the step then decide.
         """
         mesh = self.at_hand() if self.rests and params is not None else None
-        if mesh is None or any(map(_is_explicit, [mesh, *jax.tree.leaves(updates)])):
+        if (
+            shard_alike is None
+            or mesh is None
+            or any(map(_is_explicit, [mesh, *jax.tree.leaves(updates)]))
+        ):
             return updates
         return shard_alike(updates, params)[0]
 
