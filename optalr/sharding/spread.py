@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 try:
     from jax.experimental.shard_alike import shard_alike
-except ImportError:  # jax 0.11 has none
+except ImportError:  # gone by jax 0.12
     shard_alike = None
 
 
