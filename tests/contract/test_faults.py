@@ -11,7 +11,8 @@ import pytest
 import optalr
 from tests.contract import problem
 from tests.contract.faults import AFTER, FAULTS, NOW_AND_THEN, WARM, Fault, compiled, run
-from tests.contract.registry import METHODS, Method
+from tests.contract.lines import Method
+from tests.contract.registry import METHODS
 
 guarding = pytest.mark.parametrize("method", [m for m in METHODS if m.guards], ids=repr)
 

@@ -6,7 +6,8 @@ import types
 import pytest
 
 import optalr
-from tests.contract.registry import CHOICES, CLAUSES, METHODS, PAPER
+from tests.contract.lines import CLAUSES
+from tests.contract.registry import CHOICES, METHODS, PAPER
 
 
 def builds_a_transformation(function):

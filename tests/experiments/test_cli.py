@@ -13,6 +13,7 @@ import pytest
 
 from optalr.experiments import cli
 from optalr.experiments.studies import compare
+from tests.experiments.refusing import fails
 
 SMALL = """
 [data]
@@ -41,16 +42,6 @@ def _write_configs(folder):
 def configs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return _write_configs(tmp_path)
-
-
-def _fails(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    captured = capsys.readouterr()
-    assert caught.value.code == cli.EXIT_MISTAKE
-    assert captured.err.startswith("optalr: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_set_may_be_repeated_and_take_several(configs, capsys):
@@ -148,7 +139,7 @@ def test_compare_writes_table_picture_and_page(comparison, capsys, monkeypatch):
     assert (out / "runs.csv").read_text().count("\n") == 5
     cli.main(["plot", str(out), "--configs", "sgd", "--out", "sgd.png"])
     assert Path("sgd.png").read_bytes().startswith(b"\x89PNG")
-    assert "no config 'sdg': did you mean 'sgd'" in _fails(
+    assert "no config 'sdg': did you mean 'sgd'" in fails(
         capsys, "plot", str(out), "--configs", "sdg"
     )
 
@@ -168,7 +159,7 @@ def test_tune_names_the_best_point_and_goes_on_where_it_was(configs, capsys):
     assert "learning_rate = 0.01" in Path("runs/tune-small-adam/best.toml").read_text()
     cli.main(["tune", str(configs / "adam.toml"), "--seeds", "1"])
     assert capsys.readouterr().out == first
-    _fails(capsys, "tune", str(configs / "adam.toml"), "--seeds", "2")
+    fails(capsys, "tune", str(configs / "adam.toml"), "--seeds", "2")
 
 
 def test_names_are_listed(capsys):
@@ -180,15 +171,16 @@ def test_names_are_listed(capsys):
 
 def test_mistakes_are_one_line(configs, capsys):
     adam = str(configs / "adam.toml")
-    assert "did you mean" in _fails(capsys, "run", "configs/small/adamm.toml")
-    assert "train.epochs" in _fails(capsys, "run", adam, "--set", "train.epoch=2")
-    assert "batch_size" in _fails(capsys, "run", adam, "--set", "train.batch_size=9999")
-    assert "holds no run" in _fails(capsys, "resume", "configs")
-    assert "no folder" in _fails(capsys, "compare", "nowhere")
-    assert "holds no .toml" in _fails(capsys, "compare", "configs")
-    assert "--seeds" in _fails(capsys, "compare", str(configs), "--seeds", "0")
-    assert "no [tune] section" in _fails(capsys, "tune", adam, "--set", "tune={}")
-    assert "not overwritten" in _fails(capsys, "run", adam, "--out", "configs")
+    assert "did you mean" in fails(capsys, "run", "configs/small/adamm.toml")
+    assert "train.epochs" in fails(capsys, "run", adam, "--set", "train.epoch=2")
+    assert "batch_size" in fails(capsys, "run", adam, "--set", "train.batch_size=9999")
+    assert "holds no run" in fails(capsys, "resume", "configs")
+    assert "no folder" in fails(capsys, "compare", "nowhere")
+    assert "--target" in fails(capsys, "compare", str(configs), "--target", "inf")
+    assert "holds no .toml" in fails(capsys, "compare", "configs")
+    assert "--seeds" in fails(capsys, "compare", str(configs), "--seeds", "0")
+    assert "no [tune] section" in fails(capsys, "tune", adam, "--set", "tune={}")
+    assert "not overwritten" in fails(capsys, "run", adam, "--out", "configs")
     assert not Path("runs").exists()
 
 
@@ -202,7 +194,7 @@ def test_a_method_without_its_extra_is_a_mistake(configs, capsys, monkeypatch):
         return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
     monkeypatch.setattr(optax, "needs_more", needs_more, raising=False)
-    shown = _fails(capsys, "run", str(configs / "adam.toml"), "--set", "method.name=needs_more")
+    shown = fails(capsys, "run", str(configs / "adam.toml"), "--set", "method.name=needs_more")
     assert "needs_more" in shown
     assert "sharpness" in shown
     assert not Path("runs").exists()
@@ -210,7 +202,7 @@ def test_a_method_without_its_extra_is_a_mistake(configs, capsys, monkeypatch):
 
 def test_differing_data_are_not_compared(configs, capsys):
     (configs / "other.toml").write_text("[data]\nlimit = 100\n")
-    assert "[data]" in _fails(capsys, "compare", str(configs))
+    assert "[data]" in fails(capsys, "compare", str(configs))
 
 
 def test_a_divergence_has_an_exit_code_of_its_own(configs, capsys):
@@ -241,7 +233,7 @@ def test_suggest_rate(configs, capsys):
     shown = capsys.readouterr().out
     assert "suggest" in shown
     assert Path("runs/rate-small-sgd.png").exists()
-    assert "starts" in _fails(capsys, *arguments, "--starts", "0.1")
+    assert "starts" in fails(capsys, *arguments, "--starts", "0.1")
 
 
 def test_a_method_may_probe_the_validation_examples(configs, capsys):

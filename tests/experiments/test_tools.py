@@ -14,6 +14,7 @@ from optalr.experiments.configs.files import load_config
 from optalr.experiments.errors import suggest
 from optalr.experiments.records.locks import locked
 from optalr.experiments.records.run_folder import RunFolder
+from tests.experiments.refusing import fails
 from tests.syntax import imports, package
 
 ROOT = Path(__file__).parents[2]
@@ -37,16 +38,6 @@ def config(tmp_path, monkeypatch):
     path = tmp_path / "configs" / "small.toml"
     path.write_text(SMALL)
     return str(path)
-
-
-def fails(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    captured = capsys.readouterr()
-    assert caught.value.code == cli.EXIT_MISTAKE
-    assert captured.err.startswith("optalr: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_version(capsys):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.contract import test_contract as contract
-from tests.contract.registry import Method
+from tests.contract.lines import Method
 from tests.skeleton import method as optalr
 
 SKELETON = Method(

@@ -90,6 +90,12 @@ def call(
     for key, parameter in keys.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ExperimentError(f"{name} needs '{section}.{key}': add it to the config.")
+        # Whatever else an argument takes: what is a number by default is no text and no list.
+        if key in options and _is_number(parameter.default) and not _is_number(options[key]):
+            raise ExperimentError(
+                f"{section}.{key} must be a number, got {shown(options[key])}; {name} has "
+                f"{parameter.default} by default."
+            )
     frozen = {key: _frozen(value) for key, value in options.items()}
     _check_types(function, frozen, section)
     try:
@@ -123,6 +129,10 @@ def _check_types(function: Callable[..., Any], options: Mapping[str, Any], secti
             told = mistake["msg"].replace("a valid tuple", "a list")
             told = told.replace("Input should be", "must be", 1)
             raise ExperimentError(f"{place} {told}, got {shown(mistake['input'])}.") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _frozen(value: Any) -> Any:

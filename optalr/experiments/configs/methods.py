@@ -155,14 +155,11 @@ def _second_stage(
       options: the ``[phase]`` section's keys.
       **given: a rate, where the section need not say one.
     """
-    section = options.get("second")
-    if not isinstance(section, Mapping) or "name" not in section:
-        raise ExperimentError(
-            "phase.second must be a section that names what follows the first stage, for example "
-            f"name = 'sgd' and learning_rate = 0.1, got {section!r}."
-        )
-    factory, _ = find_method(section["name"])
-    own = {key: value for key, value in section.items() if key != "name"}
+    factory, own = _named_section(
+        options.get("second"),
+        "phase.second must be a section that names what follows the first stage, for example "
+        "name = 'sgd' and learning_rate = 0.1",
+    )
     built = call(_injected(factory), own, section="phase.second", **given)
     return partial(factory, **own), built
 
@@ -198,14 +195,24 @@ def _injected(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _build_length(section: Any) -> optax.GradientTransformation:
     """Return what ``[method.length]`` names, in place of the learning rate."""
-    if not isinstance(section, Mapping) or "name" not in section:
-        raise ExperimentError(
-            "method.length must be a section that names what sets the length of a step, for "
-            f"example name = 'scale_by_learned_rate', got {section!r}."
-        )
-    factory, _ = find_method(section["name"])
-    options = {key: value for key, value in section.items() if key != "name"}
+    factory, options = _named_section(
+        section,
+        "method.length must be a section that names what sets the length of a step, for example "
+        "name = 'scale_by_learned_rate'",
+    )
     return call(factory, options, section="method.length")
+
+
+def _named_section(section: Any, wanted: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the factory that a section names, and the section's other keys.
+
+    Raises:
+      ExperimentError: it names none; ``wanted`` says what it must be.
+    """
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise ExperimentError(f"{wanted}, got {section!r}.")
+    factory, _ = find_method(section["name"])
+    return factory, {key: value for key, value in section.items() if key != "name"}
 
 
 def _on_the_gradient(config: TrainConfig) -> list[optax.GradientTransformation]:

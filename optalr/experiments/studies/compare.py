@@ -94,11 +94,14 @@ def create(
       target: as in ``Comparison``.
 
     Raises:
-      ExperimentError: something is there already, or the number of seeds is not positive.
+      ExperimentError: something is there already, the number of seeds is not positive, or the
+        target is infinite.
     """
     first = min(config.train.seed for config in configs.values())
     check_seeds(first, num_seeds)
     refuse_endless(len(configs) * num_seeds, "runs of the comparison")
+    if math.isinf(target):
+        raise ExperimentError(f"--target must be a finite training loss, got {target}.")
     check_free(path)
     seeds = tuple(range(first, first + num_seeds))
     # JSON has no NaN.

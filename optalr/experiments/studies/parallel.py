@@ -41,13 +41,14 @@ def resume_side_by_side(
     waiting, failed = deque(paths), []
     free = deque(_devices(jobs))
     running: dict[Path, tuple[subprocess.Popen[bytes], str]] = {}
-    stop = StopRequest()
+    stop, told = StopRequest(), False
     with handled(stop):
         while running or (waiting and not failed and stop.number is None):
             while waiting and free and not failed and stop.number is None:
                 path, device = waiting.popleft(), free.popleft()
                 running[path] = _start(path, device, force), device
-            if stop.number is not None:
+            if stop.number is not None and not told:
+                told = True  # a second signal would end them before they have saved
                 for process, _ in running.values():
                     process.terminate()
             time.sleep(_LOOK_SECONDS)

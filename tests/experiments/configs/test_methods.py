@@ -131,6 +131,19 @@ def test_every_name_listed_can_be_found():
     [
         ({"method": {"name": "adma"}}, "method.name 'adma': did you mean 'ada"),
         ({"method": {"name": "chain"}}, "unknown method.name"),
+        ({"method": {"name": "adam", "b1": "big"}}, r"method\.b1 must be a number, got 'big'"),
+        ({"method": {"name": "tso_alra", "damping": [1]}}, r"method\.damping must be a number"),
+        ({"method": {"name": "lion", "b2": True}}, r"method\.b2 must be a number, got True"),
+        (
+            {
+                "phase": {
+                    "name": "switch_at",
+                    "step": 3,
+                    "second": {"name": "adam", "learning_rate": 0.1, "eps": "x"},
+                }
+            },
+            r"phase\.second\.eps must be a number",
+        ),
         ({"method": {"name": "adam", "beta1": 0.9}}, r"unknown key 'method.beta1' for adam: .*b1"),
         ({"method": {"name": "sgd", "length": {"name": "sgd"}}}, "unknown key 'method.length'"),
         ({"method": {"name": "scale_by_adam", "length": 0.1}}, "method.length must be a section"),

@@ -1,10 +1,8 @@
 """The runner end to end: a run, its folder, interruptions, divergence."""
 
 import json
-import multiprocessing
 import shutil
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -218,17 +216,6 @@ def test_a_divergence_stops_with_a_diagnosis(tmp_path):
 def test_a_mistake_shows_before_training(sections, wanted):
     with pytest.raises(ExperimentError, match=wanted):
         Trainer(_config(**sections))
-
-
-@pytest.fixture
-def processes(monkeypatch):
-    """Give a context whose processes are forked from one that has imported everything already."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-    # The tests' cached programs let a process get to its training within seconds.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["optalr.experiments.commands", "sklearn.datasets"])
-    return context
 
 
 @pytest.mark.slow

@@ -1,14 +1,11 @@
 """Ctrl-C and SIGTERM at any moment: what is being written is finished, and the run can go on."""
 
 import gc
-import multiprocessing
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -87,16 +84,6 @@ def _child(ready, shown, words):
         cli.main(words)
         sys.stdout.flush()
         os._exit(0)
-
-
-@pytest.fixture
-def processes(monkeypatch):
-    """Give a context whose processes are forked from one that has imported everything already."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["optalr.experiments.commands", "sklearn.datasets"])
-    return context
 
 
 @pytest.mark.slow
