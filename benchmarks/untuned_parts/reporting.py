@@ -105,8 +105,8 @@ def page(bench: Bench, recipe: str) -> str:
         "## Summary",
         summary(bench, recipe),
         "## Without each part",
-        "Final test loss over that of the whole recipe; above 1 the part pays. Parts were taken "
-        "from `untuned_first`, whose own row compares it with the recipe.",
+        "Final test loss over that of the whole recipe, on the seeds that both have; above 1 the "
+        "part pays.",
         ablation_table(bench, recipe),
         "## Problems",
     ]
