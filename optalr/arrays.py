@@ -78,6 +78,18 @@ def diagonal(matrices: jax.Array) -> jax.Array:
     return jax.lax.slice_in_dim(matrices.reshape(*stack, n * n), 0, n * n, n + 1, axis=-1)
 
 
+def power_of_two_below(numbers: jax.Array) -> jax.Array:
+    """Return the largest power of two that each float32 or float64 >= 0 holds; 0 below 2^-126.
+
+    Its bits are those of the exponent, which takes fewer operations than ``jnp.frexp``.
+    """
+    whole, mask = (
+        (jnp.int64, 0x7FF << 52) if numbers.dtype.itemsize == 8 else (jnp.int32, 0xFF << 23)
+    )
+    bits = jax.lax.bitcast_convert_type(numbers, whole)
+    return jax.lax.bitcast_convert_type(bits & mask, numbers.dtype)
+
+
 def damped_power(values: jax.Array, damping: Any, power: Any) -> jax.Array:
     """Return ``(values + damping)^power``, and 1 where the base is not positive."""
     base = values + damping

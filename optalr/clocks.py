@@ -136,7 +136,16 @@ def chosen(condition: jax.Array, new: Any, old: Any) -> Any:
 
     A leaf that is the same in both is left alone: a select would copy it.
     """
-    return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), new, old)
+
+    def pick(one: Any, other: Any) -> Any:
+        if one is other:
+            return one
+        one, other = jnp.asarray(one), jnp.asarray(other)
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return jnp.where(condition, one, other)
+        return jax.lax.select(condition, one, other)  # one operation, where jnp.where has three
+
+    return jax.tree.map(pick, new, old)
 
 
 class Periodic(NamedTuple):

@@ -9,18 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optalr.arrays import wide_dtype
+from optalr.arrays import power_of_two_below, wide_dtype
 
 # TF32 or bfloat16 products destroy a root: the smallest eigenvalue is found by cancellation.
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Normalized(NamedTuple):
-    """A damped matrix, ready for a method: ``matrix · 2^exponent`` is the original plus damping."""
+    """A damped matrix, ready for a method: ``matrix · unit`` is the original plus damping."""
 
     matrix: jax.Array  # (..., n, n), largest entry in [1/2, 1); the identity where not usable
-    exponent: jax.Array  # (...) int32
+    unit: jax.Array  # (...), a power of two
     finite: jax.Array  # (...) bool
     usable: jax.Array  # (...) bool: finite, and not zero
 
@@ -32,6 +33,7 @@ class RootTask(NamedTuple):
     power: Any  # p: an int where it is whole, a float, or (...) where it is traced
     order: int  # of the coupled Newton iteration
     basis: jax.Array | None  # (..., n, n), for methods that start from one
+    on_cpu: bool | None = None  # whether the program at hand is for CPUs; None for any device
 
 
 class MethodResult(NamedTuple):
@@ -46,7 +48,7 @@ class MethodResult(NamedTuple):
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply (stacks of) matrices in full precision."""
-    return jnp.matmul(a, b, precision=HIGHEST)
+    return _products(a, b, HIGHEST)
 
 
 def quick_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -55,7 +57,16 @@ def quick_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     That is what ``jax.default_matmul_precision`` says; by default TF32 on a GPU and bfloat16 on a
     TPU. It is for what is made from a gradient, which came from such products itself.
     """
-    return jnp.matmul(a, b)
+    return _products(a, b, None)
+
+
+def _products(a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
+    if min(a.ndim, b.ndim) < 2 or a.shape[:-2] != b.shape[:-2] or a.dtype != b.dtype:
+        return jnp.matmul(a, b, precision=precision)
+    # One operation, where jnp.matmul has four for a stack of one matrix.
+    lead = tuple(range(a.ndim - 2))
+    dimensions = (((a.ndim - 1,), (b.ndim - 2,)), (lead, lead))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision)
 
 
 def transpose(a: jax.Array) -> jax.Array:
@@ -81,13 +92,16 @@ def with_ones(gram: jax.Array, mean: jax.Array) -> jax.Array:
 
 
 def align(flag: jax.Array, array: jax.Array) -> jax.Array:
-    """Give a stack of flags trailing axes of size one, as many as ``array`` has."""
+    """Give a stack of flags trailing axes of size one, as many as ``array`` has; a scalar none."""
+    if flag.ndim == 0:
+        return flag
     return flag.reshape(flag.shape + (1,) * (array.ndim - flag.ndim))
 
 
 def identity_like(a: jax.Array) -> jax.Array:
     """Return identity matrices in the shape of ``a``."""
-    return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    rows, cols = (jax.lax.broadcasted_iota(jnp.int32, a.shape, a.ndim - axis) for axis in (2, 1))
+    return (rows == cols).astype(a.dtype)
 
 
 def as_square_stack(name: str, matrix: Any) -> jax.Array:
@@ -132,23 +146,29 @@ def broadcast_basis(basis: Any, matrix: jax.Array) -> jax.Array:
 
 def normalize(matrix: jax.Array, damping: jax.Array) -> Normalized:
     """Symmetrize, damp and scale each matrix of a stack; replace what has no root by identity."""
-    eye = identity_like(matrix)
-    finite = jnp.isfinite(matrix).all((-2, -1)) & jnp.isfinite(damping)
-    matrix = jnp.where(column(finite), matrix, 0)
-    damping = jnp.where(finite, damping, 0)
+    # What is not finite makes the largest entry not finite.
     largest = jnp.maximum(jnp.abs(matrix).max((-2, -1)), jnp.abs(damping))
+    finite = jnp.isfinite(largest)
     usable = finite & (largest > 0)
-    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
-    # Kept off the ends of the exponent's range, where ldexp would flush to zero or overflow.
-    limit = jnp.finfo(matrix.dtype).maxexp - 2
-    exponent = jnp.clip(exponent + 1, -limit, limit)
-    down = jnp.ldexp(jnp.ones_like(damping), -exponent)
-    damped = symmetric_part(matrix * column(down)) + column(damping * down) * eye
-    return Normalized(jnp.where(column(usable), damped, eye), exponent, finite, usable)
+    # Kept off the ends of the exponent's range, where a quotient would overflow or be flushed to
+    # zero. Where a NaN stands the matrix is not used.
+    info = jnp.finfo(matrix.dtype)
+    least, most = (np.array(2.0**e, matrix.dtype) for e in (info.minexp + 2, info.maxexp - 2))
+    unit = jax.lax.clamp(least, 4 * power_of_two_below(largest), most)
+    inverse = 1 / unit
+    eye = identity_like(matrix)
+    damped = symmetric_part(matrix * column(inverse)) + column(damping * inverse) * eye
+    return Normalized(jnp.where(column(usable), damped, eye), unit, finite, usable)
 
 
-def power_of_two(exponent: jax.Array) -> jax.Array:
-    """Return ``2^exponent`` for a fractional exponent, without the error of a large one."""
+def inverse_root_of_unit(unit: jax.Array, p: Any) -> jax.Array:
+    """Return ``unit^{-1/p}`` of a power of two, without the error of a large exponent."""
+    if isinstance(p, int) and p & (p - 1) == 0:
+        root = 1 / unit
+        while p > 1:
+            root, p = jnp.sqrt(root), p // 2
+        return root
+    exponent = -jnp.round(jnp.log2(unit)) / p
     whole = jnp.round(exponent)
     return jnp.ldexp(jnp.exp2(exponent - whole), whole.astype(jnp.int32))
 
@@ -173,11 +193,11 @@ def root_residual(matrix: jax.Array, root: jax.Array, p: int) -> jax.Array:
 
 def frobenius(matrix: jax.Array) -> jax.Array:
     """Return ``‖M‖_F / √n``."""
-    n = matrix.shape[-1]
-    # A product with ones instead of a plain sum: XLA's CPU backend (jax 0.10) merges a sum with the
-    # two products before it into one kernel, ten times slower than they are apart.
-    rows = matmul(jnp.square(matrix), jnp.ones((*matrix.shape[:-2], n, 1), matrix.dtype))
-    return jnp.sqrt(jnp.sum(rows, (-2, -1)) / n)
+    # A product that sums over both axes instead of a plain sum: XLA's CPU backend (jax 0.10) merges
+    # a sum with the two products before it into one kernel, ten times slower than they are apart.
+    lead, both = tuple(range(matrix.ndim - 2)), (matrix.ndim - 2, matrix.ndim - 1)
+    square = jax.lax.dot_general(matrix, matrix, ((both, both), (lead, lead)), precision=HIGHEST)
+    return jnp.sqrt(square / matrix.shape[-1])
 
 
 def solve_by_size(solve: Callable[..., Any], requests: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -195,6 +215,9 @@ def solve_by_size(solve: Callable[..., Any], requests: Sequence[tuple[Any, ...]]
     results: dict[int, Any] = {}
     for members in places_by_size(requests):
         whole, start = solve(*joined([requests[i] for i in members])), 0
+        if len(members) == 1:
+            results[members[0]] = whole
+            continue
         for i in members:
             stop = start + requests[i][0].shape[0]
             results[i] = jax.tree.map(lambda part, a=start, b=stop: part[a:b], whole)
@@ -213,4 +236,6 @@ def places_by_size(requests: Sequence[tuple[Any, ...]]) -> list[list[int]]:
 def joined(requests: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Return the parts of requests of one kind, each joined along its first axis."""
     parts = zip(*requests, strict=True)
-    return [None if part[0] is None else jnp.concatenate(part) for part in parts]
+    return [
+        part[0] if part[0] is None or len(part) == 1 else jnp.concatenate(part) for part in parts
+    ]

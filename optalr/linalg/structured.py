@@ -94,8 +94,15 @@ class Structured:
 
     def mean(self) -> jax.Array:
         """Return the mean eigenvalue ``tr(A)/n`` of each layer, ``(*stack,)``."""
+        return self.trace() / self.padded_size
+
+    def trace(self) -> jax.Array:
+        """Return the sum of the eigenvalues of each layer, ``(*stack,)``.
+
+        Where many means are wanted, their traces are divided all at once.
+        """
         entries = self.diagonal()
-        return jnp.mean(entries, tuple(range(len(self.stack), entries.ndim)))
+        return jnp.sum(entries, tuple(range(len(self.stack), entries.ndim)))
 
     def pad(self, matrix: jax.Array, axis: int) -> jax.Array:
         """Pad an axis of ``matrix`` with zeros to whole blocks."""

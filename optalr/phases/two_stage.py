@@ -24,7 +24,13 @@ from optalr.clocks import ASK, BLEND, FIRST, SECOND, TAKE_OVER, asking, chosen, 
 from optalr.phases.momentum import hand_over_momentum
 from optalr.phases.switching import phase_schedule
 from optalr.states import count_up, settle, settle_like, update_when
-from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
+from optalr.transforms.shared.gradient_watch import (
+    WATCHED,
+    GradientWatch,
+    Watched,
+    admit,
+    start_gradient_watch,
+)
 from optalr.transforms.shared.making import transformation
 
 
@@ -185,12 +191,14 @@ class _Stages:
     def update(
         self, updates: Any, state: Any, params: Any = None, **extras: Any
     ) -> tuple[Any, TwoStageState]:
-        inputs = (params, extras)
+        told = int(state.told) if is_told(state.told) else ASK
         if self.guard:
             given = admit(updates, state.gradients)
+            known = Watched(updates, given.updates, given.share) if told == FIRST else Watched()
+            extras = {**extras, WATCHED: known}
             updates, failures = given.updates, count_up(state.failures, given.failed)
             state = state._replace(failures=failures, gradients=given.watch)
-        told = int(state.told) if is_told(state.told) else ASK
+        inputs = (params, extras)
         if isinstance(state.first, Released) or told in (SECOND, TAKE_OVER):
             return self._second_alone(updates, state, inputs, takes_over=told == TAKE_OVER)
         if told == FIRST:

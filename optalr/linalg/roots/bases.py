@@ -113,7 +113,7 @@ def _judge(
     error = spd.frobenius(image - vectors * values[..., None, :])
     residual = error / spd.frobenius(normalized.matrix)
     good = normalized.finite & jnp.isfinite(residual)
-    values = jnp.ldexp(values, normalized.exponent[..., None])
+    values = values * normalized.unit[..., None]
     return EigenBasis(
         vectors=jnp.where(spd.column(good), vectors, spd.identity_like(vectors)),
         values=jnp.where((good & normalized.usable)[..., None], values, 0),

@@ -10,6 +10,7 @@ at most 1.5 times that time.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,18 +22,29 @@ from optalr.linalg.spd import MethodResult, RootTask
 
 
 def _looped_on_cpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Make ``kernel`` take whole stacks, on a CPU in a loop over their matrices."""
+    """Make ``kernel`` take whole stacks, on a CPU in a loop over their matrices.
+
+    Where the caller is compiled for one kind of device it says which by ``on_cpu``.
+    """
 
     def looped(*stacks: jax.Array) -> Any:
         # Sequential also under a vmap of the caller's, which would otherwise make a stack again.
         one = jax.custom_batching.sequential_vmap(kernel)
-        for _ in range(stacks[0].ndim - 2):
+        lead = stacks[0].shape[:-2]
+        if math.prod(lead) == 1:
+            found = one(*(stack.reshape(stack.shape[-2:]) for stack in stacks))
+            return jax.tree.map(lambda x: x.reshape(*lead, *x.shape), found)
+        for _ in lead:
             one = jax.vmap(one)
         return one(*stacks)
 
-    return functools.wraps(kernel)(
-        lambda *stacks: jax.lax.platform_dependent(*stacks, cpu=looped, default=kernel)
-    )
+    @functools.wraps(kernel)
+    def anywhere(*stacks: jax.Array, on_cpu: bool | None = None) -> Any:
+        if on_cpu is None:
+            return jax.lax.platform_dependent(*stacks, cpu=looped, default=kernel)
+        return (looped if on_cpu else kernel)(*stacks)
+
+    return anywhere
 
 
 @_looped_on_cpu
@@ -114,7 +126,7 @@ def eigh_root(task: RootTask) -> MethodResult:
 
 def eigh_root_and_basis(task: RootTask) -> MethodResult:
     """Return what ``eigh_root`` does, and the eigenvectors as ``basis``."""
-    return _root_in_basis(task, *eigh(task.matrix))
+    return _root_in_basis(task, *eigh(task.matrix, on_cpu=task.on_cpu))
 
 
 def refreshed_root(task: RootTask) -> MethodResult:

@@ -230,18 +230,15 @@ def _solve_stack(
     normalized = spd.normalize(arrays.matrix, arrays.damping)
     p: Any = arrays.power if power is None else power
     task = RootTask(normalized.matrix, p, order, arrays.basis)
-    run = functools.partial(
-        _run_or_fall_back, task=task, usable=normalized.usable, tolerance=arrays.tolerance
+    judged = {"usable": normalized.usable, "tolerance": arrays.tolerance}
+    # One question about the device, and none inside.
+    on_cpu, elsewhere = (
+        functools.partial(_run_or_fall_back, chosen, task=task._replace(on_cpu=is_cpu), **judged)
+        for chosen, is_cpu in zip(_choose(method, task), (True, False), strict=True)
     )
-    on_cpu, elsewhere = _choose(method, task)
-    if on_cpu is elsewhere:
-        result, fell_back = run(on_cpu)
-    else:
-        result, fell_back = jax.lax.platform_dependent(
-            cpu=functools.partial(run, on_cpu), default=functools.partial(run, elsewhere)
-        )
+    result, fell_back = jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
     # Undo the scaling, and leave nothing that is not finite.
-    root = result.root * spd.column(spd.power_of_two(-normalized.exponent / p))
+    root = result.root * spd.column(spd.inverse_root_of_unit(normalized.unit, p))
     exists = normalized.usable & jnp.isfinite(root).all((-2, -1)) & jnp.isfinite(result.residual)
     return InverseRoot(
         root=jnp.where(spd.column(exists), root, 0),

@@ -43,7 +43,7 @@ class _Newton(NamedTuple):
 def coupled_newton_root(task: RootTask) -> MethodResult:
     """Return the inverse p-th root of a normalized stack, p a whole number."""
     matrix, p, order = task.matrix, task.power, task.order
-    bound = largest_eigenvalue_bound(matrix)
+    bound, largest = largest_eigenvalue_bound(matrix)
     coupled = matrix / spd.column(bound)
     error, radius, probe = _distance_from_one(coupled, start_vector(matrix), 6)
     start = _Newton(
@@ -71,7 +71,7 @@ def coupled_newton_root(task: RootTask) -> MethodResult:
     if p <= 2:
         root = _correct_leading(matrix, root, p=p, bound=bound)
     residual = spd.root_residual(matrix, root, p)
-    return MethodResult(root, residual, condition_estimate(matrix, root, p), final.num_steps + 1)
+    return MethodResult(root, residual, condition_estimate(largest, root, p), final.num_steps + 1)
 
 
 def _correct_leading(matrix: jax.Array, root: jax.Array, *, p: int, bound: jax.Array) -> jax.Array:

@@ -34,23 +34,25 @@ from optalr.linalg.spd import MethodResult, RootTask
 
 def cholesky_polar_root(task: RootTask) -> MethodResult:
     """Return the inverse p-th root of a normalized stack, p a power of two."""
-    matrix, p = task.matrix, task.power
+    matrix, p, on_cpu = task.matrix, task.power, task.on_cpu
+    bound, largest = largest_eigenvalue_bound(matrix)
     num_steps = jnp.zeros(matrix.shape[:-2], jnp.int32)
     current, remaining = matrix, p
     while remaining > 2:
-        lower, orthogonal, steps = _cholesky_and_polar(current)
+        lower, orthogonal, steps = _cholesky_and_polar(current, bound, on_cpu)
+        bound = jnp.sqrt(bound)
         current = spd.symmetric_part(spd.matmul(lower, spd.transpose(orthogonal)))
         num_steps, remaining = num_steps + steps, remaining // 2
     if p == 1:
-        lower = cholesky(matrix)
-        inverse = solve_lower_right(lower, spd.identity_like(lower))
+        lower = cholesky(matrix, on_cpu=on_cpu)
+        inverse = solve_lower_right(lower, spd.identity_like(lower), on_cpu=on_cpu)
         root = spd.matmul(spd.transpose(inverse), inverse)
     else:
-        lower, orthogonal, steps = _cholesky_and_polar(current)
-        root = spd.symmetric_part(solve_lower_right(lower, orthogonal))
+        lower, orthogonal, steps = _cholesky_and_polar(current, bound, on_cpu)
+        root = spd.symmetric_part(solve_lower_right(lower, orthogonal, on_cpu=on_cpu))
         num_steps = num_steps + steps
     residual = spd.root_residual(matrix, root, p)
-    return MethodResult(root, residual, condition_estimate(matrix, root, p), num_steps)
+    return MethodResult(root, residual, condition_estimate(largest, root, p), num_steps)
 
 
 class _Distance(NamedTuple):
@@ -71,10 +73,15 @@ class _Polar(NamedTuple):
     num_steps: jax.Array  # (...) int32
 
 
-def _cholesky_and_polar(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return L, its orthogonal factor and the steps taken; NaN where L does not exist."""
-    lower = cholesky(matrix)
-    factor = lower / jnp.sqrt(spd.column(largest_eigenvalue_bound(matrix)))
+def _cholesky_and_polar(
+    matrix: jax.Array, bound: jax.Array, on_cpu: bool | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return L, its orthogonal factor and the steps taken; NaN where L does not exist.
+
+    ``bound`` is that of the largest eigenvalue.
+    """
+    lower = cholesky(matrix, on_cpu=on_cpu)
+    factor = lower / jnp.sqrt(spd.column(bound))
     distance = _distance_from_orthogonal(factor, start_vector(factor), 6)
     error = distance.error
     close = float(jnp.finfo(lower.dtype).eps) ** (1 / 3)

@@ -201,7 +201,7 @@ class Gauge:
         return Sums(
             _pad_whole(sums.inputs, self.kept.inputs, at_inputs),
             _pad_whole(sums.outputs, self.kept.outputs, at_outputs),
-            jnp.pad(sums.mean, ((0, 0), at_inputs)),
+            jnp.pad(sums.mean, ((0, 0), at_inputs)) if any(at_inputs) else sums.mean,
             sums.total,
         )
 
@@ -222,7 +222,8 @@ def _gram(rows: jax.Array, form: Form, *, room: _Room) -> jax.Array:
 
 
 def _pad_whole(gram: jax.Array, form: Form, room: _Room) -> jax.Array:
-    return jnp.pad(gram, ((0, 0), room, room)) if isinstance(form, Full) else gram
+    padded = isinstance(form, Full) and any(room)
+    return jnp.pad(gram, ((0, 0), room, room)) if padded else gram
 
 
 @jax.custom_jvp

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Geometry(NamedTuple):
@@ -64,8 +65,11 @@ def gather_patches(padded: jax.Array, geometry: Geometry, index: jax.Array) -> j
     corner = jnp.zeros_like(index)
     rest = index
     for axis in reversed(range(len(spatial))):
-        corner = corner + (rest % geometry.out[axis]) * geometry.strides[axis] * pitches[axis]
-        rest = rest // geometry.out[axis]
+        # One operation each, where jnp's have a sign to look after.
+        size = np.asarray(geometry.out[axis], rest.dtype)
+        place = jax.lax.rem(rest, size)
+        corner = corner + place * (geometry.strides[axis] * pitches[axis])
+        rest = jax.lax.div(rest, size)
     window = [
         sum(
             o * d * p

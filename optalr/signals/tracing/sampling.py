@@ -36,8 +36,9 @@ def _from_random_start(length: int, keep: int, seed: jax.Array, *, stride: int) 
     # int64 in NumPy, where it costs nothing: the products may exceed 32 bits, the remainders don't.
     offsets = np.arange(keep, dtype=np.int64) * stride % length
     # Unsigned throughout: a place that cannot be negative needs no wrapping.
-    places = seed % np.uint32(length) + offsets.astype(np.uint32)
-    return jnp.where(places >= length, places - np.uint32(length), places)
+    places = jax.lax.rem(seed, np.uint32(length)) + offsets.astype(np.uint32)
+    # Each is below twice the length; the smaller of both is the remainder, as 0 − 1 is the largest.
+    return jnp.minimum(places, places - np.uint32(length))
 
 
 def pick(array: jax.Array, places: jax.Array, axis: int) -> jax.Array:

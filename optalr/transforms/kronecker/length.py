@@ -64,18 +64,23 @@ def _limits(
     weight: jax.Array,
 ) -> jax.Array:
     """Return the norm at which a matrix moves outputs by 1 RMS, for all matrices of all leaves."""
-    outputs, means = [], []
+    outputs, traces, rows = [], [], []
     for leaf, memory, matrix in zip(leaves, memories, matrices, strict=True):
-        outputs.append(np.full(math.prod(matrix.shape[:-2]), _num_outputs(leaf), np.float32))
-        mean: Any = np.ones(matrix.shape[:-2], np.float32)
+        trace: Any = np.ones(matrix.shape[:-2], np.float32)
+        size = 0  # nothing is known of the inputs
         if isinstance(leaf, Kernel) and leaf.moments is not None:
             # With isotropic inputs of mean square tr(A)/m, outputs move by ‖U‖² tr(A)/m in all.
             side = 1 - leaf.output_side
-            mean = leaf.sides[side].holding(memory.sides[side].factor).mean()
-            mean = mean / jnp.where(weight > 0, weight, 1).astype(mean.dtype)
-        means.append(mean)
-    mean = as_vector(means)
-    return jax.lax.rsqrt(jnp.where(mean > 0, mean, 1)) * np.sqrt(np.concatenate(outputs))
+            factor = leaf.sides[side].holding(memory.sides[side].factor)
+            trace, size = factor.trace(), factor.padded_size
+        traces.append(trace)
+        outputs += [_num_outputs(leaf)] * trace.size
+        rows += [size] * trace.size
+    known = np.array(rows) > 0
+    trace = as_vector(traces)
+    weighted = np.maximum(rows, 1).astype(trace.dtype) * jnp.where(weight > 0, weight, 1)
+    mean = jnp.where(known & (trace > 0), trace / weighted.astype(trace.dtype), 1)
+    return jax.lax.rsqrt(mean) * np.sqrt(np.array(outputs, np.float32))
 
 
 def _as_matrices(leaf: Leaf, update: jax.Array) -> jax.Array:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.arrays import all_finite, as_vector, moving_average, wide_dtype
-from optalr.clocks import MEASURE, is_barred, permitted, run_when
+from optalr.arrays import all_finite, moving_average, wide_dtype
+from optalr.clocks import MEASURE, chosen, is_barred, permitted, run_when
 from optalr.linalg import spd
 from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, is_moments
@@ -22,13 +22,20 @@ from optalr.transforms.kronecker.pairing import sides_of, with_signals
 from optalr.transforms.kronecker.proportion import (
     YOUNG,
     Measurement,
-    Shares,
     Trust,
+    Weights,
     in_proportion,
 )
 from optalr.transforms.kronecker.rule import Rule
 from optalr.transforms.kronecker.spectrum import Spectrum, Step
 from optalr.transforms.shared.rescaling import leaf_scales
+
+
+class Own(NamedTuple):
+    """Which leaves are the loss's gradient times one factor, the same arrays but for that."""
+
+    places: set[int]
+    share: jax.Array  # () float32, the factor; 1 but for a gradient that was too long
 
 
 class Arrived(NamedTuple):
@@ -37,6 +44,7 @@ class Arrived(NamedTuple):
     grads: Sequence[jax.Array]  # of all leaves, in float32 or wider
     updates: Any  # the same as a tree
     original: Any  # the gradient as the loss gave it, or None
+    own: Own
     usable: jax.Array  # () bool, whether it was finite
 
 
@@ -44,7 +52,8 @@ class Batch(NamedTuple):
     """What a batch adds to the statistics, beside the moments of its layers."""
 
     grads: Sequence[jax.Array]  # of all leaves, in float32 or wider
-    scales: Mapping[int, jax.Array]  # of captured kernels, what their gradient was multiplied by
+    own: Own
+    scales: Mapping[int, jax.Array]  # of other captured kernels, what theirs was multiplied by
     num_examples: jax.Array  # () float32
     started: jax.Array  # () bool, whether there are roots
     trust: Trust  # what the averages are worth before this batch
@@ -86,16 +95,16 @@ def measure(
     may = permitted(state.told, MEASURE)
     if is_barred(may):
         return list(memories), state._replace(signal_age=count_up(state.signal_age))
-    nodes = [node for node in jax.tree.leaves(step.signals, is_leaf=is_moments) if is_moments(node)]
-    num_examples = jnp.float32(1)
-    if nodes:  # every count is the batch's size, or 0 where nothing was captured
-        num_examples = jnp.max(jnp.stack([jnp.asarray(n.count, jnp.float32) for n in nodes]))
+    num_examples = _num_examples(step.signals)
     due = state.clock.measures() & (num_examples > 0) & arrived.usable
 
+    own = arrived.own
+    others = [i for i, leaf in enumerate(step.leaves) if _is_captured(leaf) and i not in own.places]
+
     def fold(carry: Folded, inputs: Any) -> Folded:
-        batch, (updates, original), signals = inputs
-        layers = [i for i, leaf in enumerate(step.leaves) if _is_captured(leaf)]
-        batch = batch._replace(scales=leaf_scales(updates, original, of=layers))
+        (grads, share, *known), (updates, original), signals = inputs
+        scales = leaf_scales(updates, original, of=others)
+        batch = Batch(grads, Own(own.places, share), scales, *known)
         if step.measure is not None:  # then ``signals`` is a function
             signals = signals(sides_of(step.leaves))
         leaves = with_signals(step.plans, signals)
@@ -103,7 +112,7 @@ def measure(
 
     started = state.num_refreshes > 0
     young = ~started | (state.measurements < YOUNG)
-    batch = Batch(arrived.grads, {}, num_examples, started, Trust(state.weight, young))
+    batch = arrived.grads, own.share, num_examples, started, Trust(state.weight, young)
     signals = step.signals if step.measure is None else step.measure
     inputs = batch, (arrived.updates, arrived.original), signals
     carry = Folded(list(memories), jnp.bool_(True), jnp.bool_(False))
@@ -124,12 +133,22 @@ def measure(
     )
 
 
+def _num_examples(signals: Any) -> jax.Array:
+    """Return the batch's size, 0 where nothing was captured; 1 without signals."""
+    nodes = [node for node in jax.tree.leaves(signals, is_leaf=is_moments) if is_moments(node)]
+    if not nodes:
+        return jnp.float32(1)
+    # Every count is the batch's size, or 0.
+    return jnp.max(jnp.stack([jnp.asarray(node.count, jnp.float32) for node in nodes]))
+
+
 def fold_batch(
     spectrum: Spectrum, leaves: Sequence[Leaf], memories: Sequence[LeafMemory], *, batch: Batch
 ) -> Folded:
     """Return what is remembered after one batch.
 
-    One number that is not finite leaves the memory of every leaf as it was.
+    One number that is not finite leaves the memory of every leaf as it was. What each side has one
+    number of is computed for all sides together, in few operations.
     """
     measured: dict[int, Any] = {}
     for i, (leaf, memory) in enumerate(zip(leaves, memories, strict=True)):
@@ -137,22 +156,27 @@ def fold_batch(
             measured[i] = _measure_kernel(spectrum, leaf, memory, index=i, batch=batch)
         elif isinstance(leaf, Elementwise):
             measured[i] = batch.num_examples * jnp.square(batch.grads[i])
-    good, bounded = all_finite(measured), jnp.bool_(False)
-    left = in_proportion(measured, leaves, memories, trust=batch.trust)
+    good = all_finite(measured)
+    own = {i for i in batch.own.places if _is_captured(leaves[i])}
+    left = in_proportion(
+        measured, leaves, memories, trust=batch.trust, rescaled=(own, batch.own.share)
+    )
+    weights = left.weights(spectrum.rule.decay)
     folded = list(memories)
     for i, new in measured.items():
         leaf, memory = leaves[i], memories[i]
-        seen = good
         if isinstance(leaf, Kernel):
             seen = good if leaf.moments is None else good & (leaf.moments.count > 0)
-            folded[i] = _fold_kernel(spectrum.rule, memory, new, left=left[i], keep=seen)
+            after = _fold_kernel(memory, new, weights=weights[i])
+            if isinstance(memory.eigen_moment, jax.Array):
+                moment = _fold_moment(spectrum.rule, memory, new, tame=left.tame(i))
+                after = after._replace(eigen_moment=moment)
+            folded[i] = chosen(seen, after, memory)
         else:
-            old, decay = memory.second_moment, spectrum.rule.decay
-            average = moving_average(left[i][0].average * old, left[i][0].new * new, decay)
-            folded[i] = LeafMemory(second_moment=jnp.where(seen, average, old))
-        bounded |= seen & jnp.any(as_vector([share.over for share in left[i]]))
+            average = _weighted(memory.second_moment, new, weights[i][0])
+            folded[i] = chosen(good, LeafMemory(second_moment=average), memory)
     # While the average is young its batches may well differ that much.
-    return Folded(folded, good, bounded & ~batch.trust.is_young)
+    return Folded(folded, good, good & jnp.any(left.over) & ~batch.trust.is_young)
 
 
 def _is_captured(leaf: Leaf) -> bool:
@@ -164,7 +188,7 @@ def _measure_kernel(
 ) -> Measurement:
     matrix = leaf.to_matrix(batch.grads, index)
     if leaf.moments is not None:
-        rows, cols = _grams_of_signals(leaf, leaf.moments, batch.scales[index])
+        rows, cols = _grams_of_signals(leaf, leaf.moments, batch.scales.get(index))
     elif spectrum.rule.share == 1:  # a leaf without a layer among captured ones
         rows, cols = _normalized_grams(leaf, matrix, batch.num_examples)
     else:
@@ -180,12 +204,12 @@ def _measure_kernel(
 
 
 def _grams_of_signals(
-    leaf: Kernel, moments: LayerMoments, scale: jax.Array
+    leaf: Kernel, moments: LayerMoments, scale: jax.Array | None
 ) -> tuple[Structured, Structured]:
     """Return the two factors of one captured layer, a joint bias included.
 
     The signals are as large as the loss made them. ``scale`` is what the gradient was multiplied by
-    since.
+    before it arrived; None for 1.
     """
 
     def factor(form: Structured, gram: Any, mean: jax.Array | None) -> Structured:
@@ -199,7 +223,8 @@ def _grams_of_signals(
         factor(leaf.rows, moments.rows, moments.row_mean),
         factor(leaf.cols, moments.cols, moments.col_mean),
     ]
-    sides[leaf.output_side] = sides[leaf.output_side].scaled(jnp.square(scale))
+    if scale is not None:
+        sides[leaf.output_side] = sides[leaf.output_side].scaled(jnp.square(scale))
     return sides[0], sides[1]
 
 
@@ -219,35 +244,31 @@ def _normalized_grams(
     return rows.scaled(num_examples), cols.scaled(inverse)
 
 
-def _fold_kernel(
-    rule: Rule,
-    memory: LeafMemory,
-    new: Measurement,
-    *,
-    left: Sequence[Shares],
-    keep: jax.Array,
-) -> LeafMemory:
-    """Return a kernel's memory after one more batch, or as it was where ``keep`` is false."""
+def _fold_kernel(memory: LeafMemory, new: Measurement, *, weights: Sequence[Weights]) -> LeafMemory:
+    """Return a kernel's factors after one more batch."""
 
-    def fold_side(side: SideMemory, measured: Structured, share: Shares) -> SideMemory:
-        decay = jnp.asarray(rule.decay, side.factor.dtype)
-        old = measured.holding(side.factor).scaled(decay * share.average).stored
-        average = old + measured.scaled((1 - decay) * share.new).stored
-        return side._replace(factor=jnp.where(keep, average, side.factor))
+    def fold_side(side: SideMemory, measured: Structured, weight: Weights) -> SideMemory:
+        return side._replace(factor=_weighted(side.factor, measured.stored, weight))
 
-    rows, cols = left
+    rows = fold_side(memory.rows, new.rows, weights[0])
+    return memory._replace(rows=rows, cols=fold_side(memory.cols, new.cols, weights[1]))
 
-    def fold_moment(old: jax.Array, squares: jax.Array) -> jax.Array:
-        # Squares of a batch's gradient are out of proportion where its factors are. By themselves
-        # they may be N times those of the factors, in a batch whose examples agree.
-        tame = squares * spd.align(rows.new * cols.new, squares).astype(squares.dtype)
-        return jnp.where(keep, moving_average(old, tame, rule.decay), old)
 
-    return LeafMemory(
-        rows=fold_side(memory.rows, new.rows, rows),
-        cols=fold_side(memory.cols, new.cols, cols),
-        eigen_moment=jax.tree.map(fold_moment, memory.eigen_moment, new.second_moment),
-    )
+def _fold_moment(rule: Rule, memory: LeafMemory, new: Measurement, *, tame: jax.Array) -> jax.Array:
+    """Return a kernel's second moment in the eigenbases after one more batch.
+
+    Squares of a batch's gradient are out of proportion where its factors are. By themselves they
+    may be N times those of the factors, in a batch whose examples agree. So they are multiplied by
+    what is left of both.
+    """
+    squares = new.second_moment * spd.align(tame, new.second_moment)
+    return moving_average(memory.eigen_moment, squares, rule.decay)
+
+
+def _weighted(old: jax.Array, new: jax.Array, weight: Weights) -> jax.Array:
+    """Return the weighted sum of an average and a measurement, in the dtype of the average."""
+    average, measured = (spd.align(each.astype(old.dtype), old) for each in weight)
+    return average * old + measured * new.astype(old.dtype)
 
 
 def samples_a_dimension(leaves: Sequence[Leaf]) -> jax.Array:

@@ -5,13 +5,16 @@ thousand times as large has a hundred million times the second moment. It would 
 hundreds of measurements, in which the steps would be close to zero.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optalr.arrays import as_vector, like_parts
+from optalr.arrays import as_vector
 from optalr.linalg.structured import Structured
 from optalr.transforms.kronecker.leaves import Kernel, Leaf
 from optalr.transforms.kronecker.memory import LeafMemory
@@ -40,12 +43,48 @@ class Measurement(NamedTuple):
     second_moment: Any  # where one is kept
 
 
-class Shares(NamedTuple):
-    """What is left of two numbers that are out of proportion: each is scaled by its share."""
+class Weights(NamedTuple):
+    """What a measurement and the average so far are multiplied by, and then added up."""
 
-    new: jax.Array  # of the measurement
-    average: jax.Array  # of the average so far
-    over: jax.Array  # bool, whether the measurement is scaled down
+    average: jax.Array  # one number a layer of the stack
+    new: jax.Array
+
+
+class Left(NamedTuple):
+    """What is left of all sides of all leaves, as vectors: each is scaled by its share.
+
+    Attributes:
+      new: of the measurements.
+      average: of the averages so far.
+      over: bool, where a measurement is scaled down.
+      unit: what the gradient's rescaling on arrival makes of the measurements.
+      places: of each leaf, where its sides' numbers begin and end.
+      shapes: of each leaf, the shapes of its sides' numbers: the stack's.
+    """
+
+    new: jax.Array
+    average: jax.Array
+    over: jax.Array
+    unit: jax.Array
+    places: dict[int, list[tuple[int, int]]]
+    shapes: dict[int, list[tuple[int, ...]]]
+
+    def weights(self, decay: Any) -> dict[int, list[Weights]]:
+        """Return the weights of a moving average, by the leaf's position and side."""
+        decay = jnp.asarray(decay, self.new.dtype)
+        average, new = decay * self.average, (1 - decay) * self.new * self.unit
+        return {
+            i: [Weights(self._part(average, i, k), self._part(new, i, k)) for k in range(len(each))]
+            for i, each in self.places.items()
+        }
+
+    def tame(self, i: int) -> jax.Array:
+        """Return the product of the shares that are left of a kernel's two measurements."""
+        return self._part(self.new, i, 0) * self._part(self.new, i, 1)
+
+    def _part(self, vector: jax.Array, i: int, side: int) -> jax.Array:
+        start, stop = self.places[i][side]
+        return jax.lax.slice_in_dim(vector, start, stop).reshape(self.shapes[i][side])
 
 
 def in_proportion(
@@ -54,7 +93,8 @@ def in_proportion(
     memories: Sequence[LeafMemory],
     *,
     trust: Trust,
-) -> dict[int, tuple[Shares, ...]]:
+    rescaled: tuple[set[int], jax.Array],
+) -> Left:
     """Return what is left of each leaf's statistics: of a kernel's rows and columns, or of a leaf.
 
     All are judged together, by few operations.
@@ -64,27 +104,54 @@ def in_proportion(
       leaves: of all positions.
       memories: the averages without this batch.
       trust: what the averages are worth.
+      rescaled: kernels whose gradient was multiplied by a factor, and the factor, () float32. The
+        moments of their layers' cotangents were not.
     """
-    pairs = {i: _means(new, leaves[i], memories[i]) for i, new in measured.items()}
-    if not pairs:
-        return {}
-    news, olds = zip(*(pair for each in pairs.values() for pair in each), strict=True)
-    found = _shares(as_vector(news), as_vector(olds), trust)
-    parts = zip(*(like_parts(column, news) for column in found), strict=True)
-    left = (Shares(*part) for part in parts)
-    return {i: tuple(next(left) for _ in each) for i, each in pairs.items()}
+    traces = {i: _traces(new, leaves[i], memories[i]) for i, new in measured.items()}
+    sides = [side for each in traces.values() for side in each]
+    if not sides:
+        nothing = jnp.zeros(0)
+        return Left(nothing, nothing, nothing > 0, nothing, {}, {})
+    counts = [math.prod(jnp.shape(side.new)) for side in sides]
+    spans = itertools.pairwise(np.cumsum([0, *counts]).tolist())
+    chosen, share = rescaled
+    outputs = [
+        i in chosen and side == getattr(leaves[i], "output_side", None)
+        for i, each in traces.items()
+        for side in range(len(each))
+    ]
+    rows = np.repeat([side.rows for side in sides], counts)
+    news, olds = (as_vector([side[k] for side in sides]) for k in (0, 1))
+    unit = jnp.where(np.repeat(outputs, counts), jnp.square(share).astype(news.dtype), 1)
+    rows = rows.astype(news.dtype)
+    return Left(
+        *_shares(news * (unit / rows), olds / rows, trust),
+        unit=unit,
+        places={i: [next(spans) for _ in each] for i, each in traces.items()},
+        shapes={i: [jnp.shape(side.new) for side in each] for i, each in traces.items()},
+    )
 
 
-def _means(new: Any, leaf: Leaf, memory: LeafMemory) -> list[tuple[jax.Array, jax.Array]]:
-    """Return the mean eigenvalues, or the mean square, of a measurement and of its average."""
+class _Traces(NamedTuple):
+    """What the mean eigenvalues of one side follow from, or the mean square of a leaf."""
+
+    new: jax.Array  # of the measurement, one number a layer of the stack
+    average: jax.Array  # of the average so far
+    rows: int  # what both are divided by
+
+
+def _traces(new: Any, leaf: Leaf, memory: LeafMemory) -> list[_Traces]:
     if not isinstance(leaf, Kernel):
-        return [(jnp.mean(new), jnp.mean(memory.second_moment))]
-    rows, cols = leaf.rows.holding(memory.rows.factor), leaf.cols.holding(memory.cols.factor)
-    return [(new.rows.mean(), rows.mean()), (new.cols.mean(), cols.mean())]
+        return [_Traces(jnp.sum(new), jnp.sum(memory.second_moment), max(1, new.size))]
+    old = leaf.rows.holding(memory.rows.factor), leaf.cols.holding(memory.cols.factor)
+    pairs = zip((new.rows, new.cols), old, strict=True)
+    return [_Traces(new.trace(), side.trace(), side.padded_size) for new, side in pairs]
 
 
-def _shares(new: jax.Array, total: jax.Array, trust: Trust) -> Shares:
-    """Return what is left of measurements, and of the averages so far.
+def _shares(
+    new: jax.Array, total: jax.Array, trust: Trust
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what is left of measurements and of the averages so far, and where of the former.
 
     Args:
       new: mean eigenvalue, or mean square, of each measurement.
@@ -98,7 +165,7 @@ def _shares(new: jax.Array, total: jax.Array, trust: Trust) -> Shares:
     # The first batch has nothing to be judged by. So while the average is young the later ones
     # judge it.
     under = trust.is_young & (new > 0) & (average > _PROPORTION * new)
-    return Shares(
+    return (
         jnp.where(over, limit / jnp.where(over, new, 1), 1).astype(new.dtype),
         jnp.where(under, _PROPORTION * new / jnp.where(under, average, 1), 1).astype(new.dtype),
         over,

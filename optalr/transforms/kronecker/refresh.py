@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optalr.arrays import as_vector
 from optalr.clocks import REFRESH, chosen, is_barred, permitted, run_when
 from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.sharding.solving import solve_over
@@ -87,16 +88,33 @@ def take_roots(step: Step, last: Roots, *, weight: jax.Array, first: jax.Array) 
         for side in _sides(step, leaf, memory, weight=weight)
     ]
     found = _decompose(step, sides, first)
-    new, residual, failed = list(last.memories), jnp.float32(0), jnp.int32(0)
-    for position, (i, (leaf, memory)) in enumerate(kernels.items()):
-        pair = found[2 * position : 2 * position + 2]
-        # Both roots or neither: a new one beside an old one would have the wrong scale.
-        success = jnp.stack([jnp.all(side.success) for side in pair]).all()
-        failed += sum(jnp.sum(~side.success, dtype=jnp.int32) for side in pair)
-        worst = jnp.stack([jnp.max(side.residual).astype(jnp.float32) for side in pair]).max()
-        residual = jnp.maximum(residual, jnp.where(success, worst, last.residual))
+    new = list(last.memories)
+    if not kernels:
+        return Roots(new, jnp.float32(0), jnp.int32(0))
+    # Both roots or neither: a new one beside an old one would have the wrong scale.
+    pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
+    sides_of = [as_vector([side.success for side in pair]) for pair in pairs]
+    worst_of = [as_vector([side.residual for side in pair]) for pair in pairs]
+    successes = _rows(sides_of, True).all(-1)
+    worst = _rows(worst_of, 0.0).max(-1).astype(jnp.float32)
+    residual = jnp.max(jnp.where(successes, worst, last.residual))
+    failed = jnp.sum(~as_vector(sides_of), dtype=jnp.int32)
+    for k, (i, (leaf, memory)) in enumerate(kernels.items()):
+        pair, success = pairs[k], successes[k]
         new[i] = _kept(step.spectrum, leaf, memory, pair=pair, success=success, first=first)
     return Roots(new, residual, failed)
+
+
+def _rows(vectors: Sequence[jax.Array], filling: Any) -> jax.Array:
+    """Return vectors as the rows of a matrix, the shorter ones filled up."""
+    length = max(vector.size for vector in vectors)
+    filled = [
+        vector
+        if vector.size == length
+        else jnp.pad(vector, (0, length - vector.size), constant_values=filling)
+        for vector in vectors
+    ]
+    return jnp.concatenate(filled).reshape(-1, length)
 
 
 def _sides(

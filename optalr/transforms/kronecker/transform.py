@@ -27,7 +27,7 @@ from optalr.states import count_up, settle
 from optalr.transforms.kronecker.direction import directions
 from optalr.transforms.kronecker.leaves import Leaf, plan_leaves
 from optalr.transforms.kronecker.length import bound, finish, graft, norm_of, run_graft
-from optalr.transforms.kronecker.measuring import Arrived, init_leaf, measure
+from optalr.transforms.kronecker.measuring import Arrived, Own, init_leaf, measure
 from optalr.transforms.kronecker.memory import KroneckerState, at_rest, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_together, resolve_options
 from optalr.transforms.kronecker.pairing import REMEDY, with_signals
@@ -39,8 +39,9 @@ from optalr.transforms.kronecker.rule import (
     periods_of,
 )
 from optalr.transforms.kronecker.spectrum import SPECTRA, Spectrum, Step
-from optalr.transforms.shared.gradient_watch import admit, start_gradient_watch
+from optalr.transforms.shared.gradient_watch import WATCHED, admit_unless, start_gradient_watch
 from optalr.transforms.shared.making import transformation
+from optalr.transforms.shared.rescaling import untouched
 from optalr.transforms.shared.subtrees import check_places
 
 
@@ -245,7 +246,8 @@ class _Kronecker:
         check_places("scale_by_kronecker", updates, extras.get("point"))
         other = self.options.graft
         # A bad gradient need not become zeros where its update does in the end.
-        given = admit(updates, state.gradients, squares=False, zeros=other is not None)
+        seen, options = extras.get(WATCHED), {"squares": False, "zeros": other is not None}
+        given = admit_unless(seen, updates, state.gradients, **options)
         failures = count_up(state.failures, given.failed)
         # Periods may be injected anew at each update; the last batch's size is remembered.
         periods = self.periods()._replace(samples=state.periods.samples)
@@ -254,19 +256,22 @@ class _Kronecker:
         if other is not None:
             others, state = run_graft(other, given, state, params=params, extras=extras)
         read = {name: extras[name] for name in ("signals", "measure", "grad") if name in extras}
+        # Asked here, because within control flow and on other axes every array is another one.
+        advance = partial(self._advance, own=untouched(updates, extras.get("grad"), seen))
         # Nothing in here calls the loss, which may be written for explicit axes.
         like = updates, state
-        new, state = on_auto_axes(self._advance, (given, others), read, state, like=like)
+        new, state = on_auto_axes(advance, (given, others), read, state, like=like)
         return (new if self.spread is None else self.spread.follow(new, params)), state
 
-    def _advance(self, arrived: Any, read: dict[str, Any], state: Any) -> Any:
+    def _advance(self, arrived: Any, read: dict[str, Any], state: Any, *, own: set[int]) -> Any:
         """Return the update and the state, given what arrived and the extras that are read."""
         given, others = arrived
         updates, step = given.updates, self._step(given.updates, read)
         grads = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates)]
         memories = from_trees(state.memory, updates)
 
-        gradient = Arrived(grads, updates, read.get("grad"), usable=~given.bad)
+        known = read.get("grad"), Own(own, given.share)
+        gradient = Arrived(grads, updates, *known, usable=~given.bad)
         memories, state = measure(step, memories, state, arrived=gradient)
         memories, state = refresh(step, memories, state)
         new = directions(step, memories, state, grads=grads)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optalr.arrays import wide_dtype
+from optalr.arrays import power_of_two_below, wide_dtype
 from optalr.states import count_up
 
 # Nothing shorter than this many times the longest of late is touched.
@@ -31,7 +32,6 @@ _LONGEST_ROW = 200  # its power of the growth is still in range
 _MEMORY = 0.999
 # A sum of squares below this has lost some of them to underflow.
 _SMALLEST = 2.0**-90
-_EXPONENT_BITS = 0x7F800000  # of a float32
 
 
 class GradientWatch(NamedTuple):
@@ -47,14 +47,31 @@ class Admitted(NamedTuple):
     Attributes:
       updates: the gradient; zeros in place of a bad one, a shorter one in place of one too long.
       watch: the memory after it.
+      share: () float32, what one too long was multiplied by, here or before; 1 for others.
       bad: () bool, whether it was not finite, or so large that its square is not.
       failed: () bool, whether it was bad or too long.
     """
 
     updates: Any
     watch: GradientWatch
+    share: jax.Array
     bad: jax.Array
     failed: jax.Array
+
+
+class Watched(NamedTuple):
+    """What ``two_stage`` tells the stage inside it, as the extra ``WATCHED``.
+
+    The gradient has been admitted, so nobody needs to look at it again. The fields are None where
+    the stage stands in control flow, in which every array is another one.
+    """
+
+    raw: Any = None  # the gradient as it arrived
+    updates: Any = None  # what was made of it
+    share: Any = None  # () float32, by what factor
+
+
+WATCHED = "watched"
 
 
 def start_gradient_watch() -> GradientWatch:
@@ -98,7 +115,19 @@ def admit(
         shorter = (wide * share.astype(_real(wide))).astype(leaf.dtype)
         return jnp.where(bad, jnp.zeros_like(leaf), shorter) if zeros else shorter
 
-    return Admitted(jax.tree.map(tame, updates), GradientWatch(largest, num_long), bad, bad | long)
+    watch = GradientWatch(largest, num_long)
+    return Admitted(jax.tree.map(tame, updates), watch, share, bad, bad | long)
+
+
+def admit_unless(
+    watched: Watched | None, updates: Any, watch: GradientWatch, **options: bool
+) -> Admitted:
+    """Return what ``admit`` does, or a gradient as it is that has been admitted already."""
+    if watched is None:
+        return admit(updates, watch, **options)
+    never = jnp.bool_(False)
+    share = jnp.ones((), jnp.float32) if watched.share is None else watched.share
+    return Admitted(updates, watch, share, never, never)
 
 
 class _Size(NamedTuple):
@@ -119,7 +148,10 @@ def _size(updates: Any, usual: jax.Array) -> _Size:
     leaves = [leaf.astype(wide_dtype(leaf)) for leaf in jax.tree.leaves(updates) if leaf.size]
     if not leaves:
         return _Size(jnp.float32(0), jnp.float32(0), jnp.bool_(True), 0)
-    unit = _power_of_two(usual)
+    # A power of two, which rounds nothing; zero has none.
+    least, most = (np.array(2.0**e, usual.dtype) for e in (-100, 100))
+    unit = jax.lax.clamp(least, power_of_two_below(usual), most)
+    unit = jnp.where(usual > 0, unit, 1)
     inverse = 1 / unit  # exact; a product is cheaper than a quotient
     sizes = [jnp.abs(leaf) for leaf in leaves]
     squares = [jnp.sum(jnp.square(size * inverse.astype(size.dtype))) for size in sizes]
@@ -131,13 +163,6 @@ def _size(updates: Any, usual: jax.Array) -> _Size:
     norm = jnp.where(in_range, jnp.sqrt(total) * unit, largest * excess)
     row = min(_LONGEST_ROW, math.ceil(math.log(excess, _GROWTH)))
     return _Size(norm, largest, in_range, row)
-
-
-def _power_of_two(number: jax.Array) -> jax.Array:
-    """Return the power of two below a float32, within 2^±100; 1 for zero."""
-    bits = jax.lax.bitcast_convert_type(number, jnp.int32)
-    exponent = jax.lax.bitcast_convert_type(bits & _EXPONENT_BITS, jnp.float32)
-    return jnp.where(number > 0, jnp.clip(exponent, 2.0**-100, 2.0**100), 1)
 
 
 def _real(array: jax.Array) -> Any:

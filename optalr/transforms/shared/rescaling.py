@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from optalr.arrays import at_least_float32
 from optalr.linalg.minres.vectors import nonzero
 from optalr.signals.ray import by_path
+from optalr.transforms.shared.gradient_watch import Watched
 
 # Two gradients are multiples of each other where sin² of the angle between them is below this.
 # Rounding to bfloat16 turns a gradient by 1e-5. A momentum or a penalty turns it by far more.
@@ -46,6 +47,24 @@ def leaf_scales(updates: Any, gradient: Any, *, of: Sequence[int]) -> dict[int, 
         found = _scales([([new], [old]) for new, old in pairs.values()])
         scales.update(zip(pairs, found, strict=True))
     return scales
+
+
+def untouched(updates: Any, gradient: Any, watched: Watched | None) -> set[int]:
+    """Return the positions of leaves that are the loss's gradient and nothing else.
+
+    Args:
+      updates: what arrived.
+      gradient: as the loss gave it, paired by key path; None where it is not known.
+      watched: what was made of it on the way, by one factor for all leaves; None for nothing.
+    """
+    known = {} if gradient is None else by_path(gradient)
+    raw = known if watched is None else by_path(watched.raw)
+    shown = known if watched is None else by_path(watched.updates)
+    return {
+        i
+        for i, (path, leaf) in enumerate(by_path(updates).items())
+        if path in known and shown.get(path) is leaf and raw[path] is known[path]
+    }
 
 
 def tree_scale(updates: Any, gradient: Any) -> jax.Array:
