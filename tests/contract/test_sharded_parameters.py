@@ -90,11 +90,8 @@ def check(way, axes, num_steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("axes", "way"),
-    [("auto", way) for way in WAYS]
-    + [("explicit", way) for way in ("FSDP, rows", "data and model", "stacked layers")],
-)
+@pytest.mark.parametrize("axes", net.AXES)
+@pytest.mark.parametrize("way", WAYS)
 def test_each_way_to_shard_changes_no_number(axes, way):
     check(way, axes, NUM_STEPS)
 
@@ -113,11 +110,12 @@ def alone_by(method):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axes", net.AXES)
 @pytest.mark.parametrize("method", READERS, ids=repr)
-def test_every_method_that_reads_signals_trains_sharded_parameters(method):
+def test_every_method_that_reads_signals_trains_sharded_parameters(method, axes):
     shape, batch, specs = WAYS["data and model"]
     specs = {name: specs[name] for name in net.DENSE}
-    mesh = net.mesh_of(shape)
+    mesh = net.mesh_of(shape, axes)
     found, _ = net.train_sharded(
         descending(method), mesh, specs, NUM_STEPS, batch=batch, stacks=False
     )
