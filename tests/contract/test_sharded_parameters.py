@@ -1,7 +1,8 @@
 """Parameters sharded in every way that people use change no number.
 
 Each way is tried with the complete optimizer, whose roots are shared out besides. Every method that
-reads signals is tried with one way that has something of all. The whole runs take thirty steps.
+reads signals is tried with one way that has something of all. All of it on axes that are explicit
+and on axes that are left to the compiler; the whole runs take thirty steps.
 """
 
 import functools
@@ -56,7 +57,8 @@ WAYS = {
     "stacked layers": (BOTH, P("data"), {"layers": P("model")}),
     "experts": (BOTH, P("data"), {"experts": P("model")}),
 }
-READERS = [method for method in METHODS if "signals" in method.needs]
+# What a layer's moments serve, and the head's alone.
+READERS = [method for method in METHODS if {"signals", "head"} & set(method.needs)]
 
 
 def complete(mesh=None):
