@@ -13,8 +13,8 @@ import tyro
 import optalr
 from optalr.experiments import cli_tools
 from optalr.experiments.endings import one_line_endings
+from optalr.experiments.joining import ALONE, Processes
 from optalr.experiments.parsing import one_line_warnings, parse
-from optalr.experiments.processes import ALONE, Processes
 from optalr.experiments.records.signals import handled, leave_at_once
 
 _Path = tyro.conf.Positional[Path]

@@ -9,7 +9,7 @@ from typing import Any
 from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.configs.files import load_config, override, to_toml
 from optalr.experiments.errors import ExperimentError, warnings_log, writing
-from optalr.experiments.processes import ALONE, Processes, joined_by
+from optalr.experiments.joining import ALONE, Processes, joined_by
 from optalr.experiments.records.exports import export_tensorboard
 from optalr.experiments.records.identity import identify
 from optalr.experiments.records.onlooking import check_seen, made_in

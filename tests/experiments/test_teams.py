@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from optalr.experiments.configs.config import from_table
 from optalr.experiments.errors import ExperimentError
-from optalr.experiments.processes import Processes, Team
+from optalr.experiments.joining import Processes
+from optalr.experiments.processes import Team
 from optalr.experiments.records import arrays, checkpoints
 from optalr.experiments.records.onlooking import check_seen, made_in
 from optalr.experiments.records.run_folder import RunFolder

@@ -48,24 +48,25 @@ class Processes:
     Args:
       folder: for files of what they say.
       *words: a command, which both are given; a function of the process makes it where they differ.
+      slurm: let jax find out by itself, as in a job of SLURM.
     """
 
-    def __init__(self, folder, *words, **options):
-        place = f"localhost:{launching.free_port()}"
-        several = ["--coordinator", place, "--processes", "2", "--wait", "60"]
-        self.files = [folder / f"process{i}.txt" for i in range(2)]
+    def __init__(self, folder, *words, slurm=False):
+        self.files, port = [folder / f"process{i}.txt" for i in range(2)], launching.free_port()
         self.started = []
         for i, file in enumerate(self.files):
             own = [str(word(i)) if callable(word) else str(word) for word in words]
+            named = [f"--coordinator=localhost:{port}", "--processes=2", f"--process={i}"]
+            own += ["--coordinator=auto"] if slurm else named
+            surroundings = launching.environment() | (_job(i, port) if slurm else {})
             with open(file, "wb") as output:
                 self.started.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "optalr", *own, *several, "--process", str(i)],
+                        [sys.executable, "-m", "optalr", *own, "--wait=60"],
                         stdout=output,
                         stderr=output,
-                        env=launching.environment(),
+                        env=surroundings,
                         cwd=launching.ROOT,
-                        **options,
                     )
                 )
 
@@ -93,6 +94,18 @@ class Processes:
             assert all(process.poll() is None for process in self.started), self.said(0)
             time.sleep(0.02)
         pytest.fail("no rows came")
+
+
+def _job(index, port):
+    """Return what SLURM tells a process of a job."""
+    return {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
 
 
 def _write(folder, config):
@@ -129,13 +142,16 @@ def _alone(path, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
-    [_config(), _config(loop="step", name="untuned", options={"sharded_factors": True})],
+    ("config", "slurm"),
+    [
+        (_config(), False),
+        (_config(loop="step", name="untuned", options={"sharded_factors": True}), True),
+    ],
     ids=["tso_alra", "untuned"],
 )
-def test_two_processes_record_what_one_does(tmp_path, config):
-    both = tmp_path / "both"
-    processes = Processes(tmp_path, "run", _write(tmp_path, config), "--out", both)
+def test_two_processes_record_what_one_does(tmp_path, config, slurm):
+    both, words = tmp_path / "both", ["run", _write(tmp_path, config), "--out"]
+    processes = Processes(tmp_path, *words, both, slurm=slurm)
     assert processes.codes() == [0, 0], processes.said(0) + processes.said(1)
     assert "loss" in processes.said(0)
     assert "loss" not in processes.said(1)
