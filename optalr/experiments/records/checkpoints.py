@@ -172,7 +172,7 @@ class Checkpoints:
     def _commit(self, scratch: Path, folder: Path, *, text: str, sums: str) -> None:
         """Make a filled folder a checkpoint."""
         absent = [name for name in file_names(self._team.count) if not (scratch / name).is_file()]
-        if absent:
+        if absent and scratch.is_dir():
             raise ExperimentError(
                 f"{folder}: the first process does not see {', '.join(absent)}, which another has "
                 "written: the run folder must lie where all processes see the same files."

@@ -189,7 +189,8 @@ def test_a_process_is_killed_and_both_go_on(tmp_path):
     assert said in processes.said(0)
     cut = tmp_path / "cut"
     assert RunFolder(cut).result() is None
-    again = Processes(tmp_path, "resume", cut)
+    # Each gives half of its devices from here on.
+    again = Processes(tmp_path, "resume", cut, "--mesh=data=4")
     assert again.codes() == [0, 0], again.said(0) + again.said(1)
     _assert_same(cut, _alone(tmp_path / "alone", config), rtol=1e-4)
 
@@ -206,6 +207,21 @@ def test_a_signal_to_one_process_stops_both_with_a_save(tmp_path):
     trainer, folder = open_unfinished(tmp_path / "cut", {"mesh": {"data": 4}})
     train(trainer, folder)
     _assert_same(tmp_path / "cut", _alone(tmp_path / "alone", config), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(tmp_path):
+    def interrupt(row):
+        if row["step"] == 6:
+            raise KeyboardInterrupt
+
+    config, cut = _config(), tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        train(Trainer(config), RunFolder.create(cut, config), interrupt)
+    processes = Processes(tmp_path, "resume", cut)
+    assert processes.codes() == [0, 0], processes.said(0) + processes.said(1)
+    assert "processes: (absent) -> 2" in processes.said(0)
+    _assert_same(cut, _alone(tmp_path / "alone", config))
 
 
 @pytest.mark.slow
