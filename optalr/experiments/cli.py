@@ -3,8 +3,6 @@
 import itertools
 import logging
 import math
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +12,10 @@ import tyro
 
 import optalr
 from optalr.experiments import cli_tools
-from optalr.experiments.errors import (
-    ExperimentError,
-    TrainingDivergedError,
-    cause_of,
-)
+from optalr.experiments.endings import one_line_endings
+from optalr.experiments.joining import ALONE, Processes
 from optalr.experiments.parsing import one_line_warnings, parse
-from optalr.experiments.records.signals import EXIT_BASE, Interruption, handled, leave_at_once
-
-EXIT_MISTAKE = 2
-EXIT_DIVERGED = 3
+from optalr.experiments.records.signals import handled, leave_at_once
 
 _Path = tyro.conf.Positional[Path]
 # `--set A B`, `--set A --set B`, or both.
@@ -32,6 +24,7 @@ Set = Annotated[
     tyro.conf.arg(name="set", metavar="KEY=VALUE", help="override config keys"),
     tyro.conf.UseAppendAction,
 ]
+Several = Annotated[Processes, tyro.conf.OmitArgPrefixes]
 
 # The commands import what is slow to import (jax, flax, matplotlib) when they run. So help and
 # mistakes in the arguments show at once.
@@ -47,6 +40,7 @@ def run(
     mesh: str = "",
     dry_run: bool = False,
     set_: Set = (),
+    several: Several = ALONE,
 ) -> None:
     """Train as a config says, into a new run folder.
 
@@ -60,6 +54,7 @@ def run(
         [mesh] says, or one device.
       dry_run: write nothing; say how the method treats each parameter, and what the run would take.
       set_: overrides, for example train.epochs=5.
+      several: how the processes find each other, where several train this run.
     """
     from optalr.experiments import commands
 
@@ -70,6 +65,7 @@ def run(
         budget=budget,
         mesh=mesh,
         dry=dry_run,
+        processes=several,
     )
 
 
@@ -134,7 +130,15 @@ def tune(
     )
 
 
-def resume(folder: _Path, /, *, force: bool = False, jobs: int = 1, mesh: str = "") -> None:
+def resume(
+    folder: _Path,
+    /,
+    *,
+    force: bool = False,
+    jobs: int = 1,
+    mesh: str = "",
+    several: Several = ALONE,
+) -> None:
     """Continue an interrupted run or comparison, to the same bits as without the interruption.
 
     Args:
@@ -143,10 +147,11 @@ def resume(folder: _Path, /, *, force: bool = False, jobs: int = 1, mesh: str = 
       jobs: runs of a comparison at once.
       mesh: how many devices share each batch of a run from here on, as in data=4; by default as
         many as before. Only the last bits depend on it.
+      several: how the processes find each other, where several go on with this run.
     """
     from optalr.experiments import commands
 
-    commands.resume_folder(folder, force=force, jobs=jobs, mesh=mesh)
+    commands.resume_folder(folder, force=force, jobs=jobs, mesh=mesh, processes=several)
 
 
 def suggest_rate(
@@ -245,7 +250,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    A mistake gives one line and exit code 2, a divergence exit code 3, SIGINT 130, SIGTERM 143.
+    A mistake gives one line and exit code 2, a divergence exit code 3, another process of the run
+    that is gone 4, SIGINT 130, SIGTERM 143.
     """
     # jax logs which plugins it did not find, which says nothing about the experiment.
     logging.getLogger("jax").setLevel(logging.ERROR)
@@ -253,35 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words == ["--version"]:
         print(f"optalr {optalr.__version__}")
         return
-    with handled(leave_at_once), one_line_warnings():
-        try:
-            parse(COMMANDS, words, prog="optalr", description=_DESCRIPTION)()
-        except TrainingDivergedError as error:
-            _fail(error, EXIT_DIVERGED)
-        except ExperimentError as error:
-            _fail(error, EXIT_MISTAKE)
-        except Interruption as error:
-            print(f"\noptalr: {error}", file=sys.stderr)
-            sys.exit(EXIT_BASE + error.number)
-        except KeyboardInterrupt:
-            print("\noptalr: interrupted; go on with `optalr resume FOLDER`.", file=sys.stderr)
-            sys.exit(EXIT_BASE + signal.SIGINT)
-        except BrokenPipeError:
-            # The reader (head, less) has gone; keep Python from complaining at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            _fail(ExperimentError(f"{place}{cause_of(error)}."), EXIT_MISTAKE)
-        except ModuleNotFoundError as error:
-            if (error.name or "optalr").startswith("optalr"):
-                raise
-            remedy = f"this needs {error.name}: pip install 'optalr[experiments]'"
-            _fail(ExperimentError(remedy), EXIT_MISTAKE)
-
-
-def _fail(error: Exception, code: int) -> None:
-    print(f"optalr: error: {error}", file=sys.stderr)
-    sys.exit(code)
+    with handled(leave_at_once), one_line_warnings(), one_line_endings():
+        parse(COMMANDS, words, prog="optalr", description=_DESCRIPTION)()
 
 
 def _overrides(texts: Sequence[Sequence[str]], seed: int | None) -> tuple[str, ...]:

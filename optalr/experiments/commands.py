@@ -8,8 +8,11 @@ from typing import Any
 
 from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.configs.files import load_config, override, to_toml
-from optalr.experiments.errors import warnings_log, writing
+from optalr.experiments.errors import ExperimentError, warnings_log, writing
+from optalr.experiments.joining import ALONE, Processes, joined_by
 from optalr.experiments.records.exports import export_tensorboard
+from optalr.experiments.records.identity import identify
+from optalr.experiments.records.onlooking import check_seen, made_in
 from optalr.experiments.records.run_folder import RunFolder, check_free
 from optalr.experiments.records.writing import free_path, write_atomically
 from optalr.experiments.reports.axes import to_png
@@ -36,21 +39,29 @@ def train_config(
     overrides: tuple[str, ...] = (),
     mesh: str = "",
     dry: bool = False,
+    processes: Processes = ALONE,
 ) -> None:
     """Train as a config says, into a new folder; or only say what that would take."""
-    config = scale_to_budget(load_config(config_path, overrides), budget)
-    if mesh:
-        config = override(config, {"mesh": mesh_table(mesh)})
-    default = RUNS / f"{_title(config_path)}-seed{config.train.seed}"
-    check_free(free_path(default) if out is None else out)  # before anything is compiled
-    trainer = Trainer(config)
-    if dry:
-        _show_estimate(trainer)
-        return
-    trainer.compile()
-    # Looked for again, since another run may have taken the name meanwhile.
-    folder = RunFolder.create(free_path(default) if out is None else out, config)
-    _train_and_show(trainer, folder)
+    if dry and processes.coordinator:
+        raise ExperimentError("--dry-run tries a run in one process: leave --coordinator out.")
+    with joined_by(processes) as team:
+        with team.one_fate():
+            config = scale_to_budget(load_config(config_path, overrides), budget)
+            if mesh:
+                config = override(config, {"mesh": mesh_table(mesh)})
+            default = RUNS / f"{_title(config_path)}-seed{config.train.seed}"
+            if team.writes:  # before anything is compiled
+                check_free(free_path(default) if out is None else out)
+            trainer = Trainer(config, team=team)
+        if dry:
+            _show_estimate(trainer)
+            return
+        _compile(trainer)
+        # Looked for again, since another run may have taken the name meanwhile.
+        folder = made_in(
+            team, lambda: RunFolder.create(free_path(default) if out is None else out, config)
+        )
+        _train_and_show(trainer, folder)
 
 
 def compare_folder(
@@ -101,14 +112,30 @@ def tune_config(
     console.print(f"best: {_point(winner)}\nits config: {best_file}", soft_wrap=True)
 
 
-def resume_folder(path: Path, *, force: bool = False, jobs: int = 1, mesh: str = "") -> None:
+def resume_folder(
+    path: Path,
+    *,
+    force: bool = False,
+    jobs: int = 1,
+    mesh: str = "",
+    processes: Processes = ALONE,
+) -> None:
     """Continue what was interrupted."""
     if (path / compare.SPECIFICATION).is_file():
+        if processes.coordinator:
+            raise ExperimentError(
+                f"{path} is a comparison, each of whose runs is in one process: leave "
+                "--coordinator out, or resume one of its runs."
+            )
         _run_and_report(compare.open_comparison(path), force=force, jobs=jobs)
         return
-    trainer, folder = open_unfinished(path, {"mesh": mesh_table(mesh)} if mesh else None)
-    trainer.compile()
-    _train_and_show(trainer, folder, force=force)
+    with joined_by(processes) as team:
+        with team.one_fate():
+            changed = {"mesh": mesh_table(mesh)} if mesh else None
+            trainer, folder = open_unfinished(path, changed, team)
+        check_seen(team, folder.path)
+        _compile(trainer)
+        _train_and_show(trainer, folder, force=force)
 
 
 def suggest_rate_for(
@@ -170,7 +197,19 @@ def _point(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in row["point"].items())
 
 
+def _compile(trainer: Trainer) -> None:
+    """Compile the training step, once it is known that all processes have the same."""
+    team, config = trainer.team, trainer.config
+    if team.count > 1:
+        identify(config, config.train.seed, trainer.dataset).check_same_in(team)
+    with team.one_fate():
+        trainer.compile()
+
+
 def _train_and_show(trainer: Trainer, folder: RunFolder, *, force: bool = False) -> None:
+    if not trainer.team.writes:
+        train(trainer, folder, force=force)
+        return
     config, score_name = trainer.config, trainer.objective.score_name
     if trainer.dataset.note:
         console.print(f"note: {trainer.dataset.note}", soft_wrap=True)

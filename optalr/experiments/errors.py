@@ -28,14 +28,23 @@ _ELSEWHERE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.
 
 
 class ExperimentError(Exception):
-    """A mistake in a config, a file or an argument, which the command line prints as one line."""
+    """A mistake in a config, a file or an argument, which the command line prints as one line.
+
+    Attributes:
+      shared: whether every process of the run ends with it, where there are several.
+    """
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+        self.shared = False
 
 
 class TrainingDivergedError(ExperimentError):
     """Training met a loss or parameters that are not finite and was stopped."""
+
+
+class LostProcessError(ExperimentError):
+    """Another of the processes that train a run together has ended without a word."""
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Parameters sharded in every way that people use change no number.
 
 Each way is tried with the complete optimizer, whose roots are shared out besides. Every method that
-reads signals is tried with one way that has something of all. The whole runs take thirty steps.
+reads signals is tried with one way that has something of all. All of it on axes that are explicit
+and on axes that are left to the compiler; the whole runs take thirty steps.
 """
 
 import functools
@@ -56,7 +57,8 @@ WAYS = {
     "stacked layers": (BOTH, P("data"), {"layers": P("model")}),
     "experts": (BOTH, P("data"), {"experts": P("model")}),
 }
-READERS = [method for method in METHODS if "signals" in method.needs]
+# What a layer's moments serve, and the head's alone.
+READERS = [method for method in METHODS if {"signals", "head"} & set(method.needs)]
 
 
 def complete(mesh=None):
@@ -90,11 +92,8 @@ def check(way, axes, num_steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("axes", "way"),
-    [("auto", way) for way in WAYS]
-    + [("explicit", way) for way in ("FSDP, rows", "data and model", "stacked layers")],
-)
+@pytest.mark.parametrize("axes", net.AXES)
+@pytest.mark.parametrize("way", WAYS)
 def test_each_way_to_shard_changes_no_number(axes, way):
     check(way, axes, NUM_STEPS)
 
@@ -113,11 +112,12 @@ def alone_by(method):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axes", net.AXES)
 @pytest.mark.parametrize("method", READERS, ids=repr)
-def test_every_method_that_reads_signals_trains_sharded_parameters(method):
+def test_every_method_that_reads_signals_trains_sharded_parameters(method, axes):
     shape, batch, specs = WAYS["data and model"]
     specs = {name: specs[name] for name in net.DENSE}
-    mesh = net.mesh_of(shape)
+    mesh = net.mesh_of(shape, axes)
     found, _ = net.train_sharded(
         descending(method), mesh, specs, NUM_STEPS, batch=batch, stacks=False
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from optalr.experiments import cli
+from optalr.experiments import cli, endings
 
 
 def fails(capsys, *arguments):
@@ -10,7 +10,7 @@ def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     captured = capsys.readouterr()
-    assert caught.value.code == cli.EXIT_MISTAKE
+    assert caught.value.code == endings.EXIT_MISTAKE
     assert captured.err.startswith("optalr: error: ")
     assert captured.err.count("\n") == 1
     return captured.err

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from optalr.experiments import cli
+from optalr.experiments import cli, endings
 from optalr.experiments.studies import compare
 from tests.experiments.refusing import fails
 
@@ -209,7 +209,7 @@ def test_a_divergence_has_an_exit_code_of_its_own(configs, capsys):
     arguments = ["run", str(configs / "sgd.toml"), "--set", "method.learning_rate=1e38"]
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
-    assert caught.value.code == cli.EXIT_DIVERGED
+    assert caught.value.code == endings.EXIT_DIVERGED
     assert "diverged at step" in capsys.readouterr().err
 
 
@@ -222,7 +222,7 @@ def test_python_dash_m(configs):
         text=True,
         env=environment,
     )
-    assert done.returncode == cli.EXIT_MISTAKE
+    assert done.returncode == endings.EXIT_MISTAKE
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
 

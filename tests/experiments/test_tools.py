@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from optalr.experiments import cli, commands
+from optalr.experiments import cli, commands, endings
 from optalr.experiments.configs.config import Config
 from optalr.experiments.configs.files import load_config
 from optalr.experiments.errors import suggest
@@ -181,7 +181,7 @@ def test_without_its_extra_the_command_says_how_to_install_it(tmp_path):
         "from optalr_command import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == cli.EXIT_MISTAKE
+    assert done.returncode == endings.EXIT_MISTAKE
     assert done.stderr.count("\n") == 1
     assert "pip install 'optalr[experiments]'" in done.stderr
 

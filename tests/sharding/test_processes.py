@@ -1,33 +1,26 @@
 """Two processes of four devices each, as one: numbers, checkpoints, an end all at once."""
 
-import os
-import pathlib
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tests.sharding import process, run
+from tests.sharding import launching, process, run
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 100
 
 
 def launch(**options):
     """Start two processes and return their exit codes; when one has died, the other is ended."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = launching.free_port()
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "tests.sharding.process", "--processes=2", f"--port={port}"]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    surroundings = {"cwd": launching.ROOT, "env": launching.environment()}
     started = [
-        subprocess.Popen([*command, f"--process={i}", *words], cwd=ROOT, env=environment)
-        for i in range(2)
+        subprocess.Popen([*command, f"--process={i}", *words], **surroundings) for i in range(2)
     ]
     try:
         codes = [started[1].wait(SECONDS)]

@@ -140,11 +140,12 @@ class TrainConfig(Section):
 
 
 class MeshConfig(Section):
-    """Several devices, on one machine."""
+    """Several devices, of one process or of several."""
 
     data: int = Field(default=0, ge=0)
     """How many devices share each batch, and the roots of a method that takes any; 0 for one
-    device, as if there were no others. Parameters and states are on every one of them."""
+    device, as if there were no others. Parameters are on every one of them, and states too, but
+    for factors with `method.options.sharded_factors`."""
 
 
 class RecordConfig(Section):

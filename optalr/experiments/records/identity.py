@@ -20,6 +20,7 @@ import optalr
 from optalr.experiments.configs.config import Config, to_table
 from optalr.experiments.data.dataset import Dataset
 from optalr.experiments.errors import ExperimentError, warnings_log
+from optalr.experiments.processes import Team
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 # Where the data were found says nothing that their checksum does not say.
@@ -43,14 +44,25 @@ class Identity(NamedTuple):
         text = json.dumps(dict(self.settings), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
+    def check_same_in(self, team: Team) -> None:
+        """Raise in all processes of a team if they would train different runs."""
+        same = {name: self.arithmetic[name] for name in (*_PACKAGES, "code", "x64")}
+        lines = [f"{name} = {value}" for name, value in {**self.settings, **same}.items()]
+        team.check_same(
+            "their run",
+            "\n".join(lines),
+            remedy="Give all the same config, options, data and environment.",
+        )
 
-def identify(config: Config, seed: int, dataset: Dataset) -> Identity:
+
+def identify(config: Config, seed: int, dataset: Dataset, *, processes: int = 1) -> Identity:
     """Return the identity of a run.
 
     Args:
       config: the experiment; a trainer serves many seeds, so its own is not used.
       seed: the run's.
       dataset: what it learns from.
+      processes: how many train it together.
     """
     table = to_table(config)
     parts = {key: table[key] for key in ("model", "method", "schedule", "phase")}
@@ -60,6 +72,8 @@ def identify(config: Config, seed: int, dataset: Dataset) -> Identity:
     numbers = arithmetic()
     if config.mesh.data:  # sums over a batch are cut elsewhere
         numbers["mesh"] = f"data={config.mesh.data}"
+    if processes > 1:  # and added up by others
+        numbers["processes"] = str(processes)
     return Identity(settings, numbers)
 
 
@@ -102,6 +116,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -1,5 +1,6 @@
 """Training into a run folder, and resuming after an interruption."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,12 +14,16 @@ import optalr
 from optalr.arrays import all_finite
 from optalr.experiments.configs.files import override
 from optalr.experiments.errors import ExperimentError, TrainingDivergedError
+from optalr.experiments.processes import Team
 from optalr.experiments.records.checkpoints import Checkpoints
 from optalr.experiments.records.identity import Identity, check_same, from_json, identify
+from optalr.experiments.records.onlooking import folder_of
 from optalr.experiments.records.run_folder import EVALUATIONS, METRICS, RunFolder
 from optalr.experiments.records.signals import StopRequest, handled
 from optalr.experiments.training.divergence import diagnose
-from optalr.experiments.training.trainer import Segment, Trainer, TrainState
+from optalr.experiments.training.segments import Segment
+from optalr.experiments.training.steps import TrainState
+from optalr.experiments.training.trainer import Trainer
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -36,9 +41,13 @@ def train(
     bits whether or not the run was interrupted. SIGINT and SIGTERM are noted; the run then saves a
     checkpoint after the steps under way, and leaves.
 
+    Where a team of processes trains, each calls this. The first records, all write checkpoints, and
+    what ends one ends all, after the same step.
+
     Args:
       trainer: the config made ready.
-      folder: where the run is recorded; the seed is that of its config.
+      folder: where the run is recorded, as ``folder_of(trainer.team)`` has it; the seed is that of
+        its config.
       report: called after each segment with its last row of metrics.
       force: go on from a checkpoint of other settings as well.
 
@@ -51,14 +60,17 @@ def train(
         the system refuses to write.
       Interruption: a signal asked to stop.
     """
-    finished = folder.result()
-    if finished is not None:
-        return finished
-    seed = folder.config().train.seed
-    identity = identify(trainer.config, seed, trainer.dataset)
+    team = trainer.team
+    with team.one_fate():
+        finished, seed = folder.result(), folder.config().train.seed
+    if any(team.largest(finished is not None)):
+        return finished or {}
+    identity = identify(trainer.config, seed, trainer.dataset, processes=team.count)
     stop = StopRequest()
-    with handled(stop), folder.lock():
-        checkpoints = Checkpoints(folder.path / "checkpoints", trainer.config.record.keep)
+    with handled(stop), contextlib.ExitStack() as stack:
+        with team.one_fate():
+            stack.enter_context(folder.lock())
+        checkpoints = Checkpoints(folder.path / "checkpoints", trainer.config.record.keep, team)
         run = _Run(trainer, folder, checkpoints=checkpoints, identity=identity, seed=seed)
         try:
             result = run.to_the_end(report, stop, force=force)
@@ -83,6 +95,7 @@ class _Run:
         seed: int,
     ):
         self.trainer, self.folder, self.checkpoints = trainer, folder, checkpoints
+        self.team = trainer.team
         self.identity, self.seed = identity, seed
         self.record = trainer.config.record
         self.seconds = 0.0
@@ -95,15 +108,14 @@ class _Run:
         """Train what is left, and return the result."""
         trainer = self.trainer
         state = self._start(force)
-        self._leave_if_asked(stop, state)
+        self._save_or_leave(stop, state)
         while (step := int(state.step)) < trainer.total_steps:
             if step % trainer.steps_per_epoch == 0:
                 self._evaluate_if_due(state)
             for segment in trainer.segments(state, self.seed, self.validation_loss):
                 state = segment.state
-                report(self._append(segment))
-                self._save_if_due(state)
-                self._leave_if_asked(stop, state)
+                report(self._record(segment))
+                self._save_or_leave(stop, state)
             # Only one step gets it, the first after it was measured.
             self.validation_loss = math.nan
         return self._finish(state)
@@ -114,78 +126,69 @@ class _Run:
         latest = self.checkpoints.latest()
         if latest is not None:
             # Compared first: a change of the config may make it impossible to read the state.
-            saved = from_json(self.checkpoints.meta(latest)["identity"])
             where = self.checkpoints.path / str(latest)
-            check_same(saved, self.identity, where=where, force=force)
-            state, meta = self.checkpoints.restore(latest, state)
-            self.checkpoints.set_damaged_aside()
+            with self.team.one_fate():
+                saved = from_json(self.checkpoints.meta(latest)["identity"])
+                if self.team.writes:
+                    check_same(saved, self.identity, where=where, force=force)
+            with self.team.one_fate():
+                state, meta = self.checkpoints.restore(latest, state)
+                if self.team.writes:
+                    self.checkpoints.set_damaged_aside()
             self.seconds, noted = meta["seconds"], meta["records"]
             self.lowest_test_loss = _number(meta["lowest_test_loss"])
         step = int(state.step)
         self.folder.run = self.identity.name
-        self.folder.reopen()
-        self.folder.cut(METRICS, step, noted=noted.get(METRICS))
-        # The evaluation at this very step is made again, with the same numbers.
-        self.folder.cut(EVALUATIONS, step - 1, noted=noted.get(EVALUATIONS))
+        with self.team.one_fate():
+            self.folder.reopen()
+            self.folder.cut(METRICS, step, noted=noted.get(METRICS))
+            # The evaluation at this very step is made again, with the same numbers.
+            self.folder.cut(EVALUATIONS, step - 1, noted=noted.get(EVALUATIONS))
         return state
 
-    def _leave_if_asked(self, stop: StopRequest, state: TrainState) -> None:
-        """Save what there is and raise, if a signal has asked to stop."""
-        if stop.number is not None:
-            step = int(state.step)
-            if step:
-                self._save(state)
+    def _save_or_leave(self, stop: StopRequest, state: TrainState) -> None:
+        """Save what there is if it is time; raise as well, if a signal has asked to stop.
+
+        A signal may have reached one process of several, and each has its own clock.
+        """
+        step, total = int(state.step), self.trainer.total_steps
+        waited = time.monotonic() - self.saved_at > 60 * self.record.checkpoint_minutes
+        number, late = self.team.largest(stop.number or 0, waited)
+        epoch, within = divmod(step, self.trainer.steps_per_epoch)
+        due = within == 0 and (epoch % self.record.checkpoint_every == 0 or step == total)
+        if step and (due or late or number):
+            self._save(state)
+            (number,) = self.team.largest(stop.number or 0)
+        if number:
+            stop.number = number
             stop.raise_if_asked(
                 f"interrupted at step {step}, which is saved; go on with "
                 f"`optalr resume {self.folder.path}`."
             )
 
-    def _append(self, segment: Segment) -> dict[str, Any]:
+    def _record(self, segment: Segment) -> dict[str, Any]:
         """Record a row for each step of a segment, up to the first loss that is not finite.
 
         Returns:
           What to report of the last.
         """
-        trainer = self.trainer
-        losses = segment.measured["loss"]
-        num_steps = len(losses)
-        last = int(segment.state.step)
-        pace = segment.seconds / num_steps
-        names = [*segment.measured, "step", "epoch", "seconds"]
-        steps = np.arange(last - num_steps + 1, last + 1)
-        seconds = self.seconds + pace * np.arange(1, num_steps + 1)
-        # Converted to Python numbers a column at a time. One number at a time is slow.
-        columns = [
-            *(values.tolist() for values in segment.measured.values()),
-            steps.tolist(),
-            (steps / trainer.steps_per_epoch).tolist(),
-            seconds.tolist(),
-        ]
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-        finite = np.isfinite(losses)
+        rows = segment.rows(self.trainer.steps_per_epoch, self.seconds)
+        pace = segment.seconds / len(segment.measured["loss"])
         self.seconds += segment.seconds
-        if not finite.all():
-            rows = rows[: int(np.argmin(finite)) + 1]
+        with self.team.one_fate():
             self.folder.append(METRICS, rows)
+        if not math.isfinite(rows[-1]["loss"]):
             self._diverged(rows[-1]["step"])
-        self.folder.append(METRICS, rows)
-        return rows[-1] | {"total_steps": trainer.total_steps, "pace": pace}
-
-    def _save_if_due(self, state: TrainState) -> None:
-        step, total = int(state.step), self.trainer.total_steps
-        epoch, within = divmod(step, self.trainer.steps_per_epoch)
-        due = within == 0 and (epoch % self.record.checkpoint_every == 0 or step == total)
-        waited = time.monotonic() - self.saved_at
-        if due or waited > 60 * self.record.checkpoint_minutes:
-            self._save(state)
+        return rows[-1] | {"total_steps": self.trainer.total_steps, "pace": pace}
 
     def _save(self, state: TrainState) -> None:
         # The last loss may be finite where the parameters after it are not.
         if not bool(jax.jit(all_finite)(state.params)):
             self._diverged(int(state.step))
-        self.folder.check_place()
-        # Rows reach the disk first, so that no checkpoint is ahead of them.
-        self.folder.sync()
+        with self.team.one_fate():
+            self.folder.check_place()
+            # Rows reach the disk first, so that no checkpoint is ahead of them.
+            self.folder.sync()
         meta = {
             "seconds": self.seconds,
             "lowest_test_loss": self.lowest_test_loss,
@@ -205,7 +208,8 @@ class _Run:
         found = self.trainer.evaluate(state, *names)
         step = int(state.step)
         row = {"step": step, "epoch": step / self.trainer.steps_per_epoch}
-        self.folder.append(EVALUATIONS, [row | {"seconds": self.seconds} | found])
+        with self.team.one_fate():
+            self.folder.append(EVALUATIONS, [row | {"seconds": self.seconds} | found])
         # NaN where there is none yet, which `fmin` passes over.
         self.lowest_test_loss = float(np.fmin(self.lowest_test_loss, found["test_loss"]))
         return found
@@ -223,44 +227,51 @@ class _Run:
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
             "optimizer_bytes": optalr.state_bytes(state.opt_state),
         }
-        self.folder.finish(result)
+        with self.team.one_fate():
+            self.folder.finish(result)
         return result
 
     def _diverged(self, step: int) -> None:
         """Record the divergence with its diagnosis, and raise it."""
         latest = self.checkpoints.latest()
-        diagnosis = diagnose(self.folder.rows(METRICS), step)
+        rows = self.folder.rows(METRICS) if self.team.writes else []
+        (diagnosis, *_) = self.team.texts(diagnose(rows, step))
         kept = (
             f"the last good checkpoint is step {latest} in {self.folder.path / 'checkpoints'}"
             if latest is not None
             else "there is no earlier checkpoint"
         )
         message = f"training diverged at step {step}: {diagnosis} ({kept})."
-        self.folder.finish(
-            {
-                "status": "diverged",
-                "diagnosis": message,
-                "steps": step,
-                "last_good_step": latest,
-                "seconds": self.seconds,
-            }
-        )
-        raise TrainingDivergedError(message)
+        with self.team.one_fate():
+            self.folder.finish(
+                {
+                    "status": "diverged",
+                    "diagnosis": message,
+                    "steps": step,
+                    "last_good_step": latest,
+                    "seconds": self.seconds,
+                }
+            )
+        error = TrainingDivergedError(message)
+        error.shared = True
+        raise error
 
 
 def open_unfinished(
-    path: str | Path, overrides: Mapping[str, Any] | None = None
+    path: str | Path, overrides: Mapping[str, Any] | None = None, team: Team | None = None
 ) -> tuple[Trainer, RunFolder]:
     """Return what ``train`` needs to continue the run in a folder.
 
     Args:
       path: the folder.
       overrides: dotted keys of the config to new values, such as ``mesh.data``.
+      team: the processes that continue it together; by default one.
 
     Raises:
       ExperimentError: the folder holds no run, or one that has nothing left to do.
     """
-    folder = RunFolder.open(path)
+    team = team or Team()
+    folder = folder_of(team).open(path)
     result = folder.result()
     if result is not None and result["status"] == "diverged":
         raise ExperimentError(
@@ -272,7 +283,7 @@ def open_unfinished(
             f"{folder.path} is finished ({result['steps']} steps): nothing to resume. To train "
             "longer, run its config.toml with --set train.epochs=..."
         )
-    return Trainer(override(folder.config(), overrides or {})), folder
+    return Trainer(override(folder.config(), overrides or {}), team=team), folder
 
 
 def _number(value: float | None) -> float:

@@ -1,5 +1,6 @@
 """The compiled parts of training: one step, an epoch of them in a scan, an evaluation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 import optalr
 from optalr.experiments.data.dataset import Dataset, Split
 from optalr.experiments.models import Model
+from optalr.experiments.training.devices import Placement
 from optalr.experiments.training.objective import Objective
 
 # A probe runs in every step, an evaluation once per epoch: so a probe reads fewer examples.
@@ -184,11 +186,14 @@ def make_epoch(
 
 
 def make_evaluation(
-    model: Model, objective: Objective, dataset: Dataset
+    model: Model, objective: Objective, dataset: Dataset, *, place: Placement
 ) -> Callable[[Any, Any, Split], dict[str, float]]:
-    """Return ``evaluation(params, model_state, split)``: the mean loss and score of a split."""
+    """Return ``evaluation(params, model_state, split)``: the mean loss and score of a split.
 
-    @jax.jit
+    Devices of a mesh share its examples as they share those of a step.
+    """
+
+    @functools.partial(jax.jit, out_shardings=place.everywhere)
     def sums(variables, part, weight):
         (params, model_state), (x, y) = variables, part
         outputs, _ = model.apply(params, model_state, dataset.prepare(x))
@@ -198,6 +203,7 @@ def make_evaluation(
 
     # One shape for every split, so one compilation.
     size = min(EVALUATION_BATCH, max(map(len, (dataset.train, dataset.validation, dataset.test))))
+    size = place.rounded(size)
 
     def evaluation(params, model_state, split):
         if not len(split):
@@ -206,9 +212,9 @@ def make_evaluation(
         for start in range(0, len(split), size):
             indices = np.arange(start, start + size)
             # The last part is filled up with copies of its last example, which have weight 0.
-            part = split.take(np.minimum(indices, len(split) - 1))
-            weight = (indices < len(split)).astype(np.float32)
-            totals.append(sums((params, model_state), (part.x, part.y), weight))
+            part = place.examples(split, np.minimum(indices, len(split) - 1))
+            weight = place.shared((indices < len(split)).astype(np.float32))
+            totals.append(sums((params, model_state), part, weight))
         loss, score = np.sum(np.asarray(jax.device_get(totals), np.float64), axis=0) / len(split)
         return {"loss": float(loss), objective.score_name: float(score)}
 

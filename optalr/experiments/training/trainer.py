@@ -1,5 +1,6 @@
 """What all seeds of a config share: data, model, method, compiled programs."""
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,11 +14,13 @@ from optalr.experiments.configs.calling import USER_ERRORS, reason
 from optalr.experiments.configs.config import Config
 from optalr.experiments.configs.methods import build_method, measures_all, probes_validation
 from optalr.experiments.data import Dataset, load
-from optalr.experiments.data.augment import Augmentation, build_augmentation
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import build_model
-from optalr.experiments.training.devices import by_examples, everywhere, make_mesh
+from optalr.experiments.processes import Team
+from optalr.experiments.training import checks
+from optalr.experiments.training.devices import make_mesh, placement_on
 from optalr.experiments.training.objective import OBJECTIVES
+from optalr.experiments.training.segments import Pace, Segment
 from optalr.experiments.training.steps import (
     Batch,
     Batches,
@@ -29,27 +32,9 @@ from optalr.experiments.training.steps import (
     make_step,
 )
 
-# A streamed loop reports about once in this many seconds: often enough for a progress bar.
-_REPORT_SECONDS = 1.0
-# It runs this many steps ahead of the device: enough to hide the host's work, few enough that
-# batches do not pile up in memory.
+# A streamed loop runs this many steps ahead of the device: enough to hide the host's work, few
+# enough that batches do not pile up in memory.
 _STEPS_AHEAD = 4
-# States count their steps as int32.
-_MOST_STEPS = 2**31 - 1
-
-
-class Segment(NamedTuple):
-    """Steps that were taken in a row.
-
-    Attributes:
-      state: the state after them; the one before has been donated.
-      measured: name to one float32 a step.
-      seconds: what they took, compilation excluded.
-    """
-
-    state: TrainState
-    measured: dict[str, np.ndarray]
-    seconds: float
 
 
 class _Order(NamedTuple):
@@ -65,19 +50,18 @@ class Trainer:
     Args:
       config: the experiment.
       dataset: its data if they are loaded already, as in a comparison of several configs.
+      team: the processes that train it together, each with a trainer of its own; by default one.
 
     Raises:
       ExperimentError: a name or argument of the config is unknown, or its parts do not fit.
     """
 
-    def __init__(self, config: Config, dataset: Dataset | None = None):
-        self.config = config
+    def __init__(self, config: Config, dataset: Dataset | None = None, team: Team | None = None):
+        self.config, self.team = config, team or Team()
         self.dataset = load(config.data) if dataset is None else dataset
         self.batch_size = config.train.batch_size
-        self._check_batch_size()
-        self.steps_per_epoch = len(self.dataset.train) // self.batch_size
+        self.steps_per_epoch = checks.steps_per_epoch(config, self.dataset)
         self.total_steps = config.train.epochs * self.steps_per_epoch
-        self._check_total_steps()
         self.objective = OBJECTIVES[self.dataset.task]
         self.model = build_model(config.model, self.dataset)
         self.loss_fn = make_loss(self.model, self.objective, self.dataset)
@@ -91,22 +75,22 @@ class Trainer:
             total_steps=self.total_steps,
             given=self.given,
         )
-        self.reads_validation = config.phase.name == "switch_on_plateau"
-        self._check_validation()
-        self.scans = self._choose_loop()
-        self.augment = self._augmentation()
+        self.reads_validation = checks.reads_validation(config, self.dataset)
+        self.scans = checks.scans_epochs(config, self.dataset, self.model)
+        self.augment = checks.augmentation(config, self.dataset)
+        self.place, self._pace = placement_on(mesh), Pace(self.team)
         self.step = make_step(
             self.loss_fn,
             self.tx,
             self.objective,
             augment=self.augment,
             validation=self.dataset.validation if probes_validation(config) else None,
-            sharding=None if mesh is None else by_examples(mesh),
+            sharding=self.place.by_examples,
             **({"max_cost": None} if measures_all(config) else {}),
         )
-        self.evaluation = make_evaluation(self.model, self.objective, self.dataset)
-        self._place = None if mesh is None else everywhere(mesh)
-        self._init = jax.jit(self._first_state, out_shardings=self._place)
+        self.evaluation = make_evaluation(
+            self.model, self.objective, self.dataset, place=self.place
+        )
         self.compile_seconds = 0.0
         # Keys are kept, because making one takes longer than recording a small step.
         self._keys: dict[int, jax.Array] = {}
@@ -115,7 +99,7 @@ class Trainer:
 
     def init(self, seed: int) -> TrainState:
         """Return the state before the first step."""
-        return self._guard(self._init, self.key(seed))
+        return self._guard(lambda: self._init(self.key(seed)))
 
     def compile(self) -> None:
         """Compile the training step, so that a mistake shows before anything is written.
@@ -123,7 +107,7 @@ class Trainer:
         Raises:
           ExperimentError: the method wants what this experiment does not give.
         """
-        state = self._guard(jax.eval_shape, self._init, self.key(0))
+        state = self._guard(lambda: jax.eval_shape(self._first_state, self.key(0)))
         if self.scans:
             self._compile_epoch(state, self.key(0), self.steps_per_epoch)
         else:
@@ -166,6 +150,19 @@ class Trainer:
         params, model_state = self.model.init(key)
         return TrainState(params, model_state, self.tx.init(params), jnp.int32(0))
 
+    @functools.cached_property
+    def _init(self) -> Callable[[jax.Array], TrainState]:
+        return jax.jit(self._first_state, out_shardings=self._shardings)
+
+    @functools.cached_property
+    def _shardings(self) -> Any:
+        """Where a state lies: on every device, but for factors that rest in parts."""
+        everywhere = self.place.everywhere
+        if everywhere is None:
+            return None
+        params, _ = jax.eval_shape(self.model.init, jax.random.key(0))
+        return TrainState(everywhere, everywhere, self.place.of_state(self.tx, params), everywhere)
+
     def _scan(self, state: TrainState, key: jax.Array, order: _Order) -> Segment:
         run = self._compile_epoch(state, key, len(order.indices))
         batches = Batches(*self.data(), *order)
@@ -180,21 +177,24 @@ class Trainer:
         run = self._compile_step(state, key)
         rows: list[Measured] = []
         ahead: deque[jax.Array] = deque()
-        started = time.perf_counter()
+        self._pace.begin()
         for i, (chosen, value) in enumerate(zip(*order, strict=True)):
-            examples = self.dataset.train.take(chosen)
-            state, measured = run(state, key, Batch(examples.x, examples.y, value))
+            examples = self.place.examples(self.dataset.train, chosen)
+            state, measured = run(state, key, Batch(*examples, value))
             rows.append(measured)
             ahead.append(measured["loss"])
             if len(ahead) > _STEPS_AHEAD:
                 ahead.popleft().block_until_ready()
-            if i + 1 == len(order.indices) or time.perf_counter() - started > _REPORT_SECONDS:
+            if self._pace.ends() or i + 1 == len(order.indices):
                 table = jax.device_get(rows)
                 jax.block_until_ready(state)
+                seconds = self._pace.seconds()
+                self._pace.plan()
                 measured = {name: np.stack([row[name] for row in table]) for name in table[0]}
-                yield Segment(state, measured, time.perf_counter() - started)
-                rows, started = [], time.perf_counter()
+                yield Segment(state, measured, seconds)
+                rows = []
                 ahead.clear()
+                self._pace.begin()
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the examples of each step of an epoch, a function of seed and epoch alone."""
@@ -205,15 +205,14 @@ class Trainer:
     def key(self, seed: int) -> jax.Array:
         """Return the key of a run, from which every step's own follows."""
         if seed not in self._keys:
-            self._keys[seed] = jax.random.key(seed)
+            self._keys[seed] = self.place.key(seed)
         return self._keys[seed]
 
     def data(self) -> tuple[jax.Array, jax.Array]:
         """Return the training examples on the device."""
         if self._resident is None:
             train = self.dataset.train
-            x, y = (jax.device_put(part, self._place) for part in (train.x, train.y))
-            self._resident = x, y
+            self._resident = self.place.whole(train.x), self.place.whole(train.y)
         return self._resident
 
     def _compile_epoch(self, state: Any, key: jax.Array, num_steps: int) -> Any:
@@ -230,9 +229,9 @@ class Trainer:
         """Return the compiled step; what is compiled is kept."""
 
         def arguments():
-            examples = self.dataset.train.take(np.arange(self.batch_size))
+            examples = self.place.examples(self.dataset.train, np.arange(self.batch_size))
             value = jax.ShapeDtypeStruct((), jnp.float32)
-            return state, key, Batch(examples.x, examples.y, value)
+            return state, key, Batch(*examples, value)
 
         return self._compile_once(1, self.step, arguments)
 
@@ -241,12 +240,20 @@ class Trainer:
     ) -> Any:
         # A trainer either scans or streams, so the number of steps identifies a program.
         if num_steps not in self._compiled:
-            started = time.perf_counter()
-            place, examples = self._place, arguments()
-            jitted = jax.jit(function, donate_argnums=(0,), in_shardings=place, out_shardings=place)
+            started, where = time.perf_counter(), {}
+            if self.place.everywhere is not None:
+                where["in_shardings"] = self._shardings, self.place.everywhere, self._of_batches()
+                where["out_shardings"] = self._shardings, self.place.everywhere
+            jitted = jax.jit(function, donate_argnums=(0,), **where)
+            examples = arguments()
             self._compiled[num_steps] = self._guard(lambda: jitted.lower(*examples).compile())
             self.compile_seconds += time.perf_counter() - started
         return self._compiled[num_steps]
+
+    def _of_batches(self) -> Any:
+        """Return where the data of a program lie: all on every device, or a batch in shares."""
+        everywhere, shared = self.place.everywhere, self.place.by_examples
+        return everywhere if self.scans else Batch(shared, shared, everywhere)
 
     def _guard(self, function: Any, *arguments: Any) -> Any:
         """Call ``function``; turn what a method refuses into one line that names it."""
@@ -254,45 +261,3 @@ class Trainer:
             return function(*arguments)
         except USER_ERRORS as error:
             raise ExperimentError(f"method {self.config.method.name!r}: {reason(error)}") from error
-
-    def _augmentation(self) -> Augmentation | None:
-        augment = build_augmentation(self.config.data.augment)
-        shape = self.dataset.train.x.shape
-        if augment is not None and len(shape) != 4:
-            raise ExperimentError(
-                f"data.augment changes images, and {self.dataset.name!r} has examples of shape "
-                f"{shape[1:]}: leave it out."
-            )
-        return augment
-
-    def _check_batch_size(self) -> None:
-        if self.batch_size > len(self.dataset.train):
-            raise ExperimentError(
-                f"train.batch_size {self.batch_size} is larger than the "
-                f"{len(self.dataset.train)} training examples of {self.dataset.name!r}: set "
-                f"train.batch_size to at most {len(self.dataset.train)}."
-            )
-
-    def _check_total_steps(self) -> None:
-        if self.total_steps > _MOST_STEPS:
-            raise ExperimentError(
-                f"train.epochs {self.config.train.epochs} of {self.steps_per_epoch} steps are more "
-                f"than the {_MOST_STEPS} steps that 32 bits can count: lower train.epochs."
-            )
-
-    def _check_validation(self) -> None:
-        if self.reads_validation and not len(self.dataset.validation):
-            raise ExperimentError(
-                "phase 'switch_on_plateau' reads the validation loss and there are no validation "
-                "examples: set data.validation_fraction."
-            )
-
-    def _choose_loop(self) -> bool:
-        """Return whether epochs are scanned."""
-        loop = self.config.train.loop
-        if loop != "auto":
-            return loop == "scan"
-        if self.dataset.train.x.nbytes > self.config.train.resident_bytes:
-            return False
-        # Inside a scan, XLA's gradients of convolutions are some 20 times slower on a CPU.
-        return jax.default_backend() != "cpu" or not self.model.has_convolutions()

@@ -113,7 +113,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, uninterrupted, monke
         halted_config = tmp_path / "halted" / "config.toml"
         text = halted_config.read_text()
         halted_config.write_text(text.replace("minutes = 10.0", "minutes = 0.0"))
-        monkeypatch.setattr("optalr.experiments.training.trainer._REPORT_SECONDS", 0.0)
+        monkeypatch.setattr("optalr.experiments.training.segments._REPORT_SECONDS", 0.0)
     seen = []
 
     def interrupt(row):
