@@ -106,7 +106,7 @@ def page(bench: Bench, recipe: str) -> str:
         summary(bench, recipe),
         "## Without each part",
         "Final test loss over that of the whole recipe, on the seeds that both have; above 1 the "
-        "part pays.",
+        "part pays. What was added, was added to `untuned_first` and is compared with that.",
         ablation_table(bench, recipe),
         "## Problems",
     ]
