@@ -162,20 +162,30 @@ class Runner:
     def run(
         self, loaded: Loaded, numbers: dict[str, float], *, seed: int, num_points: int
     ) -> dict[str, Any]:
-        """Train on the data of a seed, and return the record of the run."""
+        """Train on the data of a seed, and return the record of the run.
+
+        ``compile_seconds`` is what the first call took beyond its steps: tracing and compilation,
+        where the program is new. Chunks of other lengths compile as well, but a training loop has
+        one.
+        """
         params, stats = self.objective.init(seed)
         traced = {name: jnp.float32(number) for name, number in numbers.items()}
-        carry = params, stats, self.start(traced, params)
+        begun = time.perf_counter()
+        carry = params, stats, jax.block_until_ready(self.start(traced, params))
+        begun = time.perf_counter() - begun
         ends = np.linspace(0, loaded.steps, num_points + 1).round().astype(int)
         # A validation loss is new in the step after it was measured, and in no other.
         entries = *loaded.batches(seed), np.isin(np.arange(loaded.steps), ends)
         data = tuple((part.x, part.y) for part in (loaded.train, loaded.validation))
         curve, seconds = [self._point(0, carry, loaded)], 0.0
-        # Compilation is not timed: a first call on a copy.
-        for size in sorted({*np.diff(ends)} if loaded.problem.loops else {1}):
+        # Compilation is not timed with the steps: first calls are on a copy.
+        sizes = sorted({*np.diff(ends)} if loaded.problem.loops else {1})
+        for size in sizes:
             warm = tuple(jnp.asarray(entry[:size]) for entry in entries)
             copy = jax.tree.map(jnp.copy, carry)
+            start = time.perf_counter()
             jax.block_until_ready(self.compiled(traced, copy, data, warm, jnp.float32(1)))
+            begun += time.perf_counter() - start if size == sizes[0] else 0
         for begin, end in itertools.pairwise(ends):
             value = jnp.float32(curve[-1][1][1][0])
             start = time.perf_counter()
@@ -188,8 +198,13 @@ class Runner:
             curve.append(self._point(int(end), carry, loaded))
             if not np.isfinite(curve[-1][1][0][0]):
                 break
-        read = {key: float(value) for key, value in optalr.metrics(carry[2]).items()}
-        return {"seconds": round(seconds, 4), "curve": _rounded(curve), "metrics": read}
+        return {
+            "seconds": round(seconds, 4),
+            "compile_seconds": round(max(0.0, begun - sizes[0] * seconds / curve[-1][0]), 3),
+            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(carry[2])),
+            "curve": _rounded(curve),
+            "metrics": {key: float(v) for key, v in optalr.metrics(carry[2]).items()},
+        }
 
     @functools.cached_property
     def start(self) -> Any:
