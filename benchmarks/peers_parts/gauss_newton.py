@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import somax
 
 from ..untuned_parts.methods import schedule
@@ -26,14 +27,17 @@ class GaussNewton(Runner):
 
         make = somax.sgn_mse if regression else somax.sgn_ce
         rate = schedule(numbers["rate"], self.like.steps)
-        return make(predict_fn=predict, lam0=numbers["damping"], learning_rate=rate)
+        return make(predict_fn=predict, learning_rate=rate)
 
     @functools.cached_property
     def start(self) -> Any:
         def start(numbers: Any, params: Any) -> Any:
             if self.objective.init(0)[1]:
                 raise NotImplementedError("python-somax takes no batch statistics")
-            return self.solver(numbers).init(params)
+            state = self.solver(numbers).init(params)
+            # Its constructor takes a number only, which would be compiled in: a program a setting.
+            damping = jnp.asarray(numbers["damping"], state.damp_state.lam.dtype)
+            return state.replace(damp_state=state.damp_state.replace(lam=damping))
 
         return jax.jit(start)
 
