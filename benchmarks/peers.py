@@ -19,6 +19,7 @@ was. The page is ``results/peers.md``.
 import argparse
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -89,6 +90,8 @@ def main() -> None:
         if missing := missing_data(args.problems):
             lines = [f"The data {name} cannot be loaded: {cure}." for name, cure in missing.items()]
             sys.exit("\n".join([*lines, "Or leave their problems out by --problems."]))
+        # Asked to end, it ends its child first.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             run_all(args)
         except KeyboardInterrupt:
