@@ -38,6 +38,8 @@ RULE = f"""\
   convolutions.
 * *State* are the bytes of the optimizer's state. *Peak* is what a process came to hold beyond what
   it held with the data loaded: compilation is most of it.
+* `untuned` was made by looking at the problems of the role development: its claims stand on those
+  of the role end.
 * A difference within {TIE:g} standard errors of the paired differences is a tie."""
 
 
@@ -199,7 +201,11 @@ def page(folder: pathlib.Path, methods: Mapping[str, Entry] = METHODS) -> str:
         method_table(methods),
     ]
     for problem, store in stores.items():
-        parts += [f"## {problem}", f"{PROBLEMS[problem].about}.", about_runs(store)]
+        parts += [
+            f"## {problem}",
+            f"{PROBLEMS[problem].about}. Role: {roles[problem]}.",
+            about_runs(store),
+        ]
         parts.append(problem_table(bench, problem, store, methods))
         parts += [f"`{name}` did not run: {said}" for name, said in errors(store).items()]
         missing = [f"`{n}`" for n in methods if not bench.of(problem, n)]
