@@ -75,13 +75,15 @@ def cosine(rate: Any, total_steps: int, *, warmup: int) -> optax.Schedule:
     return at
 
 
-def _grid(**choices: tuple[float, ...]) -> tuple[dict[str, float], ...]:
+def grid_of(**choices: tuple[float, ...]) -> tuple[dict[str, float], ...]:
+    """Return every combination of some numbers' values."""
     return tuple(
         dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
     )
 
 
-def _matrices(params: Any) -> Any:
+def matrices_of(params: Any) -> Any:
+    """Return which leaves have two or more axes: those that weight decay shrinks."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
@@ -93,7 +95,7 @@ def _adamw(n: dict[str, Any], total: int) -> optax.GradientTransformation:
     # The decay is given as c, the sum of rate times decay over the run: what a weight shrinks by.
     decay = n["c"] / (n["rate"] * total / 2)
     rate = schedule(n["rate"], total)
-    return optax.adamw(rate, b1=n["b1"], weight_decay=decay, mask=_matrices)
+    return optax.adamw(rate, b1=n["b1"], weight_decay=decay, mask=matrices_of)
 
 
 def _sgd(n: dict[str, Any], total: int) -> optax.GradientTransformation:
@@ -252,18 +254,18 @@ METHODS = {
     method.name: method
     for method in (
         _recipe(_WHOLE, "optalr.untuned"),
-        Method("adam", "Adam, 6 rates × 2 b1", _adam, _grid(rate=RATES, b1=(0.9, 0.99))),
+        Method("adam", "Adam, 6 rates × 2 b1", _adam, grid_of(rate=RATES, b1=(0.9, 0.99))),
         Method(
             "adamw",
             "AdamW, 6 rates × 2 b1 × 4 decays",
             _adamw,
-            _grid(rate=RATES, b1=(0.9, 0.99), c=(0.3, 1.0, 3.0, 9.0)),
+            grid_of(rate=RATES, b1=(0.9, 0.99), c=(0.3, 1.0, 3.0, 9.0)),
         ),
         Method(
             "sgd",
             "SGD, 6 rates × 2 momenta",
             _sgd,
-            _grid(rate=SGD_RATES, momentum=(0.9, 0.98)),
+            grid_of(rate=SGD_RATES, momentum=(0.9, 0.98)),
         ),
         Method("adam_1e-3", "Adam, 1e-3", _fixed_adam(1e-3)),
         Method("adam_3e-3", "Adam, 3e-3", _fixed_adam(3e-3)),

@@ -162,34 +162,52 @@ class Runner:
     def run(
         self, loaded: Loaded, numbers: dict[str, float], *, seed: int, num_points: int
     ) -> dict[str, Any]:
-        """Train on the data of a seed, and return the record of the run."""
+        """Train on the data of a seed, and return the record of the run.
+
+        ``seconds`` are those of the steps by the clock. Processor time is beside them, since other
+        work on the machine disturbs it less. ``compile_seconds`` is processor time as well: what
+        the first call took beyond its steps, where the program is new. Chunks of other lengths
+        compile too, but a training loop has one.
+        """
         params, stats = self.objective.init(seed)
         traced = {name: jnp.float32(number) for name, number in numbers.items()}
-        carry = params, stats, self.start(traced, params)
+        begun = time.process_time()
+        carry = params, stats, jax.block_until_ready(self.start(traced, params))
+        begun = time.process_time() - begun
         ends = np.linspace(0, loaded.steps, num_points + 1).round().astype(int)
         # A validation loss is new in the step after it was measured, and in no other.
         entries = *loaded.batches(seed), np.isin(np.arange(loaded.steps), ends)
         data = tuple((part.x, part.y) for part in (loaded.train, loaded.validation))
-        curve, seconds = [self._point(0, carry, loaded)], 0.0
-        # Compilation is not timed: a first call on a copy.
-        for size in sorted({*np.diff(ends)} if loaded.problem.loops else {1}):
+        curve, seconds, processor = [self._point(0, carry, loaded)], 0.0, 0.0
+        # Compilation is not timed with the steps: first calls are on a copy.
+        sizes = sorted({*np.diff(ends)} if loaded.problem.loops else {1})
+        for size in sizes:
             warm = tuple(jnp.asarray(entry[:size]) for entry in entries)
             copy = jax.tree.map(jnp.copy, carry)
+            start = time.process_time()
             jax.block_until_ready(self.compiled(traced, copy, data, warm, jnp.float32(1)))
+            begun += time.process_time() - start if size == sizes[0] else 0
         for begin, end in itertools.pairwise(ends):
             value = jnp.float32(curve[-1][1][1][0])
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             size = end - begin if loaded.problem.loops else 1
             for at in range(begin, end, size):
                 chunk = tuple(jnp.asarray(entry[at : at + size]) for entry in entries)
                 carry = self.compiled(traced, carry, data, chunk, value)
             jax.block_until_ready(carry)
             seconds += time.perf_counter() - start
+            processor += time.process_time() - used
             curve.append(self._point(int(end), carry, loaded))
             if not np.isfinite(curve[-1][1][0][0]):
                 break
-        read = {key: float(value) for key, value in optalr.metrics(carry[2]).items()}
-        return {"seconds": round(seconds, 4), "curve": _rounded(curve), "metrics": read}
+        return {
+            "seconds": round(seconds, 4),
+            "processor_seconds": round(processor, 4),
+            "compile_seconds": round(max(0.0, begun - sizes[0] * processor / curve[-1][0]), 3),
+            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(carry[2])),
+            "curve": _rounded(curve),
+            "metrics": {key: float(v) for key, v in optalr.metrics(carry[2]).items()},
+        }
 
     @functools.cached_property
     def start(self) -> Any:
