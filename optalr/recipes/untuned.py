@@ -81,19 +81,19 @@ def untuned(
     of a batch that is not trained on, as a function of the parameters (another batch at each step).
     A net with batch normalization should compute it as in training, by the batch's own statistics.
 
-    *Without it* the decay stays λ₀. On the ten problems below (one seed, momentum 0.9) the test
-    loss then ends 9 % higher in the geometric mean: 10 to 72 % higher on five, most where examples
-    are few and noisy, and a quarter lower on two. The learned decay looks one step ahead, and can
-    ask for less than the whole run wants.
+    *Without it* the decay stays λ₀. On the ten problems below (one seed) the test loss then ends
+    11 % higher in the geometric mean: 7 to 63 % higher on five, most where examples are few and
+    noisy, within 2 % on four, and a fifth lower on one. The learned decay looks one step ahead, and
+    can ask for less than the whole run wants.
 
     *Without an end* (``total_steps=None``) the rate is ``0.06/√(1 + t/1000)`` and never reaches
-    zero. On the ten problems below (one seed, momentum 0.9) that ends with a test loss 18 % higher.
+    zero. On the ten problems below (one seed) that ends with a test loss 25 % higher.
 
     *Evidence.* Ten small nets on real data, three seeds (docs/untuned.md has the tables). The test
     loss ends lower than that of Adam tuned over 12 settings on all ten (geometric mean of the
     ratios 0.77), and than that of AdamW tuned over 48 settings on seven (0.82). It loses to AdamW
-    by 4 and 5 % on the two nets with batch normalization, and is level on one. A step takes 1.6 to
-    9 times as long as Adam's on such nets on a CPU.
+    by 4 and 7 % on the two nets with batch normalization, and by 1 % on a small table. A step takes
+    1.4 to 6 times as long as Adam's on such nets on a CPU.
 
     Args:
       total_steps: T, the updates of the whole run, >= 1; None if they are not known. After them the
