@@ -27,8 +27,8 @@ NAMES = [
     "cifar10_resnet18/second_order_validation",
     "cifar10_resnet20/paper_adaptive",
     "cifar10_resnet20/paper_fixed",
-    "cifar10_vgg/tso_alra",
-    "cifar100_alexnet/tso_alra",
+    "cifar10_vgg/adam",
+    "cifar100_alexnet/sgd",
     "cifar100_resnet164/lipschitz",
     "cifar100_resnet18/second_order",
     "cifar100_vgg/amsgrad",
@@ -47,7 +47,7 @@ NAMES = [
 # The smallest net of the same kind: deep and wide ones compile for minutes.
 SMALLEST = {
     "alexnet": {"width": 8, "dense": 16},
-    "resnet": {"depth": 8, "version": 1},
+    "resnet": {"depth": 8},
     "vgg": {"width": 0.125},
 }
 
@@ -65,7 +65,7 @@ def generated(name, folder):
 
 def smallest(model):
     """Return what makes of a config's model the smallest of its kind."""
-    if model.name == "resnet" and model.version == 2:
+    if model.name == "resnet" and (model.model_extra or {}).get("version") == 2:
         return {"depth": 11}
     return SMALLEST.get(model.name, {})
 
