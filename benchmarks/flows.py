@@ -139,6 +139,38 @@ def memory_of_a_step(counts, batch):
         print(f"  {name:28}" + ", ".join(found))
 
 
+def in_control_flow(pairs):
+    """Print how much longer a step takes inside ``two_stage`` than alone, with convolutions."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(3, 3, 1, 32), (3, 3, 32, 32), (3, 3, 32, 32), (32, 10)]
+    params = [0.1 * jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+    x, y = jax.random.normal(keys[0], (16, 16, 16, 1)), jnp.arange(16) % 10
+
+    def predict(params, x, y):
+        for kernel in params[:3]:
+            names = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=names)
+            x = jax.nn.relu(x)
+        return x.mean((1, 2)) @ params[3]
+
+    evaluate = optalr.value_grad_and_extras(optalr.composite_loss(predict, cross_entropy))
+
+    def compiled(tx):
+        def step(params, state, x, y):
+            _, grads, extras = evaluate(params, x, y, signals=False)
+            updates, state = tx.update(grads, state, params, **extras)
+            return optax.apply_updates(params, updates), state
+
+        return functools.partial(jax.jit(step), params, tx.init(params))
+
+    alone = compiled(optalr.edf(0.5))
+    inside = compiled(optalr.two_stage(optalr.edf(0.5), optax.sgd(0.1), optalr.switch_at(1000)))
+    ratio, seconds = median_ratio(inside, alone, (x, y), pairs=pairs)
+    print(
+        f"\nedf k=1 inside two_stage: {1000 * seconds:.1f} ms a step, {ratio:.1f} times that alone"
+    )
+
+
 # Buffers are the same at every level of LLVM's optimization; compiling is faster at none.
 UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 
@@ -153,7 +185,11 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--peers-only", action="store_true", help="skip the VGG-like net")
+    parser.add_argument("--control-flow", action="store_true", help="only the step in two_stage")
     options = parser.parse_args()
+    if options.control_flow:
+        in_control_flow(options.pairs)
+        return
     if not options.peers_only:
         cost_of_a_step(options.steps, options.batch, options.pairs)
         memory_of_a_step(options.steps, options.batch)

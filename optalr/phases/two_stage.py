@@ -119,9 +119,9 @@ def two_stage(
       (``jax.jit(step, donate_argnums=...)``): a state that rests is then left where it is, and is
       copied otherwise. The update cannot be differentiated in reverse mode. The first stage runs
       inside control flow, where XLA on a CPU is 10 to 20 times slower at gradients of convolutions.
-      A stage that takes such gradients itself, as ``edf`` does (12.6 ms a step alone, 152 ms in
-      here, with three convolutions), is better run by ``optalr.train_step``, whose programs hold
-      one stage each, or on an accelerator.
+      A stage that takes such gradients itself, as ``edf`` does (14 times as long in here, with
+      three convolutions; ``benchmarks/flows.py --control-flow``), is better run by
+      ``optalr.train_step``, whose programs hold one stage each, or on an accelerator.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr

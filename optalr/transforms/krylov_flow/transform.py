@@ -135,9 +135,9 @@ def scale_by_krylov_flow(
       On a CPU, XLA runs gradients of convolutions 10 to 20 times slower inside ``cond``, ``scan``
       or ``while``. The flow has none around its products, but ``optalr.two_stage`` and
       ``optax.apply_if_finite`` put a whole step inside one. With three convolutions of 32 channels,
-      16 images of 16x16 and k = 1, a step takes 152 ms there instead of 12.6 (SGD: 6.6). Switch in
-      Python instead (train with the flow, then go on with another optimizer on the same
-      parameters), or use an accelerator.
+      16 images of 16x16 and k = 1, a step takes 14 times as long there
+      (``benchmarks/flows.py --control-flow``). Switch in Python instead (train with the flow, then
+      go on with another optimizer on the same parameters), or use an accelerator.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optalr

@@ -64,6 +64,35 @@ def cifar10_files(binary):
     return files
 
 
+def cifar100_files(binary, count=6):
+    """Return CIFAR-100's files, with a pair of contradictory images, and both lists of labels."""
+    rows, fine = cifar_rows(count, 100, 0)
+    rows[3], fine[3] = rows[1], (fine[1] + 1) % 100  # a contradiction
+    rows[5], fine[5] = rows[2], fine[2]  # a mere repetition
+    coarse = [label % 20 for label in fine]
+    if not binary:
+        content = {"data": rows, "fine_labels": fine, "coarse_labels": coarse}
+        names = ("cifar-100-python/train", "cifar-100-python/test")
+        return dict.fromkeys(names, pickle.dumps(content, protocol=2)), fine, coarse
+    columns = np.array([coarse, fine], np.uint8).T
+    content = np.hstack([columns, rows]).tobytes()
+    names = ("cifar-100-binary/train.bin", "cifar-100-binary/test.bin")
+    return dict.fromkeys(names, content), fine, coarse
+
+
+def write_svhn(folder, parts=("train", "test", "extra")):
+    """Write SVHN's .mat files, 12 digits each."""
+    from scipy.io import savemat
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, part in enumerate(parts):
+        rng = np.random.default_rng(seed)
+        pixels = rng.integers(0, 256, (32, 32, 3, 12), np.uint8)
+        labels = np.arange(12, dtype=np.uint8)[:, None] % 10 + 1
+        savemat(folder / f"{part}_32x32.mat", {"X": pixels, "y": labels})
+    return folder
+
+
 def write_tree(folder, files):
     """Write name to contents into a folder and its subfolders."""
     for name, content in files.items():

@@ -10,6 +10,7 @@ from optalr.experiments.errors import ExperimentError
 from tests.experiments.data.files import (
     Bomb,
     cifar10_files,
+    cifar100_files,
     cifar_rows,
     damage,
     load_files,
@@ -36,24 +37,9 @@ def test_cifar10_in_both_formats_unpacked_and_packed(tmp_path, binary, packed):
     assert len(data.test) == 4
 
 
-def _cifar100_files(binary):
-    rows, fine = cifar_rows(6, 100, 0)
-    rows[3], fine[3] = rows[1], (fine[1] + 1) % 100  # a contradiction
-    rows[5], fine[5] = rows[2], fine[2]  # a mere repetition
-    coarse = [label % 20 for label in fine]
-    if not binary:
-        content = {"data": rows, "fine_labels": fine, "coarse_labels": coarse}
-        names = ("cifar-100-python/train", "cifar-100-python/test")
-        return dict.fromkeys(names, pickle.dumps(content, protocol=2)), fine, coarse
-    columns = np.array([coarse, fine], np.uint8).T
-    content = np.hstack([columns, rows]).tobytes()
-    names = ("cifar-100-binary/train.bin", "cifar-100-binary/test.bin")
-    return dict.fromkeys(names, content), fine, coarse
-
-
 @pytest.mark.parametrize("binary", [False, True])
 def test_cifar100_fine_coarse_and_without_contradictions(tmp_path, binary):
-    files, fine, coarse = _cifar100_files(binary)
+    files, fine, coarse = cifar100_files(binary)
     write_tree(tmp_path, files)
     assert load_files("cifar100", tmp_path).train.y.tolist() == fine
     assert load_files("cifar100", tmp_path, labels="coarse").train.y.tolist() == coarse
