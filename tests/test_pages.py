@@ -40,7 +40,7 @@ def test_which_pages_run():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
 def test_what_a_page_shows_as_python_is_python(page):
     for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         assert compile(code, page.name, "exec")

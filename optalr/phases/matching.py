@@ -52,9 +52,9 @@ def matched_stages(
 
     Choose it instead of ``two_stage`` where one rate stands behind both stages, and their updates
     have different units: a power of F other than −1/2 before SGD, or a loss in units of its own.
-    With F^{-1/2} and a mean cross-entropy it changes little (docs/tso_alra.md). With ``u`` the
-    updates of ``first`` for the gradients ``g``, means over some twenty updates, and ``s`` the
-    updates of ``second``,
+    With F^{-1/2} and a mean cross-entropy it changes little (docs/measured/tso_alra.md). With
+    ``u`` the updates of ``first`` for the gradients ``g``, means over some twenty updates, and
+    ``s`` the updates of ``second``,
 
         u                           in phase 0
         γ s,   γ = E[⟨u, ĝ⟩]/E[‖g‖],   ĝ = g/‖g‖      in phase 1

@@ -62,7 +62,7 @@ def tso_alra(
         ``"matched"``, times a gain: SGD then moves as fast along the gradient as phase 0 did
         (``optalr.phases.matched_stages``). A number > 0, or a schedule that counts from the switch,
         takes its place; with a large one the loss rises again. On five problems none of them was
-        better than None by more than half a percent in the mean (docs/tso_alra.md).
+        better than None by more than half a percent in the mean (docs/measured/tso_alra.md).
       power: p, in [−1, 0].
       statistics: ``"signals"``, or ``"gradient"``, which needs no captured signals.
       decay: decay of the moving averages of the statistics, in [0, 1).

@@ -31,7 +31,7 @@ def edf(
     What happens: with damping and k = 1 or 2 it does what ``optalr.edf`` does, until something
     breaks: a gradient of zero, or a Krylov space that is exhausted, is 0/0 and the run is over.
     Undamped full batches at η = 1 break down on our net from k = 5 on, and type H can climb
-    (docs/exponentially_decaying_flows.md).
+    (docs/measured/exponentially_decaying_flows.md).
 
     Args:
       learning_rate: η, ≥ 0, or a schedule of the updates so far.
