@@ -194,8 +194,8 @@ class _Stages:
         told = int(state.told) if is_told(state.told) else ASK
         if self.guard:
             given = admit(updates, state.gradients)
-            known = Watched(updates, given.updates, given.share) if told == FIRST else Watched()
-            extras = {**extras, WATCHED: known}
+            if told == FIRST:
+                extras = {**extras, WATCHED: Watched(updates, given.updates, given.share)}
             updates, failures = given.updates, count_up(state.failures, given.failed)
             state = state._replace(failures=failures, gradients=given.watch)
         inputs = (params, extras)

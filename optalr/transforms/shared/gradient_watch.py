@@ -62,13 +62,13 @@ class Admitted(NamedTuple):
 class Watched(NamedTuple):
     """What ``two_stage`` tells the stage inside it, as the extra ``WATCHED``.
 
-    The gradient has been admitted, so nobody needs to look at it again. The fields are None where
-    the stage stands in control flow, in which every array is another one.
+    The gradient has been admitted, so nobody needs to look at the same arrays again. In control
+    flow, where every array is another one, nothing is told.
     """
 
-    raw: Any = None  # the gradient as it arrived
-    updates: Any = None  # what was made of it
-    share: Any = None  # () float32, by what factor
+    raw: Any  # the gradient as it arrived
+    updates: Any  # what was made of it
+    share: jax.Array  # () float32, by what factor
 
 
 WATCHED = "watched"
@@ -122,12 +122,18 @@ def admit(
 def admit_unless(
     watched: Watched | None, updates: Any, watch: GradientWatch, **options: bool
 ) -> Admitted:
-    """Return what ``admit`` does, or a gradient as it is that has been admitted already."""
+    """Return what ``admit`` does, or a gradient as it is that has been admitted already.
+
+    What a rule in between has made of it is admitted again: it may have divided by zero.
+    """
     if watched is None:
         return admit(updates, watch, **options)
+    shown = {id(leaf) for leaf in jax.tree.leaves(watched.updates)}
+    if any(id(leaf) not in shown for leaf in jax.tree.leaves(updates)):
+        given = admit(updates, watch, **options)
+        return given._replace(share=given.share * watched.share)
     never = jnp.bool_(False)
-    share = jnp.ones((), jnp.float32) if watched.share is None else watched.share
-    return Admitted(updates, watch, share, never, never)
+    return Admitted(updates, watch, watched.share, never, never)
 
 
 class _Size(NamedTuple):
