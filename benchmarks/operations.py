@@ -1,6 +1,7 @@
 """Count what each kind of compiled step is made of, in multiples of Adam's step.
 
     python benchmarks/operations.py
+    python benchmarks/operations.py --platform cuda     # what a GPU would be given
     python benchmarks/operations.py --bytes     # what a plain step moves; this compiles
 
 Operations are those of the lowered program (StableHLO), nested functions included. So the counts
@@ -80,14 +81,14 @@ NETS = {
 }
 
 
-def operations(step: Any, params: Any, state: Any, batch: Any, kind: str) -> collections.Counter:
-    """Return how many operations of each name one kind of step has."""
-    text = step.lower(params, state, *batch, kind=kind).as_text()
+def operations(step: Any, arguments: tuple[Any, ...], **which: Any) -> collections.Counter:
+    """Return how many operations of each name one kind of step has; see ``TrainStep.lower``."""
+    text = step.lower(*arguments, **which).as_text()
     return collections.Counter(OPERATION.findall(text))
 
 
-def rows(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of the table."""
+def rows(names: Sequence[str], platform: str) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table, of programs for one kind of device."""
     for net in names:
         loss_fn, params, batch = NETS[net]()
         has_aux = net in ("ResNet", "GPT")
@@ -99,7 +100,8 @@ def rows(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
         adam = optax.adam(1e-3)
         step = optalr.train_step(loss_fn, adam, has_aux=has_aux)
         state = jax.eval_shape(adam.init, params)
-        least = operations(step, params, state, batch, "plain").total()
+        where = {"platforms": (platform,)}
+        least = operations(step, (params, state, *batch), kind="plain", **where).total()
         yield net, "Adam", "", str(least), "1", "0"
         for name, tx in methods.items():
             step = optalr.train_step(loss_fn, tx, has_aux=has_aux)
@@ -107,7 +109,7 @@ def rows(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
             for kind in KINDS:
                 if kind == "second" and name != "tso_alra":
                     continue
-                found = operations(step, params, state, batch, kind)
+                found = operations(step, (params, state, *batch), kind=kind, **where)
                 flow = sum(found[each] for each in ("while", "case", "if"))
                 ratio = f"{found.total() / least:.1f}"
                 yield net, name, kind, str(found.total()), ratio, str(flow)
@@ -148,6 +150,8 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    platforms = ("cpu", "cuda", "rocm", "tpu")
+    parser.add_argument("--platform", choices=platforms, default="cpu", help="lowered for it")
     parser.add_argument("--bytes", action="store_true", help="bytes of plain steps instead")
     options = parser.parse_args()
     if options.bytes:
@@ -158,7 +162,7 @@ def main() -> None:
     names = options.nets
     print("| net | method | step | operations | times Adam's | control flow |")
     print("|---|---|---|---|---|---|")
-    for row in rows(names):
+    for row in rows(names, options.platform):
         print("| " + " | ".join(row) + " |")
 
 

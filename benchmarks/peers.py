@@ -83,13 +83,10 @@ def run_all(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     from benchmarks.peers_parts import report
-    from benchmarks.untuned_parts.problems import missing_data
+    from benchmarks.untuned_parts.problems import require_data
 
     if not args.report:
-        # Before anything runs or is dropped.
-        if missing := missing_data(args.problems):
-            lines = [f"The data {name} cannot be loaded: {cure}." for name, cure in missing.items()]
-            sys.exit("\n".join([*lines, "Or leave their problems out by --problems."]))
+        require_data(args.problems)
         # Asked to end, it ends its child first.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:

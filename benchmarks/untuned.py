@@ -25,7 +25,6 @@ import os
 import pathlib
 import platform
 import subprocess
-import sys
 import threading
 import time
 
@@ -174,13 +173,10 @@ def run_all(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     from untuned_parts import reporting
-    from untuned_parts.problems import missing_data
+    from untuned_parts.problems import require_data
 
     if not args.report:
-        # Before anything runs or is dropped.
-        if missing := missing_data(args.problems):
-            lines = [f"The data {name} cannot be loaded: {cure}." for name, cure in missing.items()]
-            sys.exit("\n".join([*lines, "Or leave their problems out by --problems."]))
+        require_data(args.problems)
         run_all(args)
     print(reporting.write(args.out, args.images, recipe=args.recipe))
 

@@ -6,6 +6,7 @@ the end. Where the data has no test set of its own, a seed splits it as well.
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -247,6 +248,16 @@ def missing_data(names: Iterable[str]) -> dict[str, str]:
         except (ExperimentError, ImportError) as error:
             missing[config["name"]] = _FETCH.get(config["name"], str(error))
     return missing
+
+
+def require_data(names: Iterable[str]) -> None:
+    """Leave the program unless all data can be loaded that some problems need; say what to fetch.
+
+    This comes before anything runs or is dropped.
+    """
+    if missing := missing_data(names):
+        lines = [f"The data {name} cannot be loaded: {cure}." for name, cure in missing.items()]
+        sys.exit("\n".join([*lines, "Or leave their problems out by --problems."]))
 
 
 @functools.cache

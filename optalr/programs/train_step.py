@@ -174,6 +174,7 @@ class TrainStep:
         kind: str,
         extras: Any = None,
         key: Any = None,
+        platforms: Sequence[str] | None = None,
     ) -> jax.stages.Lowered:
         """Return the program of one kind of step, lowered and not compiled.
 
@@ -185,12 +186,15 @@ class TrainStep:
             ``"second"`` or ``"traced"``.
           extras: as in a call.
           key: as in a call.
+          platforms: what to lower for, such as ``("cuda",)``; by default the device at hand. A
+            program for another device can be read, and not compiled here.
         """
         check_choice("kind", kind, (*_KINDS, "traced"))
         call, arrays = split_call(args, extras, key)
         known = self._survey(state, jax.tree.structure(state))
         told = (ASK,) * len(known.places) if kind == "traced" else _told_in(known, kind)
-        return self._jitted.lower((told, call), (params, state), arrays)
+        traced = self._jitted.trace((told, call), (params, state), arrays)
+        return traced.lower(lowering_platforms=None if platforms is None else tuple(platforms))
 
     def _survey(self, state: Any, treedef: Any) -> Survey:
         known = self._surveys.get(treedef)

@@ -59,6 +59,16 @@ def test_programs_are_small(kind, most):
         assert not {"while", "case", "if"} & set(found)
 
 
+@pytest.mark.slow
+def test_the_traced_step_needs_little_memory():
+    """Beyond 32 MiB glibc maps memory anew at every step, which takes as long as the step."""
+    tx, (params, batch) = optalr.tso_alra(1e-2, switch_at=100), shapes()
+    lowered = optalr.train_step(LOSS, tx).lower(
+        params, jax.eval_shape(tx.init, params), *batch, kind="traced"
+    )
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 32 * 2**20
+
+
 @pytest.mark.parametrize("kind", ["plain", "measuring"])
 def test_products_are_as_precise_as_those_of_the_loss(kind):
     """TF32 does for an update what it does for a gradient; only roots need more."""
