@@ -216,6 +216,11 @@ class _Run:
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
         found = self._evaluate(state, "train", "validation", "test")
+        data = self.trainer.dataset
+        splits = {"train": data.train, "validation": data.validation, "test": data.test}
+        # The last batches may have finite losses where a whole split has none.
+        if not all(math.isfinite(found[f"{name}_loss"]) for name in splits if len(splits[name])):
+            self._diverged(int(state.step))
         result = {
             "status": "finished",
             **found,

@@ -1,6 +1,7 @@
 """The runner end to end: a run, its folder, interruptions, divergence."""
 
 import json
+import math
 import shutil
 import time
 
@@ -200,6 +201,23 @@ def test_a_divergence_stops_with_a_diagnosis(tmp_path):
     assert np.isnan(folder.rows(METRICS)[-1]["loss"])
     with pytest.raises(ExperimentError, match="would again"):
         open_unfinished(folder.path)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_run_whose_last_evaluation_is_not_finite_has_diverged(tmp_path, monkeypatch, split):
+    """Parameters of 1e38 are finite, and so may be the loss of the last batch."""
+    config = _config()
+    folder, trainer = RunFolder.create(tmp_path / "run", config), Trainer(config)
+    evaluate = trainer.evaluate
+
+    def overflowing(state, *names):
+        found = evaluate(state, *names)
+        return found | {f"{split}_loss": math.nan} if int(state.step) else found
+
+    monkeypatch.setattr(trainer, "evaluate", overflowing)
+    with pytest.raises(TrainingDivergedError, match=r"diverged at step \d+"):
+        train(trainer, folder)
+    assert folder.result()["status"] == "diverged"
 
 
 @pytest.mark.parametrize(
