@@ -48,3 +48,19 @@ def test_the_losses_beside_others_are_those_of_the_report(rival):
     section = README.partition("## Beside others")[2].partition("\n## ")[0]
     assert f"{float(ratio):.2f}" in section
     assert counts in section or (rival == "adam" and counts == "10 / 0 / 0")
+
+
+# The columns of the README's table of peers, by their names in the report.
+PEERS = "untuned adam adamw schedule_free prodigy muon psgd_kron kfac_root somax_sgn".split()
+
+
+@pytest.mark.parametrize(
+    ("problem", "row"), [("digits_mlp", "digits, MLP"), ("diabetes_mlp", "diabetes, regression")]
+)
+def test_the_losses_of_the_peers_are_those_of_their_report(problem, row):
+    report = (ROOT / "benchmarks" / "results" / "peers.md").read_text()
+    part = report.split(f"## {problem}")[1].split("\n## ")[0]
+    stored = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (\S+) ±", part, re.MULTILINE))
+    (cells,) = re.findall(rf"^\| {row} \| (.+) \|$", README, re.MULTILINE)
+    shown = [cell.strip("* ") for cell in cells.split("|")]
+    assert shown == [f"{float(stored[name]):.3f}" for name in PEERS]
