@@ -51,7 +51,10 @@ def test_the_losses_beside_others_are_those_of_the_report(rival):
 
 
 # The columns of the README's table of peers, by their names in the report.
-PEERS = "untuned adam adamw schedule_free prodigy muon psgd_kron kfac_root somax_sgn".split()
+PEERS = (
+    "untuned", "adam", "adamw", "schedule_free", "prodigy", "muon", "psgd_kron", "kfac_root",
+    "somax_sgn",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
