@@ -62,11 +62,32 @@ def as_vector(parts: Sequence[Any]) -> jax.Array:
     return jnp.concatenate([jnp.ravel(part) for part in parts])
 
 
-def like_parts(vector: jax.Array, parts: Sequence[Any]) -> list[jax.Array]:
-    """Undo ``as_vector``: return the parts of a vector in the shapes of several arrays."""
-    ends = np.cumsum([math.prod(jnp.shape(part)) for part in parts])
+def like_parts(
+    vector: jax.Array, parts: Sequence[Any], stacks: Sequence[tuple[int, ...]]
+) -> list[jax.Array]:
+    """Undo ``as_vector``, where each of several arrays has one number an entry of its stack axes.
+
+    Args:
+      vector: the numbers of all arrays.
+      parts: arrays, or shapes and dtypes.
+      stacks: the sizes of each array's leading stack axes.
+
+    Returns:
+      Arrays of the shapes of ``parts``, in which the other axes repeat the numbers.
+    """
+    ends = np.cumsum([math.prod(stack) for stack in stacks])
     pieces = jnp.split(vector, ends[:-1])
-    return [piece.reshape(jnp.shape(part)) for piece, part in zip(pieces, parts, strict=True)]
+    return list(map(repeated, pieces, parts, stacks))
+
+
+def repeated(numbers: jax.Array, like: Any, stack: tuple[int, ...]) -> jax.Array:
+    """Return a vector with an entry for each of an array's stack axes, in the array's shape."""
+    if not like.shape:
+        return numbers.reshape(())
+    if len(stack) > 1:
+        numbers = numbers.reshape(stack)
+    # One number without a stack axis repeats along all axes, as it would alone.
+    return jax.lax.broadcast_in_dim(numbers, like.shape, tuple(range(max(len(stack), 1))))
 
 
 def diagonal(matrices: jax.Array) -> jax.Array:

@@ -28,8 +28,8 @@ from optalr.states import update_when
 # What ``told`` holds at rest: the update asks its own clock.
 ASK = -1
 # Bits of what an update may do: measure signals of this batch, take what was measured and work on
-# it, or evaluate the loss once more.
-MEASURE, REFRESH, PROBE = 1, 2, 4
+# it, evaluate the loss once more, or decompose what an iteration could not do.
+MEASURE, REFRESH, PROBE, REPAIR = 1, 2, 4, 8
 # What a two_stage may be told in their place: which stages run, and whether the second takes over
 # what the first leaves.
 FIRST, BLEND, SECOND, TAKE_OVER = range(4)

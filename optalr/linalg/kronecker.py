@@ -217,12 +217,7 @@ def split_damping(left: Factor, right: Factor, damping: Any) -> tuple[jax.Array,
     Reference: Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored
     Approximate Curvature", section 6.3.
     """
-    mean_left, mean_right = mean_eigenvalue(left), mean_eigenvalue(right)
-    positive = (mean_left > 0) & (mean_right > 0)
-    root_left = jnp.sqrt(jnp.where(positive, mean_left, 1))
-    root_right = jnp.sqrt(jnp.where(positive, mean_right, 1))
-    root = jnp.sqrt(jnp.asarray(damping, root_left.dtype))
-    return root * (root_left / root_right), root * (root_right / root_left)
+    return spd.split_damping_by_means(mean_eigenvalue(left), mean_eigenvalue(right), damping)
 
 
 @jax.jit

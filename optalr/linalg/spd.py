@@ -4,7 +4,7 @@ A method works on a *normalized* matrix: finite, exactly symmetric, damped, and 
 largest entry lies in [1/2, 1). So neither 1e-20 nor 1e20 can overflow a square, in float32 either.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,32 +18,36 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Normalized(NamedTuple):
-    """A damped matrix, ready for a method: ``matrix · unit`` is the original plus damping."""
+    """Damped stacks, ready for a method: ``matrix · unit`` is the original plus damping.
 
-    matrix: jax.Array  # (..., n, n), largest entry in [1/2, 1); the identity where not usable
-    unit: jax.Array  # (...), a power of two
-    finite: jax.Array  # (...) bool
-    usable: jax.Array  # (...) bool: finite, and not zero
+    What there is one number a matrix of stands in one vector for the matrices of all stacks, so
+    that programs have few operations on numbers.
+    """
+
+    stacks: list[jax.Array]  # each (k, n, n), largest entry in [1/2, 1); the identity if not usable
+    unit: jax.Array  # (K,), a power of two
+    finite: jax.Array  # (K,) bool
+    usable: jax.Array  # (K,) bool: finite, and not zero
 
 
 class RootTask(NamedTuple):
-    """A normalized stack, and which root of it to take."""
+    """Normalized stacks, K matrices in all, and which root of them to take."""
 
-    matrix: jax.Array  # (..., n, n)
-    power: Any  # p: an int where it is whole, a float, or (...) where it is traced
+    stacks: Sequence[jax.Array]  # each (k, n, n)
+    power: Any  # p: an int where it is whole, a float, or (K,) where it is traced
     order: int  # of the coupled Newton iteration
-    basis: jax.Array | None  # (..., n, n), for methods that start from one
+    bases: Sequence[jax.Array]  # each (k, n, n), for methods that start from one; else none
     on_cpu: bool | None = None  # whether the program at hand is for CPUs; None for any device
 
 
 class MethodResult(NamedTuple):
-    """What a method returns for a normalized stack."""
+    """What a method returns for normalized stacks."""
 
-    root: jax.Array  # (..., n, n)
-    residual: jax.Array  # (...)
-    condition: jax.Array  # (...), λ_max/λ_min, at most 1/ε
-    num_steps: jax.Array  # (...) int32
-    basis: jax.Array | None = None  # (..., n, n), where the method keeps one
+    roots: list[jax.Array]  # each (k, n, n)
+    residual: jax.Array  # (K,)
+    condition: jax.Array  # (K,), λ_max/λ_min, at most 1/ε
+    num_steps: jax.Array  # (K,) int32
+    bases: list[jax.Array] | None = None  # each (k, n, n), where the method keeps them
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -82,6 +86,25 @@ def symmetric_part(a: jax.Array) -> jax.Array:
 def column(a: jax.Array) -> jax.Array:
     """Give a stack of scalars ``(...)`` the shape ``(..., 1, 1)`` of a stack of matrices."""
     return a[..., None, None]
+
+
+def columns(numbers: jax.Array, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return each stack's part of one number a matrix, ``(k, 1, 1)``."""
+    return split(column(numbers), stacks)
+
+
+def split(numbers: jax.Array, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return each stack's part of an array that has one entry a matrix, along its first axis."""
+    if len(stacks) == 1:
+        return [numbers]
+    ends = np.cumsum([stack.shape[0] for stack in stacks])
+    pairs = zip(ends, stacks, strict=True)
+    return [jax.lax.slice_in_dim(numbers, e - stack.shape[0], e) for e, stack in pairs]
+
+
+def join(parts: Sequence[jax.Array]) -> jax.Array:
+    """Undo ``split``."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def with_ones(gram: jax.Array, mean: jax.Array) -> jax.Array:
@@ -144,21 +167,49 @@ def broadcast_basis(basis: Any, matrix: jax.Array) -> jax.Array:
     return jnp.broadcast_to(basis, matrix.shape)
 
 
-def normalize(matrix: jax.Array, damping: jax.Array) -> Normalized:
-    """Symmetrize, damp and scale each matrix of a stack; replace what has no root by identity."""
+def split_damping_by_means(
+    left: jax.Array, right: jax.Array, damping: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Split the damping as ``split_damping`` does, given the factors' mean eigenvalues."""
+    positive = (left > 0) & (right > 0)
+    root_left = jnp.sqrt(jnp.where(positive, left, 1))
+    root_right = jnp.sqrt(jnp.where(positive, right, 1))
+    root = jnp.sqrt(jnp.asarray(damping, root_left.dtype))
+    return root * (root_left / root_right), root * (root_right / root_left)
+
+
+def normalize(
+    stacks: Sequence[jax.Array], damping: jax.Array, scale: jax.Array | None = None
+) -> Normalized:
+    """Symmetrize, damp and scale each matrix; replace what has no root by identity.
+
+    Args:
+      stacks: each ``(k, n, n)``, all of one dtype.
+      damping: ``(K,)``, one number a matrix.
+      scale: ``(K,)``, what the matrices are to be multiplied by first; None for 1.
+    """
     # What is not finite makes the largest entry not finite.
-    largest = jnp.maximum(jnp.abs(matrix).max((-2, -1)), jnp.abs(damping))
+    entries = join([jnp.max(jnp.abs(stack), (-2, -1)) for stack in stacks])
+    entries = entries if scale is None else entries * scale
+    largest = jnp.maximum(entries, jnp.abs(damping))
     finite = jnp.isfinite(largest)
     usable = finite & (largest > 0)
     # Kept off the ends of the exponent's range, where a quotient would overflow or be flushed to
     # zero. Where a NaN stands the matrix is not used.
-    info = jnp.finfo(matrix.dtype)
-    least, most = (np.array(2.0**e, matrix.dtype) for e in (info.minexp + 2, info.maxexp - 2))
+    info = jnp.finfo(damping.dtype)
+    least, most = (np.array(2.0**e, damping.dtype) for e in (info.minexp + 2, info.maxexp - 2))
     unit = jax.lax.clamp(least, 4 * power_of_two_below(largest), most)
     inverse = 1 / unit
-    eye = identity_like(matrix)
-    damped = symmetric_part(matrix * column(inverse)) + column(damping * inverse) * eye
-    return Normalized(jnp.where(column(usable), damped, eye), unit, finite, usable)
+    added = columns(damping * inverse, stacks)
+    # Half of it, for the sum of the matrix and its transpose.
+    halves = columns(0.5 * inverse * (1 if scale is None else scale), stacks)
+
+    def ready(stack: jax.Array, usable: Any, half: jax.Array, added: jax.Array) -> jax.Array:
+        eye, scaled = identity_like(stack), stack * half
+        return jnp.where(usable, scaled + transpose(scaled) + added * eye, eye)
+
+    each = map(ready, stacks, columns(usable, stacks), halves, added)
+    return Normalized(list(each), unit, finite, usable)
 
 
 def inverse_root_of_unit(unit: jax.Array, p: Any) -> jax.Array:
@@ -181,62 +232,26 @@ def integer_power(matrix: jax.Array, power: int) -> jax.Array:
     return matmul(half, matrix) if power % 2 else half
 
 
-def root_residual(matrix: jax.Array, root: jax.Array, p: int) -> jax.Array:
+def root_residuals(stacks: Sequence[jax.Array], roots: Sequence[jax.Array], p: int) -> jax.Array:
     """Return ``‖X^⌊p/2⌋ A X^⌈p/2⌉ − I‖_F / √n``, for p = 2 that is ``‖XAX − I‖_F / √n``."""
-    right = integer_power(root, (p + 1) // 2)
-    product = matmul(matrix, right)
-    if p > 1:
-        left = integer_power(root, p // 2) if p % 2 else right
-        product = matmul(left, product)
-    return frobenius(product - identity_like(product))
+
+    def error(matrix: jax.Array, root: jax.Array) -> jax.Array:
+        right = integer_power(root, (p + 1) // 2)
+        product = matmul(matrix, right)
+        if p > 1:
+            left = integer_power(root, p // 2) if p % 2 else right
+            product = matmul(left, product)
+        return product - identity_like(product)
+
+    return frobenius(list(map(error, stacks, roots)))
 
 
-def frobenius(matrix: jax.Array) -> jax.Array:
-    """Return ``‖M‖_F / √n``."""
-    n = matrix.shape[-1]
+def frobenius(stacks: Sequence[jax.Array]) -> jax.Array:
+    """Return ``‖M‖_F / √n`` of each matrix, ``(K,)``."""
     # A product with ones instead of a plain sum: XLA's CPU backend (jax 0.10) merges a sum with the
     # two products before it into one kernel, ten times slower than they are apart. One product that
     # sums over both axes costs a step of an MLP 5 MB more in temporary memory (of 31).
-    rows = matmul(jnp.square(matrix), jnp.ones((*matrix.shape[:-2], n, 1), matrix.dtype))
-    return jnp.sqrt(jnp.sum(rows, (-2, -1)) / n)
-
-
-def solve_by_size(solve: Callable[..., Any], requests: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Call ``solve`` once a size and dtype, for all requests of that kind together.
-
-    Args:
-      solve: takes the parts of a request, joined along their first axis, and returns a pytree of
-        arrays with that axis.
-      requests: tuples of arrays with one first axis, the first of them ``(k, n, n)``; a part that
-        is None must be None in all requests of its kind.
-
-    Returns:
-      One pytree a request, in the given order.
-    """
-    results: dict[int, Any] = {}
-    for members in places_by_size(requests):
-        whole, start = solve(*joined([requests[i] for i in members])), 0
-        if len(members) == 1:
-            results[members[0]] = whole
-            continue
-        for i in members:
-            stop = start + requests[i][0].shape[0]
-            results[i] = jax.tree.map(lambda part, a=start, b=stop: part[a:b], whole)
-            start = stop
-    return [results[i] for i in range(len(requests))]
-
-
-def places_by_size(requests: Sequence[tuple[Any, ...]]) -> list[list[int]]:
-    """Return the places of the requests of each size and dtype; see ``solve_by_size``."""
-    kinds: dict[Any, list[int]] = {}
-    for i, (stack, *_) in enumerate(requests):
-        kinds.setdefault((stack.shape[-1], stack.dtype), []).append(i)
-    return list(kinds.values())
-
-
-def joined(requests: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Return the parts of requests of one kind, each joined along its first axis."""
-    parts = zip(*requests, strict=True)
-    return [
-        part[0] if part[0] is None or len(part) == 1 else jnp.concatenate(part) for part in parts
-    ]
+    ones = [jnp.ones((*stack.shape[:-1], 1), stack.dtype) for stack in stacks]
+    rows = [matmul(jnp.square(stack), one) for stack, one in zip(stacks, ones, strict=True)]
+    sizes = np.concatenate([np.full(s.shape[0], s.shape[-1], s.dtype) for s in stacks])
+    return jnp.sqrt(join([jnp.sum(each, (-2, -1)) for each in rows]) / sizes)

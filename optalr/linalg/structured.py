@@ -170,10 +170,12 @@ class Matrices(Structured):
         return self.stored.reshape(-1, self.block, self.block)
 
     def spread(self, values: jax.Array) -> jax.Array:
-        """Return one number per layer as one per matrix of ``matrices()``, ``(k,)``."""
+        """Return numbers of layers, ``(layers,)``, as those of ``matrices()``, ``(k,)``."""
         lead = self.stored.shape[:-2]
-        values = values.reshape(values.shape + (1,) * (len(lead) - values.ndim))
-        return jnp.broadcast_to(values, lead).reshape(-1)
+        number = math.prod(lead) // values.size
+        if number == 1:
+            return values
+        return jnp.broadcast_to(values[:, None], (values.size, number)).reshape(-1)
 
     def times(self, other: Self) -> Self:
         """Return the product of two matrices of one form."""
@@ -186,7 +188,7 @@ class Matrices(Structured):
     def root(self, p: Any = 2, damping: Any = 0.0, **how: Any) -> Self:
         """Return ``(A + damping·I)^{-1/p}``; ``how`` goes to ``inverse_root``."""
         damping = jnp.broadcast_to(jnp.asarray(damping, self.stored.dtype), self.stack)
-        result = inverse_root(self.matrices(), p, damping=self.spread(damping), **how)
+        result = inverse_root(self.matrices(), p, damping=self.spread(damping.reshape(-1)), **how)
         return self.holding(result.root.reshape(self.stored.shape))
 
 

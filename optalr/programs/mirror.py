@@ -15,12 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optalr.clocks import ASK, MEASURE, PROBE, REFRESH
+from optalr.clocks import ASK, MEASURE, PROBE, REFRESH, REPAIR
 from optalr.programs.survey import Survey
 
 # What each update may do if one of them has to do it: a program more would cost more to compile
 # than what it would save. Work that is not due is computed and not used.
-_TOGETHER = {MEASURE: MEASURE | PROBE, REFRESH: MEASURE | PROBE | REFRESH, PROBE: PROBE}
+_TOGETHER = {
+    MEASURE: MEASURE | PROBE,
+    REFRESH: MEASURE | PROBE | REFRESH,
+    PROBE: PROBE,
+    REPAIR: MEASURE | PROBE | REFRESH | REPAIR,
+}
 
 # What all states of a run are told in one update, clock by clock.
 Told = tuple[int, ...]

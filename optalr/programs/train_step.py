@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from optalr.arguments import check_choice, check_count
-from optalr.clocks import ASK, BLEND, FIRST, MEASURE, PROBE, REFRESH, SECOND
+from optalr.clocks import ASK, BLEND, FIRST, MEASURE, PROBE, REFRESH, REPAIR, SECOND
 from optalr.phases.clocks import StageClock
 from optalr.programs.call import open_call, split_call
 from optalr.programs.mirror import Mirror, Told
@@ -31,6 +31,7 @@ _KINDS = {
     "probing": (PROBE, FIRST, True),
     "measuring": (MEASURE | PROBE, FIRST, True),
     "refreshing": (MEASURE | PROBE | REFRESH, FIRST, True),
+    "repairing": (MEASURE | PROBE | REFRESH | REPAIR, FIRST, True),
     "gathering": (0, FIRST, False),
     "blend": (MEASURE | PROBE | REFRESH, BLEND, True),
     "second": (0, SECOND, True),
@@ -60,7 +61,10 @@ def train_step(
 
     The numbers are those of the traced step, to rounding, with one exception. What data decide (a
     switch on a plateau of the validation loss, a batch that could not be used) the host reads from
-    the device every now and then. It takes effect at most ``read_every`` updates late.
+    the device every now and then. It takes effect at most ``read_every`` updates late. So it is
+    with roots that an iteration could not take (``failures`` counts them; the last good ones stay):
+    the traced step decomposes these matrices at once, here a later refresh does, which is a program
+    of its own.
 
     Args:
       loss_fn: the mean loss of a batch, ``loss_fn(params, *args)``, as ``value_grad_and_extras``
@@ -82,9 +86,8 @@ def train_step(
       ``validation_value``; a function in it should be a ``jax.tree_util.Partial`` over its batch.
       ``key`` is for ``fisher="true"``. ``step.lower(params, state, *args, kind=...)`` returns what
       ``jax.jit(...).lower`` does, for ``"plain"``, ``"probing"``, ``"measuring"``,
-      ``"refreshing"``, ``"gathering"`` (in ``multi_steps``), ``"blend"``, ``"second"`` or the
-      ``"traced"`` step. ``step.kinds`` names
-      what has been compiled so far.
+      ``"refreshing"``, ``"repairing"``, ``"gathering"`` (in ``multi_steps``), ``"blend"``,
+      ``"second"`` or the ``"traced"`` step. ``step.kinds`` names what has been compiled so far.
 
     Raises:
       TypeError: ``loss_fn`` is no function, ``tx`` is no transformation, or an option is unknown.
@@ -182,8 +185,8 @@ class TrainStep:
           params: the parameters, or their shapes.
           state: the state, or its shapes.
           *args: the loss's further arguments.
-          kind: ``"plain"``, ``"probing"``, ``"measuring"``, ``"refreshing"``, ``"blend"``,
-            ``"second"`` or ``"traced"``.
+          kind: ``"plain"``, ``"probing"``, ``"measuring"``, ``"refreshing"``, ``"repairing"``,
+            ``"gathering"``, ``"blend"``, ``"second"`` or ``"traced"``.
           extras: as in a call.
           key: as in a call.
           platforms: what to lower for, such as ``("cuda",)``; by default the device at hand. A

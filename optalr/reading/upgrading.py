@@ -22,6 +22,7 @@ _GAINED = MappingProxyType(
         "failures": 0,
         "alignment": 0,
         "gradient_norm": 0,
+        "missed": 0,
         "gain": 1,
     }
 )

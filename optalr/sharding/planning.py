@@ -1,13 +1,13 @@
 """Where everything lies while roots are shared out: known before any number is."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from optalr.linalg import spd
+from optalr.linalg import by_size
 from optalr.sharding.owners import Share, share_out
 from optalr.sharding.spread import Spread
 
@@ -120,14 +120,12 @@ class Plan(NamedTuple):
         return np.result_type(*(piece.dtype for kind in self.kinds for piece in kind.found))
 
 
-def plan_for(
-    spread: Spread, solve: Callable[..., Any], requests: Sequence[tuple[Any, ...]]
-) -> Plan:
+def plan_for(spread: Spread, solve: by_size.Solve, requests: Sequence[tuple[Any, ...]]) -> Plan:
     """Return who solves which request, and where everything lies meanwhile."""
     num_devices, kinds = spread.num_devices, []
     gathered, arriving, leaving = (Ledger(num_devices) for _ in range(3))
-    places = spd.places_by_size(requests)
-    stacks = [spd.joined([requests[i] for i in of_kind]) for of_kind in places]
+    places = by_size.places_by_size(requests)
+    stacks = [by_size.joined([requests[i] for i in of_kind]) for of_kind in places]
     shapes = [parts[0].shape for parts in stacks]
     shares = share_out([s[-1] for s in shapes], [s[0] for s in shapes], num_devices)
     for of_kind, parts, share in zip(places, stacks, shares, strict=True):
@@ -140,7 +138,7 @@ def plan_for(
             return Piece(shape, leaf.dtype, begin, cut)
 
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), parts)
-        leaves, structure = jax.tree.flatten(jax.eval_shape(solve, *one))
+        leaves, structure = jax.tree.flatten(jax.eval_shape(solve, [one])[0])
         is_cut = [rests and part is not None and part.ndim == 3 for part in parts]
         given = [piece(p, arriving) if cut else None for p, cut in zip(parts, is_cut, strict=True)]
         found = [piece(x, leaving if rests and x.ndim == 3 else gathered) for x in leaves]

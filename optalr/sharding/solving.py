@@ -27,22 +27,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from optalr.linalg import spd
+from optalr.linalg import by_size
 from optalr.sharding.planning import Kind, Piece, Plan, plan_for
 from optalr.sharding.spread import Spread
 
-Solve = Callable[..., Any]
-
 
 def solve_over(
-    spread: Spread | None, solve: Solve, requests: Sequence[tuple[Any, ...]]
+    spread: Spread | None, solve: by_size.Solve, requests: Sequence[tuple[Any, ...]]
 ) -> list[Any]:
     """Call ``solve`` for requests of every size, on the device that owns each matrix.
 
     Args:
       spread: the mesh; None for every matrix on every device.
-      solve: takes the parts of a request, joined along their first axis, and returns a pytree of
-        arrays with that axis. A matrix's solution depends on no other matrix.
+      solve: as ``by_size.Solve`` says. On a mesh it is called for one size at a time.
       requests: tuples of arrays with one first axis, the first of them ``(k, n, n)``; a part that
         is None must be None in all requests of its kind.
 
@@ -58,7 +55,7 @@ def solve_over(
     """
     mesh = None if spread is None or spread.num_devices == 1 else spread.at_hand()
     if spread is None or mesh is None or not requests:
-        return spd.solve_by_size(solve, requests)
+        return by_size.solve_by_size(solve, requests)
     plan = plan_for(spread, solve, requests)
     everywhere, by_rows = PartitionSpec(), PartitionSpec(None, spread.names)
 
@@ -96,7 +93,7 @@ class _Boxes(NamedTuple):
     rows: jax.Array  # (num_devices, length), the rows for each device
 
 
-def _of_device(spread: Spread, solve: Solve, plan: Plan, *, stacks: Any) -> Any:
+def _of_device(spread: Spread, solve: by_size.Solve, plan: Plan, *, stacks: Any) -> Any:
     """Return what all devices have found, and this device's rows of it."""
     kinds = [kind._replace(parts=parts) for kind, parts in zip(plan.kinds, stacks, strict=True)]
     plan, dtype = plan._replace(kinds=kinds), plan.dtype
@@ -146,7 +143,7 @@ def _letters(plan: Plan, dtype: Any) -> jax.Array:
 
 
 def _solve_share(
-    solve: Solve, kind: Kind, boxes: _Boxes, *, place: jax.Array, arrived: jax.Array | None
+    solve: by_size.Solve, kind: Kind, boxes: _Boxes, *, place: jax.Array, arrived: jax.Array | None
 ) -> _Boxes:
     """Write the solutions of a device's matrices of one kind into its boxes."""
 
@@ -167,7 +164,7 @@ def _solve_share(
             if not number:
                 return boxes
             parts = zip(kind.parts, kind.given, strict=True)
-            leaves = jax.tree.leaves(solve(*(own(part, piece, number) for part, piece in parts)))
+            leaves = jax.tree.leaves(solve([[own(part, piece, number) for part, piece in parts]]))
             for leaf, piece in zip(leaves, kind.found, strict=True):
                 boxes = _written(boxes, leaf, piece, begin=here(piece.begin))
             return boxes

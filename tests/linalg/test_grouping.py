@@ -39,6 +39,43 @@ def test_equal_sizes_are_one_call():
     assert str(padded(jnp.eye(5), jnp.eye(4))).count("= eigh[") == one.count("= eigh[")
 
 
+def spectra():
+    """Matrices of three sizes that need few steps, many, and none that helps."""
+    easy, hard = random_spd(0, 20), np.diag(np.geomspace(1, 1e-5, 30).astype(np.float32))
+    indefinite = np.diag(np.linspace(-0.5, 1, 12).astype(np.float32))
+    return [easy, np.stack([hard, np.eye(30, dtype=np.float32)]), indefinite]
+
+
+@pytest.mark.parametrize("method", ["coupled_newton", "cholesky_polar"])
+def test_one_loop_serves_all_sizes_as_each_alone(method):
+    together = inverse_roots(spectra(), method=method)
+    for matrix, found in zip(spectra(), together, strict=True):
+        [alone] = inverse_roots([matrix], method=method)
+        np.testing.assert_allclose(found.root, alone.root, rtol=2e-5, atol=1e-6)
+        assert found.num_steps.tolist() == alone.num_steps.tolist()
+        assert found.fell_back.tolist() == alone.fell_back.tolist()
+    assert together[2].fell_back
+    assert not together[0].fell_back
+    jaxpr = str(jax.make_jaxpr(lambda *m: inverse_roots(m, method=method))(*spectra()))
+    alone = str(jax.make_jaxpr(lambda m: inverse_roots([m], method=method))(spectra()[0]))
+    assert jaxpr.count("while[") == alone.count("while[")
+
+
+@pytest.mark.parametrize("method", ["auto", "coupled_newton"])
+def test_several_sizes_under_vmap(method):
+    lanes = [jnp.stack([jnp.asarray(m), 2 * jnp.asarray(m)]) for m in spectra()[:2]]
+    damping = jnp.array([0.1, 0.3])
+
+    def roots(damping, *matrices):
+        return [each.root for each in inverse_roots(matrices, damping=damping, method=method)]
+
+    mapped = jax.vmap(roots)(damping, *lanes)
+    for lane in range(2):
+        alone = roots(damping[lane], *(each[lane] for each in lanes))
+        for one, other in zip(mapped, alone, strict=True):
+            np.testing.assert_allclose(one[lane], other, rtol=2e-5, atol=1e-6)
+
+
 def test_a_bad_matrix_does_not_spoil_its_group():
     good, bad = random_spd(0, 5), np.full((4, 4), np.nan, np.float32)
     results = inverse_roots([good, bad], padding=0.5)

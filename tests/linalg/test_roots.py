@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from optalr.linalg import inverse_root
-from optalr.linalg.roots.inverse_root import METHODS
+from optalr.linalg.roots.methods import METHODS
 from tests.references import dense_inverse_root, dense_root_residual, random_spd
 
 

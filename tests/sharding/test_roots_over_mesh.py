@@ -33,10 +33,13 @@ def requests(with_last):
     ]
 
 
-def solve(matrices, dampings, last):
-    found = matrices @ matrices + dampings[:, None, None]
-    first = found[:, :, 0] if last is None else found[:, :, 0] * last
-    return {"found": found, "first": first, "good": dampings > 2}
+def solve(kinds):
+    def of_kind(matrices, dampings, last):
+        found = matrices @ matrices + dampings[:, None, None]
+        first = found[:, :, 0] if last is None else found[:, :, 0] * last
+        return {"found": found, "first": first, "good": dampings > 2}
+
+    return [of_kind(*kind) for kind in kinds]
 
 
 @pytest.mark.parametrize(

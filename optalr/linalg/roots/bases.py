@@ -55,10 +55,9 @@ def eigenbasis(matrix: Any) -> EigenBasis:
       [1.0, 3.0]
     """
     matrix = spd.as_square_stack("matrix", matrix)
-    normalized = spd.normalize(matrix, jnp.zeros(matrix.shape[:-2], matrix.dtype))
-    values, vectors = eigh(normalized.matrix)
-    image = spd.matmul(normalized.matrix, vectors)
-    return _judge(normalized, image, vectors=vectors, values=values)
+    normalized = _normalize(matrix)
+    values, vectors = eigh(normalized.stacks[0])
+    return _judge(normalized, vectors=vectors, values=values, like=matrix)
 
 
 @jax.jit
@@ -99,23 +98,66 @@ def refresh_eigenbasis(matrix: Any, vectors: jax.Array) -> EigenBasis:
     Adam", algorithm 4.
     """
     matrix = spd.as_square_stack("matrix", matrix)
-    vectors = jnp.asarray(vectors, matrix.dtype)
-    normalized = spd.normalize(matrix, jnp.zeros(matrix.shape[:-2], matrix.dtype))
-    vectors = orthogonal_step(normalized.matrix, vectors)
-    image = spd.matmul(normalized.matrix, vectors)
-    return _judge(normalized, image, vectors=vectors, values=diagonal_in(vectors, image))
+    vectors = spd.broadcast_basis(jnp.asarray(vectors, matrix.dtype), matrix)
+    normalized = _normalize(matrix)
+    stack = normalized.stacks[0]
+    vectors = orthogonal_step(stack, vectors.reshape(stack.shape))
+    return _judge(normalized, vectors=vectors, values=None, like=matrix)
+
+
+def near_eigenbasis(
+    matrices: jax.Array, last: jax.Array, *, limit: float, anew: jax.Array, never: jax.Array
+) -> EigenBasis:
+    """Return bases refreshed from the last ones, and decomposed where that is not good enough.
+
+    Each matrix is judged by itself: which others it shares a stack with depends on the number of
+    devices.
+
+    Args:
+      matrices: ``(k, n, n)``.
+      last: ``(k, n, n)``, the bases to start from.
+      limit: the residual up to which a refreshed basis is good enough.
+      anew: () bool, whether to decompose all.
+      never: ``(k,)`` bool, which need not be judged.
+    """
+    warm = refresh_eigenbasis(matrices, last)
+    behind = anew | (~never & ~(warm.residual <= limit))
+
+    def decompose() -> EigenBasis:
+        return jax.tree.map(
+            lambda a, b: jnp.where(spd.align(behind, a), a, b), eigenbasis(matrices), warm
+        )
+
+    return jax.lax.cond(jnp.any(behind), decompose, lambda: warm)
+
+
+def rounding_of(matrices: jax.Array) -> float:
+    """Return √n ε, which rounding leaves of a residual of ``eigenbasis`` but for a small factor."""
+    return float(jnp.finfo(matrices.dtype).eps) * matrices.shape[-1] ** 0.5
+
+
+def _normalize(matrix: jax.Array) -> spd.Normalized:
+    stack = matrix.reshape(-1, *matrix.shape[-2:])
+    return spd.normalize([stack], jnp.zeros(stack.shape[:1], matrix.dtype))
 
 
 def _judge(
-    normalized: spd.Normalized, image: jax.Array, *, vectors: jax.Array, values: jax.Array
+    normalized: spd.Normalized, *, vectors: jax.Array, values: jax.Array | None, like: jax.Array
 ) -> EigenBasis:
-    """Return the basis with the scaling undone and nothing left that is not finite."""
-    error = spd.frobenius(image - vectors * values[..., None, :])
-    residual = error / spd.frobenius(normalized.matrix)
+    """Return the basis with the scaling undone and nothing left that is not finite.
+
+    Without ``values`` they are those of the matrix in the basis.
+    """
+    [stack] = normalized.stacks
+    image = spd.matmul(stack, vectors)
+    values = diagonal_in(vectors, image) if values is None else values
+    residual = spd.frobenius([image - vectors * values[..., None, :]]) / spd.frobenius([stack])
     good = normalized.finite & jnp.isfinite(residual)
     values = values * normalized.unit[..., None]
-    return EigenBasis(
+    lead = like.shape[:-2]
+    found = EigenBasis(
         vectors=jnp.where(spd.column(good), vectors, spd.identity_like(vectors)),
         values=jnp.where((good & normalized.usable)[..., None], values, 0),
         residual=jnp.where(good, residual, jnp.inf),
     )
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)

@@ -11,7 +11,7 @@ at most 1.5 times that time.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -120,20 +120,22 @@ def solve_transposed_right(lower: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def eigh_root(task: RootTask) -> MethodResult:
-    """Return the inverse p-th root of a normalized stack, for any p, also a traced one."""
-    return eigh_root_and_basis(task)._replace(basis=None)
+    """Return the inverse p-th roots of normalized stacks, for any p, also a traced one."""
+    return eigh_root_and_basis(task)._replace(bases=None)
 
 
 def eigh_root_and_basis(task: RootTask) -> MethodResult:
-    """Return what ``eigh_root`` does, and the eigenvectors as ``basis``."""
-    return _root_in_basis(task, *eigh(task.matrix, on_cpu=task.on_cpu))
+    """Return what ``eigh_root`` does, and the eigenvectors as ``bases``."""
+    pairs = [eigh(stack, on_cpu=task.on_cpu) for stack in task.stacks]
+    values, vectors = zip(*pairs, strict=True)
+    return _roots_in_bases(task, values, vectors)
 
 
 def refreshed_root(task: RootTask) -> MethodResult:
-    """Return the inverse p-th root in a basis improved by one QR step, and that basis."""
-    vectors = orthogonal_step(task.matrix, task.basis)
-    image = spd.matmul(task.matrix, vectors)
-    return _root_in_basis(task, diagonal_in(vectors, image), vectors)
+    """Return the inverse p-th roots in bases improved by one QR step, and those bases."""
+    vectors = list(map(orthogonal_step, task.stacks, task.bases))
+    images = map(spd.matmul, task.stacks, vectors)
+    return _roots_in_bases(task, list(map(diagonal_in, vectors, images)), vectors)
 
 
 def floor_spectrum(values: jax.Array) -> jax.Array:
@@ -150,28 +152,53 @@ def diagonal_in(vectors: jax.Array, image: jax.Array) -> jax.Array:
 def orthogonal_step(matrix: jax.Array, vectors: Any) -> jax.Array:
     """Return ``qr((A + δ) Q)`` with the columns of Q sorted by falling ``diag(QᵀAQ)``.
 
-    δ is as large as the rounding errors of ``A Q``, so that a singular A leaves no column of zeros.
+    Both are ``(k, n, n)``. δ is as large as the rounding errors of ``A Q``, so that a singular A
+    leaves no column of zeros.
     """
     image = spd.matmul(matrix, vectors)
     order = jnp.argsort(-diagonal_in(vectors, image), axis=-1)
-    added = jnp.finfo(matrix.dtype).eps * spd.column(spd.frobenius(matrix))
+    added = jnp.finfo(matrix.dtype).eps * spd.column(spd.frobenius([matrix]))
     return orthonormal(jnp.take_along_axis(image + added * vectors, order[..., None, :], -1))
 
 
-def _root_in_basis(task: RootTask, values: jax.Array, vectors: jax.Array) -> MethodResult:
-    """Return ``V λ^{-1/p} Vᵀ``, how far it is from the root, and V."""
-    values = floor_spectrum(values)
+def _roots_in_bases(
+    task: RootTask, values: Sequence[jax.Array], vectors: Sequence[jax.Array]
+) -> MethodResult:
+    """Return ``V λ^{-1/p} Vᵀ``, how far each is from the root, and V."""
+    stacks = task.stacks
+    largest = spd.join([jnp.max(jnp.abs(each), -1) for each in values])
+    smallest = spd.join([jnp.min(each, -1) for each in values])
+    # As in ``floor_spectrum``, for all matrices at once.
+    floor = jnp.finfo(largest.dtype).eps * largest
+    condition = largest / jnp.maximum(smallest, floor)
+    floors = spd.split(floor[:, None], stacks)
+    values = list(map(jnp.maximum, values, floors))
     # One power, or one a matrix where p is traced.
-    power = jnp.asarray(-1 / task.power, values.dtype)
-    inverse = jnp.power(values, power[..., None] if power.ndim else power)
-    root = spd.matmul(vectors * inverse[..., None, :], spd.transpose(vectors))
+    power = jnp.asarray(-1 / task.power, largest.dtype)
+    powers = spd.split(power[:, None], stacks) if power.ndim else [power] * len(stacks)
+    roots = [
+        spd.matmul(v * jnp.power(w, power)[..., None, :], spd.transpose(v))
+        for v, w, power in zip(vectors, values, powers, strict=True)
+    ]
     if isinstance(task.power, int):
-        residual = spd.root_residual(task.matrix, root, task.power)
+        residual = spd.root_residuals(stacks, roots, task.power)
     else:
-        # X^p is not a finite product. The same eigenpairs must whiten A: W = V λ^{-1/2}.
-        whitened = vectors * jax.lax.rsqrt(values)[..., None, :]
-        gram = spd.matmul(spd.transpose(whitened), spd.matmul(task.matrix, whitened))
-        residual = spd.frobenius(gram - spd.identity_like(gram))
-    condition = values.max(-1) / values.min(-1)
+        residual = _whitening_residuals(stacks, values, vectors)
     num_steps = jnp.ones(residual.shape, jnp.int32)
-    return MethodResult(root, residual, condition, num_steps, basis=vectors)
+    return MethodResult(roots, residual, condition, num_steps, bases=list(vectors))
+
+
+def _whitening_residuals(
+    stacks: Sequence[jax.Array], values: Sequence[jax.Array], vectors: Sequence[jax.Array]
+) -> jax.Array:
+    """Return how far ``V λ^{-1/2}`` is from whitening each matrix.
+
+    It judges the eigenpairs where ``X^p`` is not a finite product.
+    """
+
+    def error(matrix: jax.Array, values: jax.Array, vectors: jax.Array) -> jax.Array:
+        whitened = vectors * jax.lax.rsqrt(values)[..., None, :]
+        gram = spd.matmul(spd.transpose(whitened), spd.matmul(matrix, whitened))
+        return gram - spd.identity_like(gram)
+
+    return spd.frobenius(list(map(error, stacks, values, vectors)))

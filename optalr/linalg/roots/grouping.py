@@ -1,5 +1,6 @@
 """Roots of many matrices of different sizes in few batched calls."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arguments import check_interval
-from optalr.linalg import spd
-from optalr.linalg.roots.inverse_root import InverseRoot, inverse_root
+from optalr.linalg import by_size, spd
+from optalr.linalg.roots.inverse_root import InverseRoot, each_root
+from optalr.linalg.roots.methods import checked_power
+from optalr.linalg.roots.stacks import Asked, Manner, solve
 
 
 def inverse_roots(
@@ -24,7 +27,8 @@ def inverse_roots(
     """Compute the inverse roots of many matrices, those of equal size in one batched call.
 
     Choose it over a loop of ``inverse_root`` for the factors of a whole model: it compiles one
-    iteration per size instead of one per matrix. The stacks exist only during the call.
+    iteration instead of one per matrix. Where a method iterates, its loop runs until the last
+    matrix of any size has converged. The stacks exist only during the call.
 
     Args:
       matrices: each ``(..., n, n)``, of any sizes and leading dimensions.
@@ -73,14 +77,21 @@ def inverse_roots(
         for i, (each, array) in enumerate(zip(dampings, arrays, strict=True))
     ]
 
-    def take(stack: jax.Array, damping: jax.Array) -> InverseRoot:
-        return inverse_root(
-            stack, p, damping=damping, method=method, order=order, tolerance=tolerance
-        )
+    power = checked_power(p, method, order)
+    manner = Manner(power, method, order)
+
+    def take(kinds: Sequence[Sequence[Any]]) -> list[InverseRoot]:
+        stacks, dampings = (list(parts) for parts in zip(*kinds, strict=True))
+        damping = jnp.concatenate(dampings)
+        every = functools.partial(jnp.full_like, damping)
+        powers = None if power is not None else every(p)
+        limits = None if tolerance is None else every(tolerance)
+        asked = Asked(stacks, damping, power=powers, tolerance=limits)
+        return each_root(solve(asked, manner), stacks)
 
     sizes = _joined_sizes(arrays, padding)
     stacks = [_padded_stack(array, size) for array, size in zip(arrays, sizes, strict=True)]
-    solved = spd.solve_by_size(take, list(zip(stacks, dampings, strict=True)))
+    solved = by_size.solve_by_size(take, list(zip(stacks, dampings, strict=True)))
     return [_unpad(result, array.shape) for result, array in zip(solved, arrays, strict=True)]
 
 

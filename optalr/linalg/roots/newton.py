@@ -9,7 +9,8 @@ M's spectrum from one. A power iteration follows that distance from step to step
 never change). At the end X is corrected by its true residual, in ``_correct_leading``.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,60 +23,65 @@ from optalr.linalg.roots.steering import (
     largest_eigenvalue_bound,
     max_steps,
     power_iteration,
-    start_vector,
+    start_vectors,
     taylor,
 )
 from optalr.linalg.spd import MethodResult, RootTask
 
 
 class _Newton(NamedTuple):
-    """What a step reads and writes; ``error`` and ``radius`` describe ``deviation``."""
+    """What a step reads and writes; ``error`` and ``radius`` describe ``I − M``."""
 
-    root: jax.Array  # (..., n, n), X
-    coupled: jax.Array  # (..., n, n), M
-    probe: jax.Array  # (..., n, 1), near the eigenvector of M farthest from one
-    error: jax.Array  # (...), ‖I − M‖_F/√n
-    radius: jax.Array  # (...), estimate of ‖I − M‖_2
-    active: jax.Array  # (...) bool
-    num_steps: jax.Array  # (...) int32
+    roots: list[jax.Array]  # each (k, n, n), X
+    coupled: list[jax.Array]  # each (k, n, n), M
+    probes: list[jax.Array]  # each (k, n, 1), near the eigenvector of M farthest from one
+    error: jax.Array  # (K,), ‖I − M‖_F/√n
+    radius: jax.Array  # (K,), estimate of ‖I − M‖_2
+    active: jax.Array  # (K,) bool
+    num_steps: jax.Array  # (K,) int32
 
 
 def coupled_newton_root(task: RootTask) -> MethodResult:
-    """Return the inverse p-th root of a normalized stack, p a whole number."""
-    matrix, p, order = task.matrix, task.power, task.order
-    bound, largest = largest_eigenvalue_bound(matrix)
-    coupled = matrix / spd.column(bound)
-    error, radius, probe = _distance_from_one(coupled, start_vector(matrix), 6)
+    """Return the inverse p-th roots of normalized stacks, p a whole number."""
+    stacks, p, order = task.stacks, task.power, task.order
+    bound, largest = largest_eigenvalue_bound(stacks)
+    dtype = bound.dtype
+    coupled = list(map(jnp.divide, stacks, spd.columns(bound, stacks)))
+    error, radius, probes = _distance_from_one(coupled, start_vectors(stacks), 6)
+    # Once this close, a last step on X alone reaches rounding: the error's square, or cube.
+    close = float(jnp.finfo(dtype).eps) ** (1 / order)
     start = _Newton(
-        root=spd.identity_like(matrix),
+        roots=list(map(spd.identity_like, stacks)),
         coupled=coupled,
-        probe=probe,
+        probes=probes,
         error=error,
         radius=radius,
-        active=jnp.ones(error.shape, bool),
+        active=error > close,
         num_steps=jnp.zeros(error.shape, jnp.int32),
     )
-    # Once this close, a last step on X alone reaches rounding: the error's square, or cube.
-    close = float(jnp.finfo(matrix.dtype).eps) ** (1 / order)
-    start = start._replace(active=error > close)
-    limit = max_steps(matrix.dtype, order)
+    limit = max_steps(dtype, order)
     final = jax.lax.while_loop(
         lambda loop: jnp.any(loop.active & (loop.num_steps < limit)),
         lambda loop: _newton_step(loop, p=p, order=order, close=close),
         start,
     )
-    ends = (jnp.full(error.shape, c, matrix.dtype) for c in taylor(p, order))
-    root = spd.symmetric_part(spd.matmul(final.root, _factor(final.coupled, *ends)))
-    unscale = jnp.power(bound, jnp.asarray(-1 / p, bound.dtype))
-    root = root * spd.column(unscale)
+    ends = (jnp.full(error.shape, c, dtype) for c in taylor(p, order))
+    scale = jnp.power(bound, jnp.asarray(-1 / p, dtype))
+    scales = spd.columns(scale, stacks)
+    products = map(spd.matmul, final.roots, _factors(final.coupled, *ends))
+    roots = [
+        spd.symmetric_part(product) * scale for product, scale in zip(products, scales, strict=True)
+    ]
     if p <= 2:
-        root = _correct_leading(matrix, root, p=p, bound=bound)
-    residual = spd.root_residual(matrix, root, p)
-    return MethodResult(root, residual, condition_estimate(largest, root, p), final.num_steps + 1)
+        corrections = spd.columns(2 / p * scale, stacks)
+        each = zip(stacks, roots, scales, corrections, strict=True)
+        roots = [root + c * _correction(matrix, root, s, p=p) for matrix, root, s, c in each]
+    residual = spd.root_residuals(stacks, roots, p)
+    return MethodResult(roots, residual, condition_estimate(largest, roots, p), final.num_steps + 1)
 
 
-def _correct_leading(matrix: jax.Array, root: jax.Array, *, p: int, bound: jax.Array) -> jax.Array:
-    """Return the root, p at most 2, corrected where its backward error shows.
+def _correction(matrix: jax.Array, root: jax.Array, scale: jax.Array, *, p: int) -> jax.Array:
+    """Return what corrects the root, p at most 2, where its backward error shows.
 
     Rounding leaves errors E of ε‖X‖ everywhere. That is much beside the *small* eigenvalues of X,
     in the directions of A's large ones, and ``‖X⁻² − A‖/‖A‖`` sees little else. In A's eigenbasis
@@ -88,40 +94,37 @@ def _correct_leading(matrix: jax.Array, root: jax.Array, *, p: int, bound: jax.A
     *amplifies* what does not commute with A.) ``s D`` is ``YD + DY`` with ``Y = AX/√u``. The same
     holds for p = 1, without the roots. For higher p there is no such bound on ``s``.
     """
-    scale = jnp.power(bound, jnp.asarray(-1 / p, bound.dtype))
     image = spd.matmul(matrix, root)
     product, lengths = (image, matrix) if p == 1 else (spd.matmul(root, image), image)
     deviation = spd.identity_like(root) - spd.symmetric_part(product)
-    turned = spd.matmul(deviation, lengths * spd.column(scale))
-    step = 1.5 * deviation - spd.symmetric_part(turned)
-    return root + spd.column(2 / p * scale) * step
+    turned = spd.matmul(deviation, lengths * scale)
+    return 1.5 * deviation - spd.symmetric_part(turned)
 
 
 def _newton_step(loop: _Newton, *, p: int, order: int, close: float) -> _Newton:
-    """Advance the active matrices of the stack; leave the others as they are."""
+    """Advance the active matrices; leave the others as they are."""
     b, c = coefficients(loop.radius, p, order)
-    factor = _factor(loop.coupled, b, c if order == 3 else None)
-    root = spd.matmul(loop.root, factor)
-    if p % 2:
-        coupled = spd.matmul(spd.integer_power(factor, p), loop.coupled)
-    else:
+    factors = _factors(loop.coupled, b, c if order == 3 else None)
+    roots = list(map(spd.matmul, loop.roots, factors))
+
+    def next_coupled(coupled: jax.Array, factor: jax.Array) -> jax.Array:
+        if p % 2:
+            return spd.symmetric_part(spd.matmul(spd.integer_power(factor, p), coupled))
         half = spd.integer_power(factor, p // 2)
-        coupled = spd.matmul(half, spd.matmul(loop.coupled, half))
-    coupled = spd.symmetric_part(coupled)
-    error, radius, probe = _distance_from_one(coupled, loop.probe, 2)
+        return spd.symmetric_part(spd.matmul(half, spd.matmul(coupled, half)))
+
+    coupled = list(map(next_coupled, loop.coupled, factors))
+    error, radius, probes = _distance_from_one(coupled, loop.probes, 2)
     # Where rounding has taken over, the better of the two iterates is kept.
-    stalled = has_stalled(loop.error, error, loop.coupled)
+    stalled = has_stalled(loop.error, error, coupled)
     broken = ~jnp.isfinite(error)
     take = loop.active & ~broken & ~(stalled & (error >= loop.error))
     keep = loop.active & ~broken & ~stalled & (error > close)
-
-    def choose(new, old):
-        return jnp.where(spd.column(take), new, old)
-
+    flags = spd.columns(take, coupled)
     return _Newton(
-        root=choose(root, loop.root),
-        coupled=choose(coupled, loop.coupled),
-        probe=choose(probe, loop.probe),
+        roots=list(map(jnp.where, flags, roots, loop.roots)),
+        coupled=list(map(jnp.where, flags, coupled, loop.coupled)),
+        probes=probes,
         error=jnp.where(take, error, loop.error),
         radius=jnp.where(take, radius, loop.radius),
         active=keep,
@@ -129,20 +132,23 @@ def _newton_step(loop: _Newton, *, p: int, order: int, close: float) -> _Newton:
     )
 
 
-def _factor(coupled: jax.Array, b: jax.Array, c: jax.Array | None) -> jax.Array:
+def _factors(coupled: Sequence[jax.Array], b: jax.Array, c: jax.Array | None) -> list[jax.Array]:
     """Return ``T = I + bR + cR²`` with ``R = I − M``."""
-    eye = spd.identity_like(coupled)
-    deviation = eye - coupled
-    factor = eye + spd.column(b) * deviation
-    if c is None:
-        return factor
-    return factor + spd.column(c) * spd.matmul(deviation, deviation)
+
+    def factor(coupled: jax.Array, b: Any, c: Any = None) -> jax.Array:
+        eye = spd.identity_like(coupled)
+        deviation = eye - coupled
+        linear = eye + b * deviation
+        return linear if c is None else linear + c * spd.matmul(deviation, deviation)
+
+    numbers = (spd.columns(each, coupled) for each in (b, c) if each is not None)
+    return list(map(factor, coupled, *numbers))
 
 
 def _distance_from_one(
-    coupled: jax.Array, probe: jax.Array, num_steps: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return ``‖I − M‖_F/√n``, an estimate of ``‖I − M‖_2`` and the vector it came from."""
-    deviation = spd.identity_like(coupled) - coupled
-    radius, probe = power_iteration(deviation, probe, num_steps)
-    return spd.frobenius(deviation), radius, probe
+    coupled: Sequence[jax.Array], probes: Sequence[jax.Array], num_steps: int
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Return ``‖I − M‖_F/√n``, an estimate of ``‖I − M‖_2`` and the vectors it came from."""
+    deviations = [spd.identity_like(each) - each for each in coupled]
+    radius, probes = power_iteration(deviations, probes, num_steps)
+    return spd.frobenius(deviations), radius, probes

@@ -12,6 +12,7 @@ The same polynomials with p = 2 give the orthogonal factor of a matrix Y, where 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -86,10 +87,12 @@ def _interpolation(p: int, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return table[0], corners[:-1], np.diff(slopes, axis=0, prepend=0 * slopes[:1])
 
 
-def start_vector(matrix: jax.Array) -> jax.Array:
-    """Return a fixed random unit vector ``(..., n, 1)``, which has a share of every eigenvector."""
-    vector = _unit_vector(matrix.shape[-1], matrix.dtype)
-    return jnp.broadcast_to(vector, (*matrix.shape[:-1], 1))
+def start_vectors(stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return fixed random unit vectors ``(k, n, 1)``, with a share of every eigenvector."""
+    return [
+        jnp.broadcast_to(_unit_vector(stack.shape[-1], stack.dtype), (*stack.shape[:-1], 1))
+        for stack in stacks
+    ]
 
 
 @functools.cache
@@ -101,32 +104,34 @@ def _unit_vector(n: int, dtype: Any) -> np.ndarray:
 
 
 def power_iteration(
-    matrix: jax.Array, vector: jax.Array, num_steps: int
-) -> tuple[jax.Array, jax.Array]:
-    """Return a lower estimate of ``‖matrix‖_2``, and the improved vector."""
+    stacks: Sequence[jax.Array], vectors: Sequence[jax.Array], num_steps: int
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return a lower estimate of ``‖matrix‖_2``, ``(K,)``, and the improved vectors."""
 
     def step(_, carry):
-        image = spd.matmul(matrix, carry[1])
-        norm = jnp.sqrt(jnp.sum(jnp.square(image), (-2, -1)))
-        return norm, jnp.where(spd.column(norm > 0), image / spd.column(norm), carry[1])
+        images = list(map(spd.matmul, stacks, carry[1]))
+        norm = jnp.sqrt(spd.join([jnp.sum(jnp.square(image), (-2, -1)) for image in images]))
+        # Only a matrix that is zero, so far as its dtype can tell, has a norm of zero.
+        units = spd.columns(jnp.where(norm > 0, norm, 1), stacks)
+        return norm, list(map(jnp.divide, images, units))
 
-    start = jnp.ones(matrix.shape[:-2], matrix.dtype), vector
+    start = jnp.ones(sum(stack.shape[0] for stack in stacks), stacks[0].dtype), list(vectors)
     return jax.lax.fori_loop(0, num_steps, step, start)
 
 
-def largest_eigenvalue_bound(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return a number between the largest eigenvalue and some 1.4 times it, and an estimate of it.
+def largest_eigenvalue_bound(stacks: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return numbers between the largest eigenvalue and some 1.4 times it, and estimates of it.
 
     The two norms are certain bounds. The estimate by power iteration is one for all but contrived
     matrices: after ten steps from a random start it is within a factor ``n^{1/20}``.
     """
-    estimate, _ = power_iteration(matrix, start_vector(matrix), 10)
-    frobenius = jnp.sqrt(jnp.sum(jnp.square(matrix), (-2, -1)))
-    rows = jnp.max(jnp.sum(jnp.abs(matrix), -1), -1)
-    return jnp.minimum(jnp.minimum(frobenius, rows), 1.3 * estimate), estimate
+    estimate, _ = power_iteration(stacks, start_vectors(stacks), 10)
+    squares = spd.join([jnp.sum(jnp.square(stack), (-2, -1)) for stack in stacks])
+    rows = spd.join([jnp.max(jnp.sum(jnp.abs(stack), -1), -1) for stack in stacks])
+    return jnp.minimum(jnp.minimum(jnp.sqrt(squares), rows), 1.3 * estimate), estimate
 
 
-def has_stalled(before: jax.Array, error: jax.Array, matrix: jax.Array) -> jax.Array:
+def has_stalled(before: jax.Array, error: jax.Array, stacks: Sequence[jax.Array]) -> jax.Array:
     """Return where a step no longer halves ``‖I − M‖_F/√n``, although the spectrum is near one.
 
     Far from one the error may rise for a step (an overshoot). Near it an error that does not fall
@@ -134,7 +139,8 @@ def has_stalled(before: jax.Array, error: jax.Array, matrix: jax.Array) -> jax.A
     unlike the estimate of the radius: a start vector may hold next to nothing of the one
     eigenvector that is still far away.
     """
-    near_one = before * matrix.shape[-1] ** 0.5 < 0.5
+    limits = [np.full(s.shape[0], 0.5 / s.shape[-1] ** 0.5, s.dtype) for s in stacks]
+    near_one = before < np.concatenate(limits)
     return near_one & ~(error < 0.5 * before)
 
 
@@ -149,8 +155,8 @@ def max_steps(dtype: jnp.dtype, order: int) -> int:
     return int(np.ceil(-np.log(float(jnp.finfo(dtype).eps)) / np.log(lift))) + 8
 
 
-def condition_estimate(largest: jax.Array, root: jax.Array, p: int) -> jax.Array:
+def condition_estimate(largest: jax.Array, roots: Sequence[jax.Array], p: int) -> jax.Array:
     """Return ``‖A‖_2 ‖X‖_2^p`` from ``‖A‖_2``, and by power iteration, at most 1/ε."""
-    norm, _ = power_iteration(root, start_vector(root), 8)
-    limit = 1 / float(jnp.finfo(root.dtype).eps)
+    norm, _ = power_iteration(roots, start_vectors(roots), 8)
+    limit = 1 / float(jnp.finfo(norm.dtype).eps)
     return jnp.minimum(largest * jnp.power(norm, p), limit)

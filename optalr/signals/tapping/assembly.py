@@ -137,9 +137,13 @@ class Assembly:
         dtype = asked.like.total.dtype
         examples = jnp.asarray(layer.examples, dtype)
         means = _Means(layer, asked, examples)(flag, dummies)
-        count = jnp.where(flag, examples, 0).astype(dtype)
+
+        def if_measured(number: jax.Array) -> jax.Array:
+            return number if flag is True else jnp.where(flag, number, 0).astype(dtype)
+
+        count = if_measured(examples)
         # Layers of one stack have the same number of positions: the first speaks for all.
-        positions = jnp.where(flag, jnp.ravel(means.total)[0] / examples, 0).astype(dtype)
+        positions = if_measured(jnp.ravel(means.total)[0] / examples)
         inputs = _held(asked.kept.inputs, means.inputs)
         outputs = _held(asked.kept.outputs, means.outputs)
         numbers = {"count": count, "positions": positions, "bias": layer.bias}

@@ -176,9 +176,9 @@ class Gauge:
         per_group = scale / self.site.groups
         at_inputs, at_outputs = self._rooms()
         return Sums(
-            _gram(inputs, self.kept.inputs, room=at_inputs) * per_group,
-            _gram(outputs, self.kept.outputs, room=at_outputs) * scale,
-            jnp.sum(inputs, axis=1) * per_group,
+            _times(_gram(inputs, self.kept.inputs, room=at_inputs), per_group),
+            _times(_gram(outputs, self.kept.outputs, room=at_outputs), scale),
+            _times(jnp.sum(inputs, axis=1), per_group),
             jnp.full(inputs.shape[0], outputs.shape[1] * scale, dtype),
         )
 
@@ -219,6 +219,11 @@ def _gram(rows: jax.Array, form: Form, *, room: _Room) -> jax.Array:
     if form.size > rows.shape[-1]:
         rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], -1)
     return form.gram(spd.transpose(rows)).stored
+
+
+def _times(array: jax.Array, number: float) -> jax.Array:
+    """Return a multiple, without a pass over the array where it is the array itself."""
+    return array if number == 1 else array * number
 
 
 def _pad_whole(gram: jax.Array, form: Form, room: _Room) -> jax.Array:

@@ -154,11 +154,15 @@ class ConvSite(Site):
         # front, any other's count as further positions.
         rows = patches.shape[0] * patches.shape[1]
         spec, dims = self._numbers.rhs_spec, self.view.dims
-        patches = patches.reshape(*patches.shape[:3], self.stacked * self.groups, -1)
-        patches = jnp.moveaxis(patches, 3, 0 if self.stacked > 1 else 2)
+        if self.stacked * self.groups > 1:
+            patches = patches.reshape(*patches.shape[:3], self.stacked * self.groups, -1)
+            patches = jnp.moveaxis(patches, 3, 0 if self.stacked > 1 else 2)
         patches = patches.reshape(self.stacked, rows * self.groups, *kernel, patches.shape[-1])
         patches = features(patches, 2, [dims[axis] for axis in (*spec[2:], spec[1])])
-        cotangent = jnp.moveaxis(cotangent.reshape(rows, self.stacked, -1), 1, 0)
+        if self.stacked > 1:
+            cotangent = jnp.moveaxis(cotangent.reshape(rows, self.stacked, -1), 1, 0)
+        else:
+            cotangent = cotangent.reshape(1, rows, -1)
         outputs = dims[spec[0]][1 if self.stacked > 1 else 0 :]
         return patches, features(cotangent, 2, [outputs])
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optalr.signals.tracing.sampling import pick
+
 
 class Geometry(NamedTuple):
     """Where a convolution's window stands: all per spatial axis.
@@ -52,8 +54,10 @@ def slice_patches(padded: jax.Array, geometry: Geometry) -> jax.Array:
             (padded.shape[0], *limit, padded.shape[-1]),
             (1, *geometry.strides, 1),
         )
-        pieces.append(piece.reshape(padded.shape[0], -1, padded.shape[-1]))
-    return jnp.stack(pieces, axis=2)
+        pieces.append(piece)
+    # Side by side along the channels, which is one operation for all.
+    patches = jnp.concatenate(pieces, axis=-1)
+    return patches.reshape(padded.shape[0], -1, geometry.area, padded.shape[-1])
 
 
 def gather_patches(padded: jax.Array, geometry: Geometry, index: jax.Array) -> jax.Array:
@@ -62,14 +66,11 @@ def gather_patches(padded: jax.Array, geometry: Geometry, index: jax.Array) -> j
     # neighbours along one of them.
     spatial = padded.shape[1:-1]
     pitches = [math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))]
-    corner = jnp.zeros_like(index)
-    rest = index
-    for axis in reversed(range(len(spatial))):
-        # One operation each, where jnp's have a sign to look after.
-        size = np.asarray(geometry.out[axis], rest.dtype)
-        place = jax.lax.rem(rest, size)
-        corner = corner + place * (geometry.strides[axis] * pitches[axis])
-        rest = jax.lax.div(rest, size)
+    # Where the window's corner is, for each output position: a table has fewer operations than the
+    # arithmetic, and no remainders.
+    grids = np.indices(geometry.out, dtype=np.uint32).reshape(len(spatial), -1)
+    steps = np.multiply(geometry.strides, pitches).astype(np.uint32)
+    corner = pick(jnp.asarray(steps @ grids), index, 0)
     window = [
         sum(
             o * d * p

@@ -99,9 +99,8 @@ def _as_leaf(leaf: Leaf, matrices: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _to_each(numbers: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return each leaf's part of a vector, such that it multiplies its matrices."""
-    shapes = [np.empty((*matrix.shape[:-2], 1, 1), bool) for matrix in matrices]
-    parts = like_parts(numbers, shapes)
+    """Return each leaf's part of a vector, in the shape of its matrices."""
+    parts = like_parts(numbers, matrices, [matrix.shape[:-2] for matrix in matrices])
     return [part.astype(matrix.dtype) for part, matrix in zip(parts, matrices, strict=True)]
 
 

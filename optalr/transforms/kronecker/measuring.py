@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optalr.arrays import all_finite, moving_average, wide_dtype
+from optalr.arrays import all_finite, as_vector, moving_average, repeated, wide_dtype
 from optalr.clocks import MEASURE, chosen, is_barred, permitted, run_when
 from optalr.linalg import spd
 from optalr.linalg.structured import Structured
@@ -167,13 +168,13 @@ def fold_batch(
         leaf, memory = leaves[i], memories[i]
         if isinstance(leaf, Kernel):
             seen = good if leaf.moments is None else good & (leaf.moments.count > 0)
-            after = _fold_kernel(memory, new, weights=weights[i])
+            after = _fold_kernel(memory, new, weights=weights[i], stack=left.stacks[i])
             if isinstance(memory.eigen_moment, jax.Array):
                 moment = _fold_moment(spectrum.rule, memory, new, tame=left.tame(i))
                 after = after._replace(eigen_moment=moment)
             folded[i] = chosen(seen, after, memory)
         else:
-            average = _weighted(memory.second_moment, new, weights[i][0])
+            average = _weighted(memory.second_moment, new, weights[i][0], stack=())
             folded[i] = chosen(good, LeafMemory(second_moment=average), memory)
     # While the average is young its batches may well differ that much.
     return Folded(folded, good, good & jnp.any(left.over) & ~batch.trust.is_young)
@@ -244,11 +245,14 @@ def _normalized_grams(
     return rows.scaled(num_examples), cols.scaled(inverse)
 
 
-def _fold_kernel(memory: LeafMemory, new: Measurement, *, weights: Sequence[Weights]) -> LeafMemory:
+def _fold_kernel(
+    memory: LeafMemory, new: Measurement, *, weights: Sequence[Weights], stack: tuple[int, ...]
+) -> LeafMemory:
     """Return a kernel's factors after one more batch."""
 
     def fold_side(side: SideMemory, measured: Structured, weight: Weights) -> SideMemory:
-        return side._replace(factor=_weighted(side.factor, measured.stored, weight))
+        factor = _weighted(side.factor, measured.stored, weight, stack=stack)
+        return side._replace(factor=factor)
 
     rows = fold_side(memory.rows, new.rows, weights[0])
     return memory._replace(rows=rows, cols=fold_side(memory.cols, new.cols, weights[1]))
@@ -261,13 +265,14 @@ def _fold_moment(rule: Rule, memory: LeafMemory, new: Measurement, *, tame: jax.
     may be N times those of the factors, in a batch whose examples agree. So they are multiplied by
     what is left of both.
     """
-    squares = new.second_moment * spd.align(tame, new.second_moment)
+    squares = new.second_moment
+    squares *= repeated(tame, squares, squares.shape[:-2])
     return moving_average(memory.eigen_moment, squares, rule.decay)
 
 
-def _weighted(old: jax.Array, new: jax.Array, weight: Weights) -> jax.Array:
+def _weighted(old: jax.Array, new: Any, weight: Weights, *, stack: tuple[int, ...]) -> jax.Array:
     """Return the weighted sum of an average and a measurement, in the dtype of the average."""
-    average, measured = (spd.align(each.astype(old.dtype), old) for each in weight)
+    average, measured = (repeated(each.astype(old.dtype), old, stack) for each in weight)
     return average * old + measured * new.astype(old.dtype)
 
 
@@ -277,15 +282,18 @@ def samples_a_dimension(leaves: Sequence[Leaf]) -> jax.Array:
     A batch adds at most N·T samples to the factors of a captured layer. To factors made from a
     gradient it adds at most as many directions as the shorter side has.
     """
-    added = []
+    samples: list[Any] = []
+    dimensions: list[int] = []
     for leaf in leaves:
         if not isinstance(leaf, Kernel):
             continue
         largest = max(side.block for side in leaf.sides)
         if largest == 0:
             continue  # diagonals only: no rank to fill before their powers make sense
-        samples: Any = min(side.size for side in leaf.sides)
-        if leaf.moments is not None:
-            samples = leaf.moments.num_samples
-        added.append(jnp.asarray(samples, jnp.float32) / largest)
-    return jnp.min(jnp.stack(added)) if added else jnp.float32(jnp.inf)
+        shorter = min(side.size for side in leaf.sides)
+        samples.append(shorter if leaf.moments is None else leaf.moments.num_samples)
+        dimensions.append(largest)
+    if not samples:
+        return jnp.float32(jnp.inf)
+    counts = as_vector([jnp.asarray(number, jnp.float32) for number in samples])
+    return jnp.min(counts / np.array(dimensions, np.float32))

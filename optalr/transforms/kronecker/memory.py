@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optalr.arrays import wide_dtype
@@ -91,6 +90,7 @@ class KroneckerState(NamedTuple):
     weight: jax.Array  # () float32, sum of the moving average's weights (bias correction)
     # every refresh
     num_refreshes: jax.Array  # () int32
+    missed: jax.Array  # () int32, matrices that in the last one had no root, or only one by eigh
     root_residual: jax.Array  # () float32, the worst among the roots in use (0: none yet)
     # Each of its parts is a tree of the parameters' structure. Factors and second moments change
     # with every measurement, roots with every refresh.
@@ -104,7 +104,12 @@ class KroneckerState(NamedTuple):
         """When to measure and when to take roots."""
         ages = self.count, self.signal_age, self.root_age
         return KroneckerClock(
-            *ages, self.measurements, self.samples, self.num_refreshes, self.periods
+            *ages,
+            self.measurements,
+            self.samples,
+            self.num_refreshes,
+            self.missed,
+            self.periods,
         )
 
 
@@ -179,13 +184,9 @@ def with_narrow_roots(memory: LeafMemory, leaf: Kernel, dtype: Any) -> LeafMemor
     return memory._replace(rows=rows, cols=cols)
 
 
-def factors_of(
-    leaf: Kernel, memory: LeafMemory, weight: jax.Array
-) -> tuple[Structured, Structured]:
-    """Return both factors, corrected for the moving average's start at zero."""
-    scale = 1 / jnp.where(weight > 0, weight, 1)
-    rows, cols = leaf.rows.holding(memory.rows.factor), leaf.cols.holding(memory.cols.factor)
-    return rows.scaled(scale), cols.scaled(scale)
+def factors_of(leaf: Kernel, memory: LeafMemory) -> tuple[Structured, Structured]:
+    """Return both factors, as the moving average holds them."""
+    return leaf.rows.holding(memory.rows.factor), leaf.cols.holding(memory.cols.factor)
 
 
 def roots_of(leaf: Kernel, memory: LeafMemory) -> tuple[Structured, Structured]:

@@ -15,7 +15,7 @@ from optalr.arguments import (
     from_fields,
     is_concrete,
 )
-from optalr.linalg.roots.inverse_root import METHODS
+from optalr.linalg.roots.methods import METHODS
 from optalr.signals.coverage import Coverage
 from optalr.signals.moments import AUTO, FactorStorage
 from optalr.transforms.kronecker.rule import DAMPING_FORMS

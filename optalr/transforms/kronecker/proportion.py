@@ -46,7 +46,7 @@ class Measurement(NamedTuple):
 class Weights(NamedTuple):
     """What a measurement and the average so far are multiplied by, and then added up."""
 
-    average: jax.Array  # one number a layer of the stack
+    average: jax.Array  # (layers,), one number an entry of the stack axes
     new: jax.Array
 
 
@@ -59,7 +59,7 @@ class Left(NamedTuple):
       over: bool, where a measurement is scaled down.
       unit: what the gradient's rescaling on arrival makes of the measurements.
       places: of each leaf, where its sides' numbers begin and end.
-      shapes: of each leaf, the shapes of its sides' numbers: the stack's.
+      stacks: of each leaf, the stack axes that its sides' numbers belong to.
     """
 
     new: jax.Array
@@ -67,7 +67,7 @@ class Left(NamedTuple):
     over: jax.Array
     unit: jax.Array
     places: dict[int, list[tuple[int, int]]]
-    shapes: dict[int, list[tuple[int, ...]]]
+    stacks: dict[int, tuple[int, ...]]
 
     def weights(self, decay: Any) -> dict[int, list[Weights]]:
         """Return the weights of a moving average, by the leaf's position and side."""
@@ -83,8 +83,7 @@ class Left(NamedTuple):
         return self._part(self.new, i, 0) * self._part(self.new, i, 1)
 
     def _part(self, vector: jax.Array, i: int, side: int) -> jax.Array:
-        start, stop = self.places[i][side]
-        return jax.lax.slice_in_dim(vector, start, stop).reshape(self.shapes[i][side])
+        return jax.lax.slice_in_dim(vector, *self.places[i][side])
 
 
 def in_proportion(
@@ -128,7 +127,7 @@ def in_proportion(
         *_shares(news * (unit / rows), olds / rows, trust),
         unit=unit,
         places={i: [next(spans) for _ in each] for i, each in traces.items()},
-        shapes={i: [jnp.shape(side.new) for side in each] for i, each in traces.items()},
+        stacks={i: jnp.shape(each[0].new) for i, each in traces.items()},
     )
 
 

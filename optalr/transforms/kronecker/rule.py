@@ -1,15 +1,17 @@
 """What an update goes by: the power, the damping, the moving average, and the clock."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optalr.clocks import MEASURE, REFRESH, larger, permitted, smaller, where
-from optalr.linalg.kronecker import split_damping
+from optalr.arrays import as_vector
+from optalr.clocks import MEASURE, REFRESH, REPAIR, larger, permitted, smaller, where
+from optalr.linalg import spd
 from optalr.linalg.structured import Structured
 
 # How many measurements a refresh interval holds where signals_every is not given. At the default
@@ -26,34 +28,32 @@ class DampingForm:
     """Where a damping acts.
 
     Attributes:
-      of_factors: function of both factors and λ that returns what is added to the eigenvalues of
-        each, ``(*stack,)``.
+      of_means: function of the mean eigenvalues of both factors of all layers, ``(layers,)``, and
+        λ that returns what is added to the eigenvalues of each.
       is_relative: whether λ counts in units of the mean eigenvalue.
     """
 
-    of_factors: Callable[[Structured, Structured, jax.Array], Dampings]
+    of_means: Callable[[jax.Array, jax.Array, jax.Array], Dampings]
     is_relative: bool = False
 
 
-def _relative(rows: Structured, cols: Structured, damping: jax.Array) -> Dampings:
+def _relative(rows: jax.Array, cols: jax.Array, damping: jax.Array) -> Dampings:
     """Return λ times the mean eigenvalue of each factor."""
-    means = rows.mean(), cols.mean()
-    alive = (means[0] > 0) & (means[1] > 0)
+    alive = (rows > 0) & (cols > 0)
     # A layer that has seen nothing has no scale: its root is the identity.
-    row, col = (jnp.where(alive, damping * mean, 1) for mean in means)
-    return row, col
+    return jnp.where(alive, damping * rows, 1), jnp.where(alive, damping * cols, 1)
 
 
-def _absolute(rows: Structured, cols: Structured, damping: jax.Array) -> Dampings:
+def _absolute(rows: jax.Array, cols: jax.Array, damping: jax.Array) -> Dampings:
     """Return λ for each factor: the paper's ``Λ + εI``."""
-    return jnp.broadcast_to(damping, rows.stack), jnp.broadcast_to(damping, cols.stack)
+    return jnp.full_like(rows, damping), jnp.full_like(cols, damping)
 
 
 DAMPING_FORMS: Mapping[str, DampingForm] = MappingProxyType(
     {
         "relative": DampingForm(_relative, is_relative=True),
         "absolute": DampingForm(_absolute),
-        "balanced": DampingForm(split_damping),
+        "balanced": DampingForm(spd.split_damping_by_means),
     }
 )
 
@@ -82,9 +82,27 @@ class Rule:
         """The power that each factor takes."""
         return self.power * self.share
 
-    def dampings(self, rows: Structured, cols: Structured) -> Dampings:
-        """Return what is added to the eigenvalues of each factor, ``(*stack,)``."""
-        return self.damping_form.of_factors(rows, cols, self.damping.astype(rows.stored.dtype))
+    def dampings(
+        self, pairs: Sequence[tuple[Structured, Structured]], scale: jax.Array
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """Return what is added to the eigenvalues of each factor, ``(layers,)``.
+
+        Args:
+          pairs: the factors of all kernels, of which there is at least one.
+          scale: what all are to be multiplied by first.
+        """
+        means, ends = [], []
+        for sides in zip(*pairs, strict=True):
+            traces = [side.trace() for side in sides]
+            sizes = [np.full(t.shape, s.padded_size) for t, s in zip(traces, sides, strict=True)]
+            trace = as_vector(traces)
+            mean = trace / np.concatenate([n.ravel() for n in sizes]).astype(trace.dtype)
+            means.append(mean * scale.astype(mean.dtype))
+            ends.append(np.cumsum([t.size for t in traces])[:-1])
+        damping = self.damping.astype(means[0].dtype)
+        added = self.damping_form.of_means(means[0], means[1], damping)
+        rows, cols = map(jnp.split, added, ends)
+        return list(zip(rows, cols, strict=True))
 
     def added(self, values: jax.Array, num_axes: int) -> jax.Array:
         """Return what damping adds to eigenvalues; their mean is taken over the last axes."""
@@ -132,6 +150,7 @@ class KroneckerClock(NamedTuple):
     measurements: Any  # int32, batches measured
     samples: Any  # float32, samples per dimension so far
     num_refreshes: Any  # int32
+    missed: Any  # int32, matrices that had no root in the last refresh, or only one by eigh
     periods: Periods
 
     def measures(self) -> Any:
@@ -154,7 +173,9 @@ class KroneckerClock(NamedTuple):
     def needs(self) -> Any:
         """Return what the next update has to do, if its batch is usable."""
         measures = self.measures()
-        return MEASURE * measures | REFRESH * self._measured(measures).refreshes()
+        refreshes = self._measured(measures).refreshes()
+        repairs = refreshes & (self.missed > 0)
+        return MEASURE * measures | REFRESH * refreshes | REPAIR * repairs
 
     def after(self, told: Any) -> "KroneckerClock":
         """Return the clock after an update that was told so, and in which all went well."""

@@ -18,8 +18,9 @@ from optalr.arguments import is_concrete
 from optalr.arrays import damped_power
 from optalr.linalg import spd
 from optalr.linalg.kronecker import carry_second_moments, to_eigenbasis
-from optalr.linalg.roots.bases import EigenBasis, eigenbasis, refresh_eigenbasis
-from optalr.linalg.roots.inverse_root import inverse_root
+from optalr.linalg.roots.bases import eigenbasis, near_eigenbasis, rounding_of
+from optalr.linalg.roots.methods import checked_power
+from optalr.linalg.roots.stacks import Asked, Manner, solve
 from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.sharding.spread import Spread
 from optalr.transforms.kronecker.leaves import Kernel, Leaf
@@ -36,12 +37,17 @@ _WARM_ROOT_TOLERANCE = 0.3
 _WARM_BASIS_TOLERANCE = 0.1
 
 
+# For each size (k, b, b) matrices, (k,) dampings, and bases to start from or None.
+Kinds = Sequence[Sequence[Any]]
+
+
 class Decomposition(NamedTuple):
     """What a refresh finds for each of k matrices of b rows."""
 
     found: SideMemory  # root (k, b, b), eigenvalues (k, b) and basis (k, b, b), where they are kept
-    residual: jax.Array  # (k,)
-    success: jax.Array  # (k,) bool
+    error: jax.Array  # (k,), the residual; infinite where it is too large
+    # (k,) bool, where an eigendecomposition stood in for an iteration; None where none may
+    fell_back: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +108,32 @@ class Spectrum:
         return side.root if self.refreshes_bases else None
 
     def decompose(
-        self, matrices: jax.Array, dampings: jax.Array, last: Any, *, first: jax.Array
-    ) -> Decomposition:
-        """Return the eigenbases of ``(k, b, b)`` matrices."""
-        del dampings
-        # Any basis diagonalizes a factor of zeros, so it cannot fail.
-        zero = (matrices == 0).all((-2, -1))
-        basis, limit = _bases(matrices, last, first=first, zero=zero)
-        success = (basis.residual <= limit) | zero
-        residual = jnp.where(zero, 0, basis.residual)
-        found = SideMemory(root=basis.vectors, eigenvalues=jnp.maximum(basis.values, 0))
-        return Decomposition(found, residual, success)
+        self, kinds: Kinds, *, scale: jax.Array, first: jax.Array, repairs: bool
+    ) -> list[Decomposition]:
+        """Return what is found for each size of matrices of one dtype.
+
+        Args:
+          kinds: what is to be decomposed.
+          scale: () float32, by which the matrices are to be multiplied.
+          first: () bool, whether there are no roots yet.
+          repairs: whether an eigendecomposition stands in where an iteration misses.
+        """
+        del repairs  # bases are only refreshed where that is good enough
+
+        def of_kind(matrices: jax.Array, _: Any, last: Any) -> Decomposition:
+            # Any basis diagonalizes a factor of zeros, so it cannot fail.
+            zero = (matrices == 0).all((-2, -1))
+            matrices = matrices * scale.astype(matrices.dtype)
+            if last is None:
+                basis, limit = eigenbasis(matrices), _EIGH_TOLERANCE * rounding_of(matrices)
+            else:
+                limit = _WARM_BASIS_TOLERANCE
+                basis = near_eigenbasis(matrices, last, limit=limit, anew=first, never=zero)
+            error = jnp.where(basis.residual <= limit, basis.residual, jnp.inf)
+            found = SideMemory(root=basis.vectors, eigenvalues=jnp.maximum(basis.values, 0))
+            return Decomposition(found, jnp.where(zero, 0, error))
+
+        return [of_kind(*kind) for kind in kinds]
 
     def of_diagonal(self, factor: Diagonal, damping: jax.Array, last: SideMemory) -> SideMemory:
         """Return what a diagonal factor's memory becomes, whose basis is always the identity."""
@@ -183,24 +204,29 @@ class Factored(Spectrum):
         return side.basis if self.refreshes_bases else None
 
     def decompose(  # noqa: D102
-        self, matrices: jax.Array, dampings: jax.Array, last: Any, *, first: jax.Array
-    ) -> Decomposition:
-        exponent = self.rule.exponent
-        if is_concrete(exponent) and float(exponent) == 0:  # no root has the order -1/0
-            identity = SideMemory(root=spd.identity_like(matrices), basis=_or_nothing(last))
-            success = jnp.ones(dampings.shape, bool)
-            return Decomposition(identity, jnp.zeros_like(dampings), success)
-        take = partial(inverse_root, p=-1 / exponent, damping=dampings)
-        if last is None:
-            taken = take(matrices, method=self.root_method)
+        self, kinds: Kinds, *, scale: jax.Array, first: jax.Array, repairs: bool
+    ) -> list[Decomposition]:
+        stacks, dampings, last = (list(parts) for parts in zip(*kinds, strict=True))
+        if is_concrete(self.rule.exponent) and float(self.rule.exponent) == 0:
+            return [_identities(*kind) for kind in kinds]  # no root has the order -1/0
+        damping, p = spd.join(dampings), -1 / self.rule.exponent
+        power = checked_power(p, self.root_method, 3)
+        every = partial(jnp.full_like, damping)
+        asked = Asked(stacks, damping, every(scale), every(p) if power is None else None)
+        take = partial(solve, manner=Manner(power, self.root_method, repairs=repairs))
+        if not self.refreshes_bases:
+            found = take(asked)
         else:
-            warm = partial(take, method="eigenbasis", basis=last, tolerance=_WARM_ROOT_TOLERANCE)
+            warm = asked._replace(bases=last, tolerance=every(_WARM_ROOT_TOLERANCE))
             # The first basis is the identity, from which one QR step gains little.
-            taken = jax.lax.cond(first, partial(take, method="eigenbasis"), warm, matrices)
-        found = SideMemory(
-            root=taken.root, basis=_or_nothing(taken.basis if last is not None else None)
-        )
-        return Decomposition(found, taken.residual, taken.success)
+            found = jax.lax.cond(first, lambda: take(asked), lambda: take(warm))
+        error = jnp.where(found.success, found.residual, jnp.inf)
+        numbers = [spd.split(each, stacks) for each in (error, found.fell_back)[: 1 + repairs]]
+        bases = found.bases or [NOTHING] * len(stacks)
+        return [
+            Decomposition(SideMemory(root=root, basis=basis), *each)
+            for root, basis, *each in zip(found.roots, bases, *numbers, strict=True)
+        ]
 
     def of_diagonal(  # noqa: D102
         self, factor: Diagonal, damping: jax.Array, last: SideMemory
@@ -246,27 +272,11 @@ SPECTRA: Mapping[str, type[Spectrum]] = MappingProxyType(
 )
 
 
-def _or_nothing(basis: jax.Array | None) -> Any:
-    return NOTHING if basis is None else basis
-
-
-def _bases(
-    matrices: jax.Array, last: jax.Array | None, *, first: jax.Array, zero: jax.Array
-) -> tuple[EigenBasis, jax.Array | float]:
-    """Return eigenbases, from ``last`` if that is near, and the residual that counts as success."""
-    if last is None:
-        limit = _EIGH_TOLERANCE * jnp.finfo(matrices.dtype).eps * matrices.shape[-1] ** 0.5
-        return eigenbasis(matrices), limit
-    warm = refresh_eigenbasis(matrices, last)
-    # Each matrix by itself: which others it shares a stack with depends on the number of devices.
-    behind = first | (~zero & ~(warm.residual <= _WARM_BASIS_TOLERANCE))
-
-    def anew() -> EigenBasis:
-        return jax.tree.map(
-            lambda a, b: jnp.where(spd.align(behind, a), a, b), eigenbasis(matrices), warm
-        )
-
-    return jax.lax.cond(jnp.any(behind), anew, lambda: warm), _WARM_BASIS_TOLERANCE
+def _identities(matrices: jax.Array, dampings: jax.Array, last: Any) -> Decomposition:
+    """Return matrices that change nothing."""
+    basis = NOTHING if last is None else last
+    identity = SideMemory(root=spd.identity_like(matrices), basis=basis)
+    return Decomposition(identity, jnp.zeros_like(dampings))
 
 
 class Step(NamedTuple):

@@ -32,12 +32,7 @@ from optalr.transforms.kronecker.memory import KroneckerState, at_rest, from_tre
 from optalr.transforms.kronecker.options import KroneckerOptions, check_together, resolve_options
 from optalr.transforms.kronecker.pairing import REMEDY, with_signals
 from optalr.transforms.kronecker.refresh import refresh
-from optalr.transforms.kronecker.rule import (
-    DAMPING_FORMS,
-    Periods,
-    Rule,
-    periods_of,
-)
+from optalr.transforms.kronecker.rule import DAMPING_FORMS, Periods, Rule, periods_of
 from optalr.transforms.kronecker.spectrum import SPECTRA, Spectrum, Step
 from optalr.transforms.shared.gradient_watch import WATCHED, admit_unless, start_gradient_watch
 from optalr.transforms.shared.making import transformation
@@ -238,6 +233,7 @@ class _Kronecker:
             samples=jnp.zeros([], jnp.float32),
             weight=jnp.zeros([], jnp.float32),
             num_refreshes=jnp.zeros([], jnp.int32),
+            missed=jnp.zeros([], jnp.int32),
             root_residual=jnp.zeros([], jnp.float32),
             memory=at_rest(to_trees(memories, params, self.spectrum().kept), self.spread),
         )
