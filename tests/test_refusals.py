@@ -128,7 +128,8 @@ def test_what_is_no_state_of_a_method_is_refused(method):
 
 
 def test_a_transformation_in_the_place_of_its_state_is_refused():
-    for read in (optalr.wants_signals, optalr.metrics):
+    readers = (optalr.wants_signals, optalr.metrics, optalr.state_bytes, optalr.factor_spectra)
+    for read in readers:
         with pytest.raises(TypeError, match=r"opt_state must be .* state.*tx\.init\(params\)"):
             read(optax.adam(1e-2))
 

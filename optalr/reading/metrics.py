@@ -132,6 +132,7 @@ def state_bytes(opt_state: Any) -> int:
       >>> optalr.state_bytes(jax.eval_shape(optax.adam(1e-3).init, jnp.ones(100)))
       804
     """
+    check_opt_state(opt_state)
     return sum(
         math.prod(np.shape(leaf)) * _dtype(leaf).itemsize for leaf in jax.tree.leaves(opt_state)
     )
