@@ -3,6 +3,7 @@ r"""What the site needs beyond its theme: formulas without a script, and the not
 Formulas are written in LaTeX, ``\(...\)`` in a line and ``$$...$$`` on lines of their own. They
 become MathML when the site is built, which every current browser sets by itself. So a page loads
 nothing from another network. Notebooks become pages with the outputs that they are stored with.
+For narrow screens, pictures are links to themselves and the cells of tables are marked by length.
 """
 
 import base64
@@ -17,13 +18,39 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+PICTURE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*>')
+CELL = re.compile(r"<td>(.*?)</td>", re.DOTALL)
+# Cells of more characters need a column of some width. Cells of fewer are numbers with units, which
+# must not be broken.
+LONG, SHORT = 40, 16
+# What the reference says of an argument of any type.
+ANY_TYPE = re.compile(r"\(<code>Any</code>(?:, (default: <code>.*?</code>))?\s*\)")
+INLINE_CODE = re.compile(r"<code>([^<]*)</code>")
+OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
 # A colour that a terminal would show.
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def on_page_content(content: str, **_) -> str:
-    """Replace each formula of a page by MathML."""
-    return FORMULA.sub(lambda found: as_mathml(found[1], found[2]), content)
+    """Set a page's formulas, and fit its tables, pictures and commands to narrow screens."""
+    content = FORMULA.sub(lambda found: as_mathml(found[1], found[2]), content)
+    content = CELL.sub(lambda found: as_cell(found[1]), content)
+    # A plot of ten panels can't be read at 390 pixels: a tap opens it alone, to be enlarged.
+    content = PICTURE.sub(r'<a class="picture" href="\1">\g<0></a>', content)
+    content = ANY_TYPE.sub(lambda found: f"({found[1]})" if found[1] else "", content)
+    return INLINE_CODE.sub(lambda found: f"<code>{unbroken(found[1])}</code>", content)
+
+
+def as_cell(inside: str) -> str:
+    """Return a table's cell, marked where it is long or short."""
+    length = len(html.unescape(re.sub(r"<[^>]+>", "", inside)))
+    mark = " data-long" if length > LONG else " data-short" if length <= SHORT else ""
+    return f"<td{mark}>{inside}</td>"
+
+
+def unbroken(code: str) -> str:
+    """Return code in a line whose options are not broken after their dashes."""
+    return OPTION.sub(r'<span class="option">\g<0></span>', code)
 
 
 def as_mathml(tag: str, formula: str) -> str:
@@ -73,4 +100,6 @@ def shown(output: dict, name: str, pictures: dict[str, bytes]) -> str:
         pictures[name] = base64.b64decode(data["image/png"])
         return f"![Output of the cell above]({name})"
     text = "".join(output.get("text", data.get("text/plain", "")))
-    return f"```text\n{ESCAPES.sub('', text).rstrip()}\n```" if text.strip() else ""
+    # The class sets what a cell printed apart from code.
+    head = "``` { .text .output }"
+    return f"{head}\n{ESCAPES.sub('', text).rstrip()}\n```" if text.strip() else ""

@@ -20,6 +20,18 @@ def is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer) and not callable(value)
 
 
+def shown(value: Any) -> str:
+    """Return how a message shows a value: as it is written, or by its kind where that is long.
+
+    Parameters that stand in the place of a function would fill pages.
+    """
+    text = repr(value)
+    if len(text) <= 100 and "\n" not in text:
+        return text
+    shape = f" of shape {value.shape}" if hasattr(value, "shape") else ""
+    return f"a value of the type {type(value).__name__}{shape}"
+
+
 def is_python_zero(value: Any) -> bool:
     """Return whether ``value`` is the Python number 0, for which a part may be left out.
 
@@ -57,14 +69,21 @@ def check_interval(
     if not is_concrete(value):
         return
     try:
-        number = float(value)
+        number = _as_float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}. {remedy}".rstrip()) from None
+        raise TypeError(f"{name} must be a number, got {shown(value)}. {remedy}".rstrip()) from None
     above = number > low if open_low else number >= low
     below = number < high if open_high else number <= high
     if not (above and below):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name} must lie in {interval}, got {value!r}. {remedy}".rstrip())
+        raise ValueError(f"{name} must lie in {interval}, got {shown(value)}. {remedy}".rstrip())
+
+
+def _as_float(value: Any) -> float:
+    """Return a number as a float. Python would also read a text: "1e-2" is a slip, not a rate."""
+    if isinstance(value, str | bytes):
+        raise TypeError
+    return float(value)
 
 
 def check_count(name: str, value: Any, low: int = 1, *, remedy: str = "") -> None:
@@ -83,15 +102,15 @@ def check_count(name: str, value: Any, low: int = 1, *, remedy: str = "") -> Non
     if not is_concrete(value):
         return
     try:
-        whole = float(value) == int(value)
+        whole = _as_float(value) == int(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(
-            f"{name} must be a whole number, got {value!r}. {remedy}".rstrip()
+            f"{name} must be a whole number, got {shown(value)}. {remedy}".rstrip()
         ) from None
     if not whole or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}. {remedy}".rstrip())
+        raise TypeError(f"{name} must be a whole number, got {shown(value)}. {remedy}".rstrip())
     if int(value) < low:
-        raise ValueError(f"{name} must be at least {low}, got {value!r}. {remedy}".rstrip())
+        raise ValueError(f"{name} must be at least {low}, got {shown(value)}. {remedy}".rstrip())
 
 
 def check_known(name: str, value: Any) -> None:
@@ -107,7 +126,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {listed}, got {shown(value)}.")
 
 
 def check_transformation(name: str, value: Any, *, optional: bool = False) -> None:
@@ -123,7 +142,7 @@ def check_transformation(name: str, value: Any, *, optional: bool = False) -> No
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
             f"{name} must be an optax.GradientTransformation{' or None' if optional else ''}, got "
-            f"{value!r}. Build it first, for instance optax.sgd(0.1)."
+            f"{shown(value)}. Build it first, for instance optax.sgd(0.1)."
         )
 
 
@@ -132,26 +151,26 @@ def check_kind(name: str, value: Any, kind: Any, *, remedy: str = "") -> None:
     if value is not None and not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         listed = " or ".join(each.__name__ for each in kinds)
-        raise TypeError(f"{name} must be a {listed} or None, got {value!r}. {remedy}".rstrip())
+        raise TypeError(f"{name} must be a {listed} or None, got {shown(value)}. {remedy}".rstrip())
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise ``TypeError`` unless ``value`` is a bool; an array may be a traced one."""
     if not isinstance(value, bool | np.bool_ | jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
 
 
 def check_function(name: str, value: Any, *, remedy: str = "") -> None:
     """Raise ``TypeError`` unless ``value`` can be called, or is None."""
     if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a function or None, got {value!r}. {remedy}".rstrip())
+        raise TypeError(f"{name} must be a function or None, got {shown(value)}. {remedy}".rstrip())
 
 
 def check_mask(name: str, value: Any) -> None:
     """Raise ``TypeError`` unless ``value`` is a tree of bools, a function to one, or None."""
     flags = bool | np.bool_ | jax.Array | np.ndarray
     if not callable(value) and not all(isinstance(x, flags) for x in jax.tree.leaves(value)):
-        raise TypeError(f"{name} must be a tree of bools, a function or None, got {value!r}.")
+        raise TypeError(f"{name} must be a tree of bools, a function or None, got {shown(value)}.")
 
 
 def check_numbers(name: str, tree: Any, *, floating: bool = False) -> None:
@@ -172,10 +191,33 @@ def check_numbers(name: str, tree: Any, *, floating: bool = False) -> None:
         if isinstance(dtype, type) or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
             raise TypeError(
                 f"{name} must be a pytree of floating arrays, but "
-                f"{jax.tree_util.keystr(path) or name} is {dtype}. Keep what is not trained "
-                "(counters, keys, functions) out of params and pass it as a further argument of "
-                "loss_fn."
+                f"{jax.tree_util.keystr(path) or name} is {dtype}. {_remedy_of(tree)}"
             )
+
+
+def _remedy_of(tree: Any) -> str:
+    """Return what to do with a tree that holds more than is trained, by the framework it is of."""
+    # By their modules' names, so that nothing here imports a framework.
+    origins = [kind.__module__ for kind in type(tree).__mro__]
+    for origin, remedy in _REMEDIES.items():
+        if any(f"{each}.".startswith(f"{origin}.") for each in origins):
+            return remedy
+    return (
+        "Keep what is not trained (counters, keys, functions) out of params and pass it as a "
+        "further argument of loss_fn."
+    )
+
+
+_REMEDIES = {
+    "equinox": (
+        "Pass the arrays of the module alone: params, static = eqx.partition(model, "
+        "eqx.is_inexact_array), and eqx.combine(params, static) within loss_fn."
+    ),
+    "flax.nnx": (
+        "For an nnx module take value_grad_and_extras and Optimizer of optalr.adapters.nnx, which "
+        "keep what is not trained apart."
+    ),
+}
 
 
 def from_fields(name: str, given: Any, kind: type) -> Any:
@@ -216,11 +258,21 @@ def require_extra(extras: dict[str, Any], name: str, method: str, remedy: str = 
       remedy: replaces the sentence on how to supply the extra.
 
     Raises:
-      TypeError: the extra is missing or None.
+      TypeError: the extra is missing or None, or is no function where its name says that it is one.
     """
     value = extras.get(name)
     if value is not None:
+        if name.endswith("_fn") and not callable(value):
+            raise TypeError(
+                f"the extra argument {name!r} must be a function of the parameters, got "
+                f"{shown(value)}. Pass jax.tree_util.Partial(loss_fn, x=x, y=y), not its value."
+            )
         return value
+    if isinstance(extras.get(_UNPACKED), Mapping):
+        raise TypeError(
+            f"{method} needs the extra argument {name!r}, and update got a dictionary called "
+            "'extras'. Write tx.update(grads, opt_state, params, **extras)."
+        )
     remedy = remedy or (
         "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call "
         "value, grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, "
@@ -231,6 +283,8 @@ def require_extra(extras: dict[str, Any], name: str, method: str, remedy: str = 
     raise TypeError(message if extras else f"{message} {_DROPPED}")
 
 
+# The name under which somebody passes all of them as one.
+_UNPACKED = "extras"
 _DROPPED = (
     "If you pass extras: none of them arrived, so a wrapper drops them. Put optalr.multi_steps in "
     "place of optax.MultiSteps(...).gradient_transformation(); "

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optalr.arguments import shown
+
 
 def children(node: Any) -> Iterator[tuple[str, Any]]:
     """Yield ``(name, child)`` for the direct children of a pytree node; none for a leaf."""
@@ -14,6 +16,31 @@ def children(node: Any) -> Iterator[tuple[str, Any]]:
     for path, child in entries:
         if path:
             yield jax.tree_util.keystr(path, simple=True), child
+
+
+def check_opt_state(opt_state: Any) -> None:
+    """Raise ``TypeError`` where a transformation was passed for its state: it reports nothing."""
+    if hasattr(opt_state, "init") and hasattr(opt_state, "update"):
+        raise TypeError(
+            "opt_state must be an optimizer's state, got the transformation itself. Pass what "
+            "tx.init(params) or tx.update(...) returned."
+        )
+
+
+def check_state(method: str, state: Any, fits: bool) -> None:
+    """Raise ``TypeError`` where what stands for a state is of another kind than the method's.
+
+    Args:
+      method: the transformation, as the user wrote it.
+      state: what ``update`` got.
+      fits: whether it is of the kind that ``init`` returns.
+    """
+    if not fits:
+        raise TypeError(
+            f"{method}: state must be what its tx.init(params) returned, got {shown(state)}. The "
+            "order is tx.update(grads, state, params, **extras). A checkpoint is restored into the "
+            "structure of tx.init(params)."
+        )
 
 
 def is_named_tuple(node: Any) -> bool:

@@ -32,6 +32,12 @@ def run(page, folder):
 def test_a_page_runs(page, tmp_path):
     done = run(page, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    stated = re.findall(r"prints a test accuracy of ([\d.]+)", page.read_text())
+    printed = re.findall(r"test accuracy ([\d.]+)", done.stdout)
+    # Four test images of 397: what the rounding of another machine may change.
+    assert [float(number) for number in printed] == pytest.approx(
+        [float(s) for s in stated], abs=0.01
+    )
 
 
 def test_which_pages_run():

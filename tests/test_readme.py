@@ -50,6 +50,28 @@ def test_the_losses_beside_others_are_those_of_the_report(rival):
     assert counts in section or (rival == "adam" and counts == "10 / 0 / 0")
 
 
+def ratios_of(table, method):
+    """Return a row of a table of the report of ``untuned``, by the names of its columns."""
+    report = (ROOT / "benchmarks" / "results" / "untuned.md").read_text().partition(table)[2]
+    rows = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith("| ")]
+    (row,) = [row for row in rows if row[0] == f"`{method}`"][:1]
+    return dict(zip(rows[0], row, strict=True))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/untuned.md", "docs/which_method.md"])
+def test_where_untuned_loses_is_told_alike_on_all_pages(name):
+    over = ratios_of("### Final test loss of `untuned` over", "adamw")
+    resnet, vgg = (round(100 * (float(over[net]) - 1)) for net in ("mnist resnet", "fashion vgg"))
+    page = " ".join((ROOT / name).read_text().split())
+    assert re.search(rf"by {resnet} and {vgg} %|loses {resnet} and {vgg} %", page)
+
+
+def test_what_validation_batches_are_worth_is_that_of_the_report():
+    without = ratios_of("## Without each part", "untuned_no_validation")
+    percent = round(100 * (float(without["geometric mean"]) - 1))
+    assert f"({percent} % more test loss" in (ROOT / "docs" / "which_method.md").read_text()
+
+
 # The columns of the README's table of peers, by their names in the report.
 PEERS = (
     "untuned", "adam", "adamw", "schedule_free", "prodigy", "muon", "psgd_kron", "kfac_root",

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import optax
 
+from optalr.transforms.shared.making import taking_extras
+
 
 @jax.tree_util.register_pytree_with_keys_class
 class PackedExtras:
@@ -89,7 +91,7 @@ def unpack_extras(
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}.")
-    inner = optax.with_extra_args_support(inner)
+    inner = taking_extras(inner)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         if isinstance(updates, PackedExtras):

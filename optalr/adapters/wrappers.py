@@ -18,7 +18,7 @@ from optalr.arrays import wide_dtype
 from optalr.clocks import REFRESH, asking, period_of, permitted, run_when
 from optalr.states import count_up, settle, settle_like
 from optalr.transforms.shared.lengths import value_at
-from optalr.transforms.shared.making import transformation
+from optalr.transforms.shared.making import taking_extras, transformation
 from optalr.transforms.shared.rescaling import tree_scale
 
 
@@ -114,7 +114,7 @@ def multi_steps(
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}.")
     check_count("every_k_schedule", every_k_schedule)
-    inner, skips = optax.with_extra_args_support(inner), should_skip_update_fn or _never
+    inner, skips = taking_extras(inner), should_skip_update_fn or _never
 
     def period(gradient_step: Any) -> jax.Array:
         return period_of(value_at(every_k_schedule, gradient_step))
@@ -148,7 +148,7 @@ def multi_steps(
             k,
         )
 
-    return transformation("multi_steps", init_fn, update_fn, keeps_leaves=False)
+    return transformation("multi_steps", init_fn, update_fn, holds=MultiStepsState)
 
 
 class _Step(NamedTuple):
@@ -245,7 +245,7 @@ def pass_extras(
     """
     if not callable(wrap):
         raise TypeError(f"wrap must be a function from transformation to wrapper, got {wrap!r}.")
-    inner = optax.with_extra_args_support(inner)
+    inner = taking_extras(inner)
     outer = wrap(inner)
     if not (hasattr(outer, "init") and hasattr(outer, "update")):
         raise TypeError(f"wrap must return an optax.GradientTransformation, got {outer!r}.")

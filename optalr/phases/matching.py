@@ -14,6 +14,7 @@ import optax
 from optalr.arrays import moving_average, wide_dtype
 from optalr.phases.two_stage import TwoStageState, two_stage
 from optalr.transforms.shared.lengths import follow
+from optalr.transforms.shared.making import taking_extras
 
 # Some twenty updates: gradients of single batches differ, and the scale of late ones counts.
 _DECAY = 0.95
@@ -130,7 +131,7 @@ def take_over_gain(state: TwoStageState) -> TwoStageState:
 
 def _measured(stage: Any) -> optax.GradientTransformationExtraArgs:
     """Return the stage with averages of how its updates and the gradients agree."""
-    inner = optax.with_extra_args_support(stage)
+    inner = taking_extras(stage)
 
     def init(params: Any) -> MeasuredState:
         zero = jnp.zeros((), jnp.float32)
@@ -155,7 +156,7 @@ def _measured(stage: Any) -> optax.GradientTransformationExtraArgs:
 
 def _matched(stage: Any) -> optax.GradientTransformationExtraArgs:
     """Return the stage with its updates multiplied by the gain in its state."""
-    inner = optax.with_extra_args_support(stage)
+    inner = taking_extras(stage)
 
     def init(params: Any) -> MatchedState:
         return MatchedState(jnp.ones((), jnp.float32), inner.init(params))

@@ -13,17 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import (
-    check_choice,
-    check_flag,
-    check_interval,
-    check_transformation,
-)
+from optalr.arguments import check_choice, check_flag, check_interval, check_transformation
 from optalr.arrays import wide_dtype
 from optalr.clocks import ASK, BLEND, FIRST, SECOND, TAKE_OVER, asking, chosen, is_told
 from optalr.phases.momentum import hand_over_momentum
 from optalr.phases.switching import phase_schedule
-from optalr.states import count_up, settle, settle_like, update_when
+from optalr.states import count_up, injects, settle, settle_like, update_when
 from optalr.transforms.shared.gradient_watch import (
     WATCHED,
     GradientWatch,
@@ -31,7 +26,7 @@ from optalr.transforms.shared.gradient_watch import (
     admit,
     start_gradient_watch,
 )
-from optalr.transforms.shared.making import transformation
+from optalr.transforms.shared.making import judging, taking_extras, transformation
 
 
 class TwoStageState(NamedTuple):
@@ -151,16 +146,17 @@ def two_stage(
             static_args=("first", "second", "momentum", "guard"),
             hyperparam_dtype=jnp.float32,
         )
-        return inject(first, second, phase=phase_schedule(phase), momentum=momentum, guard=guard)
+        tx = inject(first, second, phase=phase_schedule(phase), momentum=momentum, guard=guard)
+        return judging("two_stage", tx, lambda state: injects(state, "phase"))
     check_interval("phase", phase, 0.0, 1.0, remedy="Pass a phase scheduler such as switch_at.")
     stages = _Stages(
-        first=optax.with_extra_args_support(first),
-        second=optax.with_extra_args_support(second),
+        first=taking_extras(first),
+        second=taking_extras(second),
         phase=phase,
         transfer=momentum if callable(momentum) else _TRANSFERS[momentum],
         guard=guard,
     )
-    return transformation("two_stage", stages.init, stages.update, keeps_leaves=False)
+    return transformation("two_stage", stages.init, stages.update, holds=TwoStageState)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by jit: the phase may be an array

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from optalr.arguments import check_choice, check_count
+from optalr.arguments import check_choice, check_count, shown
 from optalr.clocks import ASK, BLEND, FIRST, MEASURE, PROBE, REFRESH, REPAIR, SECOND
 from optalr.phases.clocks import StageClock
 from optalr.programs.call import open_call, split_call
@@ -23,6 +23,7 @@ from optalr.programs.survey import Survey, survey
 from optalr.reading.wanted import wants_signals
 from optalr.signals import value_grad_and_extras
 from optalr.signals.binding.bound import Bound
+from optalr.transforms.shared.making import taking_extras
 
 # What a kind of step tells the clocks of methods, those of two_stage, and whether multi_steps hands
 # its gradients on.
@@ -113,10 +114,10 @@ def train_step(
       (True, True)
     """
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"tx must be an optax.GradientTransformation, got {tx!r}.")
+        raise TypeError(f"tx must be an optax.GradientTransformation, got {shown(tx)}.")
     check_count("read_every", read_every, 2)
     evaluate = value_grad_and_extras(loss_fn, has_aux=has_aux, **capture)
-    tx = optax.with_extra_args_support(tx)
+    tx = taking_extras(tx)
     return TrainStep(evaluate, tx, donate=donate, read_every=read_every, options=compiler_options)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optalr.phases.two_stage import TwoStageState
-from optalr.states import children, injects, is_named_tuple
+from optalr.states import check_opt_state, children, injects, is_named_tuple
 
 # Fields of state NamedTuples that are reported under their own name. A fixed list, because a state
 # also holds numbers that no log should show.
@@ -94,6 +94,7 @@ def metrics(opt_state: Any) -> dict[str, Any]:
       >>> round(float(report["learning_rate"]), 6), int(report["state_bytes"])
       (0.001, 44)
     """
+    check_opt_state(opt_state)
     found: dict[str, list[tuple[str, Any]]] = {}
     for path, name, value in _reports(opt_state, ()):
         found.setdefault(name, []).append(("/".join((*path, name)), value))
@@ -131,6 +132,7 @@ def state_bytes(opt_state: Any) -> int:
       >>> optalr.state_bytes(jax.eval_shape(optax.adam(1e-3).init, jnp.ones(100)))
       804
     """
+    check_opt_state(opt_state)
     return sum(
         math.prod(np.shape(leaf)) * _dtype(leaf).itemsize for leaf in jax.tree.leaves(opt_state)
     )

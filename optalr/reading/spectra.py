@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from optalr.signals.coverage import Coverage
-from optalr.states import unboxed
+from optalr.states import check_opt_state, unboxed
 from optalr.transforms.kronecker.leaves import Kernel, plan_leaves
 from optalr.transforms.kronecker.options import KroneckerOptions, resolve_options
 from optalr.transforms.kronecker.transform import KroneckerState
@@ -51,6 +51,7 @@ def factor_spectra(
       >>> [float(x) for x in optalr.factor_spectra(state)["['w']"][0].round(4)]
       [1.0, 9.0]
     """
+    check_opt_state(opt_state)
     plans = None
     if params is not None:
         planned = plan_leaves(params, layout, resolve_options(options))

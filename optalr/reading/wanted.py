@@ -9,7 +9,7 @@ import numpy as np
 
 from optalr.phases.switching import next_phase
 from optalr.phases.two_stage import TwoStageState
-from optalr.states import children, injects, is_named_tuple
+from optalr.states import check_opt_state, children, injects, is_named_tuple
 
 
 def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
@@ -35,6 +35,7 @@ def wants_signals(opt_state: Any) -> jax.Array | np.bool_:
       >>> bool(optalr.wants_signals(optax.adam(1e-3).init(jnp.ones(2))))
       False
     """
+    check_opt_state(opt_state)
     answers = list(_answers(opt_state, None))
     if not answers:
         return np.bool_(False)

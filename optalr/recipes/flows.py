@@ -10,6 +10,7 @@ from optalr.transforms.krylov_flow.damping import LevenbergMarquardt
 from optalr.transforms.krylov_flow.transform import scale_by_krylov_flow
 from optalr.transforms.nesterov_flow import accelerate_by_nesterov_flow
 from optalr.transforms.recorded_rate import scale_by_recorded_rate
+from optalr.transforms.shared.making import chained
 
 
 def edf(
@@ -100,7 +101,7 @@ def edf(
     links.append(scale_by_recorded_rate(learning_rate))
     if acceleration == "W2":
         links.append(accelerate_by_nesterov_flow(3.0))
-    return optax.chain(*links)
+    return chained("edf", *links)
 
 
 def _judging(damping: Any, learning_rate: Any) -> Any:

@@ -13,6 +13,7 @@ from optalr.arguments import check_interval, check_kind
 from optalr.transforms.guard import guard
 from optalr.transforms.learned_rate.safeguards import RateSafeguards
 from optalr.transforms.learned_rate.transform import LearnedRateState, scale_by_learned_rate
+from optalr.transforms.shared.making import chained
 
 
 def learned_rate_sgd(
@@ -87,9 +88,9 @@ def learned_rate_sgd(
         safeguards=safeguards,
     )
     if momentum is None:
-        return optax.chain(scale)
+        return chained("learned_rate_sgd", scale)
     check_interval("momentum", momentum, 0.0, 1.0, open_high=True)
-    return optax.chain(guard(optax.trace(momentum)), scale)
+    return chained("learned_rate_sgd", guard(optax.trace(momentum)), scale)
 
 
 def learned_rate_then(

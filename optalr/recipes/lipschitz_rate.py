@@ -9,6 +9,7 @@ from optalr.arguments import check_interval, is_python_zero
 from optalr.transforms.guard import guard
 from optalr.transforms.lipschitz_rate.guards import LipschitzGuards
 from optalr.transforms.lipschitz_rate.transform import scale_by_lipschitz_rate
+from optalr.transforms.shared.making import chained
 
 
 def lipschitz_sgd(
@@ -86,7 +87,7 @@ def lipschitz_sgd(
         last_layer=last_layer,
         guards=guards,
     )
-    return optax.chain(*links, scale)
+    return chained("lipschitz_sgd", *links, scale)
 
 
 def lipschitz_adam(
@@ -153,7 +154,7 @@ def lipschitz_adam(
         last_layer=last_layer,
         guards=guards,
     )
-    return optax.chain(*links, guard(optax.scale_by_adam(b1, b2)), scale)
+    return chained("lipschitz_adam", *links, guard(optax.scale_by_adam(b1, b2)), scale)
 
 
 def _penalty(weight_decay: Any) -> list[optax.GradientTransformation]:

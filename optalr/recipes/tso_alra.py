@@ -18,6 +18,7 @@ from optalr.phases.switching import no_switch
 from optalr.signals.coverage import Coverage
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
+from optalr.transforms.shared.making import chained
 
 
 def tso_alra(
@@ -134,8 +135,8 @@ def tso_alra(
     direction, penalty = _with_momentum(direction, momentum), _penalty(weight_decay)
     if second_learning_rate is None or isinstance(second_learning_rate, str):
         # One rate for both phases, on one clock: a schedule does not start again at the switch.
-        join = _join(second_learning_rate, second_momentum)
-        return optax.chain(join(direction, phase), *penalty, scale_by_recorded_rate(learning_rate))
+        stages = _join(second_learning_rate, second_momentum)(direction, phase)
+        return chained("tso_alra", stages, *penalty, scale_by_recorded_rate(learning_rate))
     if not callable(second_learning_rate):
         check_interval("second_learning_rate", second_learning_rate, 0.0)
     second = [] if second_momentum is None else [_sgd_direction(second_momentum)]

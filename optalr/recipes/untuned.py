@@ -20,6 +20,7 @@ from optalr.states import settle
 from optalr.transforms.kronecker.transform import KroneckerOptions, scale_by_kronecker
 from optalr.transforms.learned_decay.transform import add_learned_decay
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
+from optalr.transforms.shared.making import chained
 
 # Chosen on the bench's development problems, and good for all of them: neither the batch size
 # (32 to 2000), the width (32 to 256) nor the loss's scale asked for another rate. The rate belongs
@@ -169,7 +170,7 @@ def untuned(
     )
     decay = _decay(peak, length, every=learn_every, mask=_checked_mask(decay_mask))
     rate = scale_by_recorded_rate(_schedule(peak, length, warmup=warmup, profile=profile))
-    return optax.chain(direction, _momentum(momentum), decay, rate)
+    return chained("untuned", direction, _momentum(momentum), decay, rate)
 
 
 def _decay(peak: Any, length: Any, **options: Any) -> optax.GradientTransformationExtraArgs:

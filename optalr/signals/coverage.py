@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from optalr.linalg.blocks import Blocks
 from optalr.linalg.structured import Diagonal, Full
-from optalr.signals.extras import check_storage, checked_sampling
+from optalr.signals.extras import check_loss, check_storage, checked_sampling
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage, Form, LeafView, Sides
 from optalr.signals.tapping.capture import Tapped, layers_of
@@ -160,6 +160,7 @@ def coverage(
       >>> coverage(loss_fn, params, jnp.ones((4, 3))).treatment
       {"['b']": 'bias', "['w']": 'kronecker'}
     """
+    check_loss(loss_fn)
     check_storage("options", options)
     check_storage("storage", storage)
     _, traced = pose(loss_fn, params, args, has_aux=None, axis_name=None)

@@ -159,8 +159,7 @@ def value_grad_and_extras(
       curvature", 2015; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for
       convolution layers", 2016. We share the scale so that A does not grow with T.
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {loss_fn!r}.")
+    check_loss(loss_fn)
     check_storage("storage", storage)
     sampling = checked_sampling(every, max_positions, max_cost)
     if num_examples is not None:
@@ -191,6 +190,13 @@ def value_grad_and_extras(
 
     # Only ``has_aux`` knows whether a pair comes first, and a type checker does not ask it.
     return evaluate  # pyright: ignore[reportReturnType]
+
+
+def check_loss(loss_fn: Any) -> None:
+    """Check that the first argument is a loss."""
+    if not callable(loss_fn):
+        shown = arguments.shown(loss_fn)
+        raise TypeError(f"loss_fn must be a function, got {shown}. It comes first.")
 
 
 def check_storage(name: str, storage: Any) -> None:

@@ -242,6 +242,11 @@ def trace(problem: Problem, params: Any, axis_name: str | None) -> Traced:
         if problem.has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError("loss_fn must return (loss, aux) when has_aux=True.")
         split = isinstance(result, tuple) if problem.has_aux is None else problem.has_aux
+        if split and len(result) != 2:
+            raise TypeError(
+                f"loss_fn must return a loss, or (loss, aux), got {len(result)} results. Pass the "
+                "loss itself, not what value_grad_and_extras made of it."
+            )
         loss, aux = result if split else (result, None)
         _check_scalar(loss)
         if axis_name is not None:

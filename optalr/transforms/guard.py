@@ -10,7 +10,7 @@ from optalr.arguments import check_transformation
 from optalr.arrays import all_finite, at_least_float32
 from optalr.states import count_up, settle, settle_like
 from optalr.transforms.shared.gradient_watch import GradientWatch, admit, start_gradient_watch
-from optalr.transforms.shared.making import transformation
+from optalr.transforms.shared.making import taking_extras, transformation
 
 
 class GuardState(NamedTuple):
@@ -58,7 +58,7 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
       ([1.0, 1.0], 1)
     """
     check_transformation("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = taking_extras(inner)
 
     def init_fn(params: Any) -> GuardState:
         inner_state = settle(inner.init(at_least_float32(params)))
@@ -77,4 +77,4 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
         failures = count_up(state.failures, given.failed | ~good)
         return new, GuardState(failures, given.watch, after)
 
-    return transformation("guard", init_fn, update_fn, keeps_leaves=False)
+    return transformation("guard", init_fn, update_fn, holds=GuardState)

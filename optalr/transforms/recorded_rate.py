@@ -72,4 +72,4 @@ def scale_by_recorded_rate(
         rate = rate_at(state.count)
         return follow(updates, rate), RecordedRateState(count_up(state.count), rate)
 
-    return transformation("scale_by_recorded_rate", init_fn, update_fn, keeps_leaves=False)
+    return transformation("scale_by_recorded_rate", init_fn, update_fn, holds=RecordedRateState)

@@ -7,6 +7,7 @@ import optax
 from optalr.transforms.published.amsgrad_rule import scale_by_published_amsgrad
 from optalr.transforms.published.swats_rule import scale_by_published_swats
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
+from optalr.transforms.shared.making import chained
 
 
 def swats(
@@ -56,7 +57,8 @@ def swats(
     Reference: Keskar, Socher, "Improving Generalization Performance by Switching from Adam to SGD",
     2017, Algorithm 1; named by the lecture (Raschka, STAT 479, lecture 12).
     """
-    return optax.chain(scale_by_published_swats(learning_rate, b1=b1, b2=b2, eps=eps))
+    rule = scale_by_published_swats(learning_rate, b1=b1, b2=b2, eps=eps)
+    return chained("paper.swats", rule)
 
 
 def amsgrad(
@@ -104,4 +106,4 @@ def amsgrad(
     gradients were all zero, stands still.
     """
     rate = scale_by_recorded_rate(learning_rate)
-    return optax.chain(scale_by_published_amsgrad(b1, b2), rate)
+    return chained("paper.amsgrad", scale_by_published_amsgrad(b1, b2), rate)

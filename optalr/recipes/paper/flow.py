@@ -7,6 +7,7 @@ import optax
 from optalr.arguments import check_choice
 from optalr.transforms.published.minres_flow import ACCELERATIONS, scale_by_minres_flow
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
+from optalr.transforms.shared.making import chained
 
 
 def edf(
@@ -69,8 +70,9 @@ def edf(
     links = [scale_by_minres_flow(curvature=curvature, num_steps=num_steps, damping=damping)]
     rate = scale_by_recorded_rate(learning_rate)
     if acceleration is None:
-        return optax.chain(*links, rate)
+        return chained("paper.edf", *links, rate)
     check_choice("acceleration", acceleration, tuple(ACCELERATIONS))
     friction = ACCELERATIONS[acceleration]()
     # W1's momentum is that of the direction, W2's velocity that of the steps taken.
-    return optax.chain(*links, *((friction, rate) if acceleration == "W1" else (rate, friction)))
+    order = (friction, rate) if acceleration == "W1" else (rate, friction)
+    return chained("paper.edf", *links, *order)

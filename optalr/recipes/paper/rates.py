@@ -11,6 +11,7 @@ from optalr.signals.ray import ExactDerivatives, FiniteDifferences
 from optalr.transforms.learned_rate.safeguards import RateSafeguards
 from optalr.transforms.learned_rate.transform import scale_by_learned_rate
 from optalr.transforms.published.epoch_rate import scale_by_epoch_rate
+from optalr.transforms.shared.making import chained, judging
 
 
 def learned_rate_sgd(
@@ -86,7 +87,7 @@ def learned_rate_sgd(
         probe=probe,
         safeguards=RateSafeguards.off(floor=smoothing),
     )
-    return optax.chain(scale)
+    return chained("paper.learned_rate_sgd", scale)
 
 
 def lipschitz_sgd(
@@ -164,8 +165,10 @@ def lipschitz_sgd(
         every_epoch=every_epoch,
     )
     if is_python_zero(weight_decay):
-        return optax.chain(scale)
-    return optax.chain(optax.add_decayed_weights(weight_decay, mask=_kernels), scale)
+        return chained("paper.lipschitz_sgd", scale)
+    penalty = optax.add_decayed_weights(weight_decay, mask=_kernels)
+    penalty = judging("paper.lipschitz_sgd", penalty, lambda s: isinstance(s, optax.MaskedState))
+    return chained("paper.lipschitz_sgd", penalty, scale)
 
 
 def _kernels(params: Any) -> Any:

@@ -10,6 +10,7 @@ from optalr.phases.switching import no_switch
 from optalr.signals.coverage import Coverage
 from optalr.transforms.published.eigen_roots import scale_by_eigen_roots
 from optalr.transforms.recorded_rate import Rate, scale_by_recorded_rate
+from optalr.transforms.shared.making import chained
 
 
 def tso_alra(
@@ -91,4 +92,4 @@ def tso_alra(
     )
     first = no_switch() if phase is None else phase
     stages = phases.two_stage(direction, optax.identity(), first, guard=False)
-    return optax.chain(stages, scale_by_recorded_rate(learning_rate))
+    return chained("paper.tso_alra", stages, scale_by_recorded_rate(learning_rate))

@@ -240,6 +240,10 @@ class _Kronecker:
 
     def update(self, updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         check_places("scale_by_kronecker", updates, extras.get("point"))
+        # One bare array without a layer has signals of None.
+        if self.from_signals and "signals" not in extras:
+            passed = {name: extra for name, extra in extras.items() if name != WATCHED}
+            require_extra(passed, "signals", "scale_by_kronecker", remedy=REMEDY)
         other = self.options.graft
         # A bad gradient need not become zeros where its update does in the end.
         seen, options = extras.get(WATCHED), {"squares": False, "zeros": other is not None}
@@ -278,17 +282,13 @@ class _Kronecker:
         else:
             limits = {"weight": state.weight, "max_update": self.options.max_update}
             new, norm = bound(step.leaves, memories, new, **limits)
-        usable = gradient.usable
-        new, state = finish(step, new, state, norm=norm, usable=usable)
+        new, state = finish(step, new, state, norm=norm, usable=gradient.usable)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
         kept = to_trees(memories, updates, step.spectrum.kept)
         kept = at_rest(kept, self.spread, like=state.memory)
         return jax.tree.structure(updates).unflatten(new), state._replace(memory=kept)
 
     def _step(self, updates: Any, extras: Any) -> Step:
-        # One bare array without a layer has signals of None.
-        if self.from_signals and "signals" not in extras:
-            require_extra(extras, "signals", "scale_by_kronecker", remedy=REMEDY)
         read = extras if self.from_signals else {}
         plans = self.plan(updates)
         signals, measure = read.get("signals"), read.get("measure")

@@ -195,7 +195,7 @@ def scale_by_krylov_flow(
         state = _after(state, solved, verdict, damping=shift, failed=~jnp.isfinite(wanted))
         return jax.tree.map(lambda v, u: v.astype(u.dtype), verdict.direction, updates), state
 
-    return transformation("scale_by_krylov_flow", init_fn, update_fn, keeps_leaves=False)
+    return transformation("scale_by_krylov_flow", init_fn, update_fn, holds=KrylovFlowState)
 
 
 def _admitted(updates: Any, state: KrylovFlowState) -> tuple[Any, KrylovFlowState]:

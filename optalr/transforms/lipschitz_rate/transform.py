@@ -178,7 +178,7 @@ def scale_by_lipschitz_rate(
         state = _count(state, rate, guarded=guarded | cut, failed=failed)
         return follow_unless_zero(updates, rate), state._replace(gradients=given.watch)
 
-    return transformation("scale_by_lipschitz_rate", init_fn, update_fn, keeps_leaves=False)
+    return transformation("scale_by_lipschitz_rate", init_fn, update_fn, holds=LipschitzRateState)
 
 
 def _check_sources(averages: Any, last_layer: Any, target_norm: Any) -> None:

@@ -106,7 +106,7 @@ def scale_by_epoch_rate(
         check_interval("target_norm", target_norm, 0.0)
     target = target_norm if squares else None
     rule = _Rule(scale, steps_per_epoch, every_epoch, weight_decay, target)
-    return transformation(_NAME, rule.init, rule.update, keeps_leaves=False)
+    return transformation(_NAME, rule.init, rule.update, holds=EpochRateState)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by jit: settings may be arrays

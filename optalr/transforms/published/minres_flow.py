@@ -79,7 +79,7 @@ def scale_by_minres_flow(
         new = jax.tree.map(lambda x, u: x.astype(u.dtype), v, updates)
         return new, MinresFlowState(count_up(state.count), shift.astype(jnp.float32))
 
-    return transformation(_NAME, init_fn, update_fn, keeps_leaves=False)
+    return transformation(_NAME, init_fn, update_fn, holds=MinresFlowState)
 
 
 def _algorithm_2(matvec: Callable[[Any], Any], g: Any, *, shift: jax.Array, **others: Any) -> Any:

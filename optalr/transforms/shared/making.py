@@ -14,7 +14,7 @@ import optax
 
 from optalr.arguments import check_numbers
 from optalr.arrays import as_inexact, on_auto_axes
-from optalr.states import unboxed
+from optalr.states import check_state, is_named_tuple, unboxed
 
 
 def transformation(
@@ -22,7 +22,7 @@ def transformation(
     init: Callable[[Any], Any],
     update: Callable[..., Any],
     *,
-    keeps_leaves: bool = True,
+    holds: type | None = None,
     on_auto: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the transformation that ``init`` and ``update`` make.
@@ -31,8 +31,9 @@ def transformation(
       method: its name, as the user writes it.
       init: ``init(params) -> state``.
       update: ``update(updates, state, params, **extras) -> (updates, state)``.
-      keeps_leaves: whether the method itself keeps arrays whose shapes follow from the parameters'.
-        False also for one whose state holds that of another transformation, which looks after it.
+      holds: the type of the state of a method that keeps no arrays whose shapes follow from the
+        parameters', or whose state holds that of another transformation, which looks after it. None
+        for all others: their states are compared with what ``init`` returns.
       on_auto: whether ``update`` contracts or reshapes leaves, and calls no function of the user.
         On a mesh with explicit axes it then runs where the compiler chooses the shardings.
     """
@@ -43,10 +44,15 @@ def transformation(
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
         check_numbers("updates", updates)
+        check_numbers("params", params)
         updates, params = as_inexact(updates), as_inexact(params)
-        if keeps_leaves:
+        if holds is None:
             # A lambda, which jax cannot take for one that it has traced with other hyperparameters.
-            _check_state(method, state, jax.eval_shape(lambda like: init(like), updates))
+            like = jax.eval_shape(lambda like: init(like), updates)
+            check_state(method, state, isinstance(state, type(like)))
+            _check_shapes(method, state, like)
+        else:
+            check_state(method, state, isinstance(state, holds))
         if not on_auto:
             return update(updates, state, params, **extras)
         return on_auto_axes(
@@ -56,7 +62,55 @@ def transformation(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_state(method: str, state: Any, like: Any) -> None:
+def chained(
+    method: str, *links: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Return the chain of a recipe's links, which refuses by name what is no state of it.
+
+    Each link looks at its own part. ``optax.chain`` itself would hand the letters of a dictionary's
+    keys to them, where gradients and state are exchanged.
+    """
+    return judging(method, optax.chain(*links), lambda state: _is_chain(state, len(links)))
+
+
+def taking_extras(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Return a transformation whose ``update`` takes extras, whatever it does with them.
+
+    ``optax.MultiSteps`` takes them and is none of optax's types that do, so
+    ``optax.with_extra_args_support`` alone would drop them.
+    """
+    if isinstance(inner, optax.MultiSteps):
+        update: Any = inner.update
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.with_extra_args_support(inner)
+
+
+def judging(
+    method: str, inner: optax.GradientTransformation, fits: Callable[[Any], bool]
+) -> optax.GradientTransformationExtraArgs:
+    """Return a transformation of optax's that refuses what is no state of it.
+
+    Args:
+      method: its name, as the user writes it.
+      inner: the transformation.
+      fits: whether a value is of the kind of its states.
+    """
+    inner = taking_extras(inner)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extras: Any) -> Any:
+        check_state(method, state, fits(state))
+        return inner.update(updates, state, params, **extras)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _is_chain(state: Any, length: int) -> bool:
+    # A list is what some checkpoints make of a tuple.
+    is_plain = isinstance(state, tuple | list) and not is_named_tuple(state)
+    return is_plain and len(state) == length
+
+
+def _check_shapes(method: str, state: Any, like: Any) -> None:
     """Raise unless a state has the arrays of ``like``, the state of these parameters and options.
 
     Raises:
