@@ -45,7 +45,7 @@ def share_out_jobs(costs: Sequence[int], numbers: Sequence[int], num_devices: in
       numbers: how many there are of each kind.
       num_devices: D, >= 1.
     """
-    counts = np.zeros((len(costs), num_devices), np.int32)
+    counts = np.zeros((len(costs), num_devices), np.int64)
     loads = [(0, device) for device in range(num_devices)]  # a heap: the least to do comes first
     for kind in sorted(range(len(costs)), key=lambda kind: -costs[kind]):
         for _ in range(numbers[kind]):
@@ -53,5 +53,5 @@ def share_out_jobs(costs: Sequence[int], numbers: Sequence[int], num_devices: in
             counts[kind, device] += 1
             heapq.heappush(loads, (load + costs[kind], device))
     # Neighbours in a stack go to one device, so that its share is one slice.
-    starts = np.cumsum(counts, axis=1, dtype=np.int32) - counts
+    starts = np.cumsum(counts, axis=1) - counts
     return [Share(*pair) for pair in zip(counts, starts, strict=True)]

@@ -29,7 +29,7 @@ class Ledger:
           ValueError: a vector would be longer than jax's int32 can index.
         """
         begin = self._used
-        self._used = begin + counts.astype(np.int64) * numbers
+        self._used = begin + counts * numbers
         if self.length > np.iinfo(np.int32).max:
             raise ValueError(
                 f"mesh has too few devices, {len(counts)}: the matrices of one of them have "

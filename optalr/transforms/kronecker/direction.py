@@ -101,11 +101,12 @@ def _kernel_directions(
         matrix = leaf.pad(leaf.to_matrix(grads, i))
         if spread is not None and mesh is not None:
             request = _Request(spread, leaf, memory=memory, matrix=matrix)
-            if request.moves:
+            if request.cost and not request.in_stack:
                 owned[i] = request
                 continue
-            # Each device has whole layers of a stack, whose gradients come to it.
-            matrix = spread.at_rest(matrix)
+            if request.cost:
+                # Each device has whole layers of a stack, whose gradients come to it.
+                matrix = spread.at_rest(matrix)
         turned[i] = kernel_direction(spectrum, leaf, memory, gradient=matrix, ready=ready)
     if spread is not None and mesh is not None and owned:
         works = _works(spectrum, list(owned.values()), ready)
@@ -148,14 +149,13 @@ class _Request:
         ]
 
     @property
-    def moves(self) -> bool:
-        """Whether there are products to hand out: not where each device has whole matrices."""
-        in_stack = [axis is not None and axis < len(self.leaf.stack) for axis in self._rests]
-        return self.cost > 0 and not any(in_stack)
+    def in_stack(self) -> bool:
+        """Whether each device has whole matrices of a stack, and so owns their products already."""
+        return any(axis is not None and axis < len(self.leaf.stack) for axis in self._rests)
 
     @property
     def cost(self) -> int:
-        """How many multiplications there are for one matrix."""
+        """How many multiplications there are for one matrix; none between two diagonals."""
         rows, cols = self.leaf.sides
         return rows.padded_size * cols.padded_size * (rows.block + cols.block)
 
