@@ -9,7 +9,7 @@ each device whatever their number. Options are the defaults.
 
 Three forms are told apart. *whole*: parameters and factors on every device. *FSDP*: parameters and
 what follows them are sharded by rows, factors and roots are on every device. *parts*: the same with
-`sharded_factors=True`.
+`sharded_factors=True`, where roots and gradients go to the owners of products in each step.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh
 
 import optalr
 from optalr.clocks import REFRESH
-from optalr.sharding.owners import share_out
+from optalr.sharding.owners import share_out, share_out_jobs
 
 DEVICES = 8  # simulated, for the check
 VOCABULARY = 50_176  # 50 000, up to a multiple of 1024: rows are shared out evenly
@@ -119,16 +119,55 @@ def refresh(numbers, num_devices, form):
     return Cost(ROOT * cubes.max(), FLOAT * (others * moved + received))
 
 
+class Product(NamedTuple):
+    """What all kernels of one shape have in common."""
+
+    number: int
+    flops: float  # of one kernel's two products
+    rows: float  # numbers that come by rows: the gradient, and roots that rest so
+    gradient: float  # numbers of the gradient, and of the update
+
+
+def products(params, num_devices, **options):
+    """Return what there is to multiply in each step, a kind for each shape."""
+    options, kinds = optalr.KroneckerOptions(**options), {}
+    for shape in (leaf.shape for leaf in params.values()):
+        kinds[shape] = kinds.get(shape, 0) + 1
+    found = []
+    for (m, n), number in kinds.items():
+        sides = [options.side(size) for size in (m, n)]
+        # A diagonal, and what cannot be cut, comes from nowhere: each device has it.
+        moved = [
+            side.count
+            for side in sides
+            if side.block and any(axis % num_devices == 0 for axis in side.shape[:-1])
+        ]
+        size = math.prod(side.padded_size for side in sides)
+        flops = 2.0 * size * sum(side.block for side in sides)
+        found.append(Product(number, flops, size + sum(moved), size))
+    return found
+
+
 def direction(params, num_devices, form):
-    """Return what a device does in each update to turn gradients, and what it receives for it."""
-    flops, received, options = 0.0, 0.0, optalr.KroneckerOptions()
-    for m, n in (leaf.shape for leaf in params.values()):
-        rows = [options.side(size).block for size in (m, n)]  # 0 for a diagonal
-        flops += 2.0 * m * n * sum(rows)
-        received += FLOAT * m * n * np.count_nonzero(rows)  # the products, by rows
+    """Return what the busiest device does in each update to turn gradients, and what each receives.
+
+    In parts it gets rows of gradients and roots of its own kernels, and rows of all updates. Every
+    device's letters are as long as those of the device with the most.
+    """
+    kinds = products(params, num_devices)
     if form != "parts":
-        return Cost(flops, 0.0)
-    return Cost(flops / num_devices, received * (num_devices - 1) / num_devices)
+        return Cost(sum(kind.number * kind.flops for kind in kinds), 0.0)
+    costs, numbers = [kind.flops for kind in kinds], [kind.number for kind in kinds]
+    shares = share_out_jobs(costs, numbers, num_devices)
+
+    def busiest(amounts):
+        each = sum(s.counts * float(x) for s, x in zip(shares, amounts, strict=True))
+        return each.max()
+
+    arriving = busiest([kind.rows for kind in kinds])
+    returning = busiest([kind.gradient for kind in kinds])
+    received = FLOAT * (arriving + returning) * (num_devices - 1) / num_devices
+    return Cost(busiest(costs), received)
 
 
 def measurement(numbers, num_devices, tokens):
@@ -227,8 +266,12 @@ def check():
     for form, kind in (("FSDP", "all-gather"), ("parts", "all-to-all")):
         options = {"sharded_factors": form == "parts"}
         tx = optalr.scale_by_kronecker(mesh=mesh, statistics="gradient", options=options)
-        text = compiled(tx, params, REFRESH).as_text()
-        found[f"{form}: bytes of a refresh"] = received_bytes(text, kind)
+        both, plain = (
+            received_bytes(compiled(tx, params, told).as_text(), kind) for told in (REFRESH, 0)
+        )
+        found[f"{form}: bytes of a refresh"] = both - plain
+        found[f"{form}: bytes of a direction"] = plain
+        counted[f"{form}: bytes of a direction"] = direction(params, DEVICES, form).bytes
         flags = FLOAT * (DEVICES - 1) * max(sum(2 * share.counts for share in shares))
         received = refresh(numbers, DEVICES, form).bytes
         # In parts the flags go in a gather of their own. Here every device has some.

@@ -1,14 +1,14 @@
-"""Where everything lies while roots are shared out: known before any number is."""
+"""Where everything lies while work is shared out: known before any number is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from optalr.linalg import by_size
-from optalr.sharding.owners import Share, share_out
+from optalr.sharding.owners import Share, share_out_jobs
 from optalr.sharding.spread import Spread
 
 
@@ -32,7 +32,7 @@ class Ledger:
         self._used = begin + counts * numbers
         if self.length > np.iinfo(np.int32).max:
             raise ValueError(
-                f"mesh has too few devices, {len(counts)}: the roots of one of them have "
+                f"mesh has too few devices, {len(counts)}: the matrices of one of them have "
                 f"{self.length} numbers, more than an index can count. Use more devices."
             )
         return begin
@@ -43,13 +43,37 @@ class Ledger:
         return int(self._used.max())
 
 
+class Work(NamedTuple):
+    """What there is to do for all matrices of one kind, and how they lie.
+
+    Attributes:
+      solve: takes the parts, and returns a pytree of arrays with their first axis. What it returns
+        for a matrix depends on no other matrix.
+      places: of the requests, among all.
+      numbers: how many matrices each request has.
+      parts: of the requests, each joined along its first axis, or None.
+      cost: of one matrix, in a unit that all kinds share.
+      cuts: for each part, the axis of one matrix along which each device holds some of it; None for
+        a part that every device holds.
+      cut_of: given the shape of one matrix's solution, returns the same of a leaf of it.
+    """
+
+    solve: Callable[..., Any]
+    places: list[int]
+    numbers: list[int]
+    parts: list[Any]
+    cost: int
+    cuts: list[int | None]
+    cut_of: Callable[[tuple[int, ...]], int | None]
+
+
 class Piece(NamedTuple):
     """A part of a request or of a solution, and where the numbers of each device's share begin."""
 
-    shape: tuple[int, ...]  # of one matrix's
+    shape: tuple[int, ...]  # of one matrix's, or of what a device holds of it
     dtype: Any
     begin: np.ndarray  # (num_devices,)
-    cut: bool  # whether each device holds some of its rows
+    cut: int | None  # the axis along which each device holds some
 
     @property
     def size(self) -> int:
@@ -58,19 +82,17 @@ class Piece(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """All matrices of one size and dtype.
+    """The work for all matrices of one kind, shared out.
 
     Attributes:
-      places: of their requests, among all.
-      parts: the parts of the requests, each joined along its first axis, or None.
-      share: which of the matrices each device solves.
+      work: what there is to do.
+      share: which of the matrices each device takes.
       given: a piece for each part, None for one that is whole on every device.
       found: a piece for each leaf of the solution.
       structure: of the solution.
     """
 
-    places: list[int]
-    parts: list[Any]
+    work: Work
     share: Share
     given: list[Piece | None]
     found: list[Piece]
@@ -120,27 +142,53 @@ class Plan(NamedTuple):
         return np.result_type(*(piece.dtype for kind in self.kinds for piece in kind.found))
 
 
-def plan_for(spread: Spread, solve: by_size.Solve, requests: Sequence[tuple[Any, ...]]) -> Plan:
-    """Return who solves which request, and where everything lies meanwhile."""
+def root_work(
+    spread: Spread, solve: by_size.Solve, requests: Sequence[tuple[Any, ...]]
+) -> list[Work]:
+    """Return the work of taking roots, a kind for each size and dtype of the matrices."""
+
+    def solve_one(*parts: Any) -> Any:
+        return solve([parts])[0]
+
+    kinds = []
+    for places in by_size.places_by_size(requests):
+        parts = by_size.joined([requests[i] for i in places])
+        n = parts[0].shape[-1]
+        rests = spread.rests and n % spread.num_devices == 0
+
+        def cut_of(shape: tuple[int, ...], rests=rests) -> int | None:
+            return 0 if rests and len(shape) == 2 else None
+
+        cuts = [None if part is None else cut_of(part.shape[1:]) for part in parts]
+        numbers = [requests[i][0].shape[0] for i in places]
+        kinds.append(Work(solve_one, places, numbers, parts, n**3, cuts, cut_of))
+    return kinds
+
+
+def plan_for(spread: Spread, works: Sequence[Work]) -> Plan:
+    """Return who takes which matrices, and where everything lies meanwhile."""
     num_devices, kinds = spread.num_devices, []
     gathered, arriving, leaving = (Ledger(num_devices) for _ in range(3))
-    places = by_size.places_by_size(requests)
-    stacks = [by_size.joined([requests[i] for i in of_kind]) for of_kind in places]
-    shapes = [parts[0].shape for parts in stacks]
-    shares = share_out([s[-1] for s in shapes], [s[0] for s in shapes], num_devices)
-    for of_kind, parts, share in zip(places, stacks, shares, strict=True):
-        rests = spread.rests and parts[0].shape[-1] % num_devices == 0
+    numbers = [work.parts[0].shape[0] for work in works]
+    shares = share_out_jobs([work.cost for work in works], numbers, num_devices)
+    for work, share in zip(works, shares, strict=True):
 
-        def piece(leaf: Any, to: Ledger, rests=rests, share=share) -> Piece:
-            cut = rests and leaf.ndim == 3
-            shape = (leaf.shape[1] // num_devices, leaf.shape[2]) if cut else leaf.shape[1:]
-            begin = to.enter(share.counts, math.prod(shape))
-            return Piece(shape, leaf.dtype, begin, cut)
+        def piece(leaf: Any, cut: int | None, to: Ledger, share=share) -> Piece:
+            shape = list(leaf.shape[1:])
+            if cut is not None:
+                shape[cut] //= num_devices
+            return Piece(tuple(shape), leaf.dtype, to.enter(share.counts, math.prod(shape)), cut)
 
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), parts)
-        leaves, structure = jax.tree.flatten(jax.eval_shape(solve, [one])[0])
-        is_cut = [rests and part is not None and part.ndim == 3 for part in parts]
-        given = [piece(p, arriving) if cut else None for p, cut in zip(parts, is_cut, strict=True)]
-        found = [piece(x, leaving if rests and x.ndim == 3 else gathered) for x in leaves]
-        kinds.append(Kind(of_kind, parts, share, given, found, structure))
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), work.parts)
+        leaves, structure = jax.tree.flatten(jax.eval_shape(work.solve, *one))
+        given = [
+            None if cut is None else piece(part, cut, arriving)
+            for part, cut in zip(work.parts, work.cuts, strict=True)
+        ]
+        cuts = [work.cut_of(leaf.shape[1:]) for leaf in leaves]
+        found = [
+            piece(leaf, cut, gathered if cut is None else leaving)
+            for leaf, cut in zip(leaves, cuts, strict=True)
+        ]
+        kinds.append(Kind(work, share, given, found, structure))
     return Plan(kinds, gathered, arriving, leaving)

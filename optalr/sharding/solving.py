@@ -1,4 +1,4 @@
-"""The roots of many matrices, each taken by one device of a mesh.
+"""Work on many matrices, each done by one device of a mesh: their roots, or products by them.
 
 Without this every device takes every root. Here each takes its share (``owners``), and one
 all-gather hands out what all have found:
@@ -16,7 +16,8 @@ all-gather hands out what all have found:
    dealt out over all devices by an all-to-all, so that no empty one is gathered.
 
 Matrices that rest by rows (``Spread.rests``) go to their owners by one all-to-all, and their roots
-go back to rows by another. A device then never holds more than its share of either.
+go back to rows by another. A device then never holds more than its share of either. Gradients and
+roots go to the owners of products in the same way, and updates come back (``work_over``).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +26,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from optalr.linalg import by_size
-from optalr.sharding.planning import Kind, Piece, Plan, plan_for
+from optalr.sharding.planning import Kind, Piece, Plan, Work, plan_for, root_work
 from optalr.sharding.spread import Spread
 
 
@@ -56,34 +57,59 @@ def solve_over(
     mesh = None if spread is None or spread.num_devices == 1 else spread.at_hand()
     if spread is None or mesh is None or not requests:
         return by_size.solve_by_size(solve, requests)
-    plan = plan_for(spread, solve, requests)
-    everywhere, by_rows = PartitionSpec(), PartitionSpec(None, spread.names)
+    return work_over(spread, mesh, root_work(spread, solve, requests))
 
-    def specs(pieces: Sequence[Piece | None]) -> list[PartitionSpec]:
-        return [by_rows if piece is not None and piece.cut else everywhere for piece in pieces]
+
+def work_over(spread: Spread, mesh: Mesh | AbstractMesh, works: Sequence[Work]) -> list[Any]:
+    """Do work of several kinds, on the device that owns each matrix.
+
+    Args:
+      spread: who shares the work.
+      mesh: as the code at hand sees it, ``spread.at_hand()``.
+      works: whose places are those of all requests together, each once.
+
+    Returns:
+      One pytree a request, in the order of the places.
+
+    Cost: an all-to-all for all parts that are cut, one for all solutions that are, and an
+    all-gather for all others.
+    """
+    plan = plan_for(spread, works)
 
     # What a device has differs from the others', and the loops of a solver need not say so.
-    gathered, rows = jax.shard_map(
-        lambda stacks: _of_device(spread, solve, plan, stacks=stacks),
+    gathered, cut = jax.shard_map(
+        lambda parts: _of_device(spread, plan, parts=parts),
         mesh=mesh,
-        in_specs=([specs(kind.given) for kind in plan.kinds],),
-        out_specs=(everywhere, [specs(_cut(kind)) for kind in plan.kinds]),
+        in_specs=([_specs(spread, kind.given) for kind in plan.kinds],),
+        out_specs=(PartitionSpec(), [_specs(spread, _cut(kind)) for kind in plan.kinds]),
         check_vma=False,
-    )([kind.parts for kind in plan.kinds])
+    )([kind.work.parts for kind in plan.kinds])
     solved: dict[int, Any] = {}
-    for kind, own_rows in zip(plan.kinds, rows, strict=True):
-        remaining = iter(own_rows)
+    for kind, own in zip(plan.kinds, cut, strict=True):
+        remaining = iter(own)
         leaves = [
-            next(remaining) if piece.cut else _collected(kind, piece, gathered, rows=plan.rows)
+            _collected(kind, piece, gathered, rows=plan.rows)
+            if piece.cut is None
+            else next(remaining)
             for piece in kind.found
         ]
-        solved.update(_by_request(kind, leaves, requests))
-    return [solved[i] for i in range(len(requests))]
+        solved.update(_by_request(kind, leaves))
+    return [solved[i] for i in sorted(solved)]
+
+
+def _specs(spread: Spread, pieces: Sequence[Piece | None]) -> list[PartitionSpec]:
+    """Return how the stacks lie that pieces belong to."""
+    return [
+        PartitionSpec()
+        if piece is None or piece.cut is None
+        else PartitionSpec(*(None,) * (1 + piece.cut), spread.names)
+        for piece in pieces
+    ]
 
 
 def _cut(kind: Kind) -> list[Piece]:
-    """Return the pieces of a solution that are kept by rows."""
-    return [piece for piece in kind.found if piece.cut]
+    """Return the pieces of a solution of which each device keeps some."""
+    return [piece for piece in kind.found if piece.cut is not None]
 
 
 class _Boxes(NamedTuple):
@@ -93,9 +119,12 @@ class _Boxes(NamedTuple):
     rows: jax.Array  # (num_devices, length), the rows for each device
 
 
-def _of_device(spread: Spread, solve: by_size.Solve, plan: Plan, *, stacks: Any) -> Any:
+def _of_device(spread: Spread, plan: Plan, *, parts: Any) -> Any:
     """Return what all devices have found, and this device's rows of it."""
-    kinds = [kind._replace(parts=parts) for kind, parts in zip(plan.kinds, stacks, strict=True)]
+    kinds = [
+        kind._replace(work=kind.work._replace(parts=own))
+        for kind, own in zip(plan.kinds, parts, strict=True)
+    ]
     plan, dtype = plan._replace(kinds=kinds), plan.dtype
     place = jax.lax.axis_index(spread.names)
     arrived = None
@@ -104,7 +133,7 @@ def _of_device(spread: Spread, solve: by_size.Solve, plan: Plan, *, stacks: Any)
     rows = jnp.zeros((spread.num_devices, plan.leaving.length), dtype)
     boxes = _Boxes(jnp.zeros(plan.gathered.length, dtype), rows)
     for kind in plan.kinds:
-        boxes = _solve_share(solve, kind, boxes, place=place, arrived=arrived)
+        boxes = _solve_share(kind, boxes, place=place, arrived=arrived)
     gathered = _gathered(boxes.vector, plan, spread.names)
     if not plan.leaving.length:
         return gathered, [[] for _ in plan.kinds]
@@ -120,6 +149,8 @@ def _of_device(spread: Spread, solve: by_size.Solve, plan: Plan, *, stacks: Any)
 def _gathered(vector: jax.Array, plan: Plan, names: tuple[str, ...]) -> jax.Array:
     """Return the vectors of all devices, or of those that have any matrices (``plan.rows``)."""
     busy, num_devices = plan.busy, plan.num_devices
+    if not vector.size:
+        return vector
     if not plan.deals_out:
         return jax.lax.all_gather(vector, names)
     dealt = jnp.pad(vector, (0, -vector.size % num_devices)).reshape(num_devices, -1)
@@ -134,7 +165,7 @@ def _letters(plan: Plan, dtype: Any) -> jax.Array:
         content = [
             part[kind.share.starts[owner] :][: kind.share.counts[owner]].astype(dtype).reshape(-1)
             for kind in plan.kinds
-            for part, piece in zip(kind.parts, kind.given, strict=True)
+            for part, piece in zip(kind.work.parts, kind.given, strict=True)
             if piece is not None
         ]
         letter = jnp.concatenate(content)
@@ -143,7 +174,7 @@ def _letters(plan: Plan, dtype: Any) -> jax.Array:
 
 
 def _solve_share(
-    solve: by_size.Solve, kind: Kind, boxes: _Boxes, *, place: jax.Array, arrived: jax.Array | None
+    kind: Kind, boxes: _Boxes, *, place: jax.Array, arrived: jax.Array | None
 ) -> _Boxes:
     """Write the solutions of a device's matrices of one kind into its boxes."""
 
@@ -157,14 +188,15 @@ def _solve_share(
             return jax.lax.dynamic_slice_in_dim(part, here(kind.share.starts), number)
         size = number * piece.size
         rows = jax.lax.dynamic_slice_in_dim(arrived, here(piece.begin), size, axis=1)
-        return _whole(rows.reshape(-1, number, *piece.shape)).astype(piece.dtype)
+        return _whole(rows.reshape(-1, number, *piece.shape), piece.cut).astype(piece.dtype)
 
     def solver(number: int) -> Callable[[_Boxes], _Boxes]:
         def write(boxes: _Boxes) -> _Boxes:
             if not number:
                 return boxes
-            parts = zip(kind.parts, kind.given, strict=True)
-            leaves = jax.tree.leaves(solve([[own(part, piece, number) for part, piece in parts]]))
+            parts = zip(kind.work.parts, kind.given, strict=True)
+            solution = kind.work.solve(*(own(part, piece, number) for part, piece in parts))
+            leaves = jax.tree.leaves(solution)
             for leaf, piece in zip(leaves, kind.found, strict=True):
                 boxes = _written(boxes, leaf, piece, begin=here(piece.begin))
             return boxes
@@ -178,19 +210,23 @@ def _solve_share(
 def _written(boxes: _Boxes, leaf: jax.Array, piece: Piece, *, begin: jax.Array) -> _Boxes:
     """Return the boxes with a leaf of a device's solutions."""
     leaf = leaf.astype(boxes.vector.dtype)
-    if not piece.cut:
+    if piece.cut is None:
         vector = jax.lax.dynamic_update_slice_in_dim(boxes.vector, leaf.reshape(-1), begin, 0)
         return boxes._replace(vector=vector)
     num_devices = boxes.rows.shape[0]
-    rows = jnp.moveaxis(leaf.reshape(leaf.shape[0], num_devices, *piece.shape), 1, 0)
-    rows = rows.reshape(num_devices, -1)
+    axis = 1 + piece.cut
+    shape = [leaf.shape[0], *piece.shape]
+    shape.insert(axis, num_devices)
+    rows = jnp.moveaxis(leaf.reshape(shape), axis, 0).reshape(num_devices, -1)
     return boxes._replace(rows=jax.lax.dynamic_update_slice_in_dim(boxes.rows, rows, begin, 1))
 
 
-def _whole(rows: jax.Array) -> jax.Array:
-    """Return ``(k, n, n)``, given the rows that each device had, ``(num_devices, k, n/D, n)``."""
-    k, n = rows.shape[1], rows.shape[-1]
-    return jnp.moveaxis(rows, 0, 1).reshape(k, n, n)
+def _whole(rows: jax.Array, cut: int | None) -> jax.Array:
+    """Return ``(k, *shape)`` from what each device had of it, ``(num_devices, k, ...)``."""
+    axis = 1 if cut is None else 1 + cut
+    together = jnp.moveaxis(rows, 0, axis)
+    shape = together.shape
+    return together.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
 
 
 def _collected(kind: Kind, piece: Piece, vectors: jax.Array, *, rows: Sequence[int]) -> jax.Array:
@@ -203,11 +239,11 @@ def _collected(kind: Kind, piece: Piece, vectors: jax.Array, *, rows: Sequence[i
     return jnp.concatenate(found).astype(piece.dtype)
 
 
-def _by_request(kind: Kind, leaves: Sequence[jax.Array], requests: Sequence[Any]) -> dict[int, Any]:
+def _by_request(kind: Kind, leaves: Sequence[jax.Array]) -> dict[int, Any]:
     """Return the solution of each request of a kind, by its place among all."""
     solved, start = {}, 0
-    for i in kind.places:
-        stop = start + requests[i][0].shape[0]
+    for i, number in zip(kind.work.places, kind.work.numbers, strict=True):
+        stop = start + number
         solved[i] = kind.structure.unflatten([leaf[start:stop] for leaf in leaves])
         start = stop
     return solved

@@ -62,10 +62,13 @@ class Spread:
         They are cut along the first axis that can be: that of the stack, if the number of devices
         divides it, else that of the rows. What cannot be cut, or is no matrix, is replicated.
         """
-        for axis, size in enumerate(shape[:-1]):
-            if self.rests and size % self.num_devices == 0:
-                return PartitionSpec(*(None,) * axis, self.names)
-        return PartitionSpec()
+        axis = self.axis_of(shape)
+        return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, self.names)
+
+    def axis_of(self, shape: tuple[int, ...]) -> int | None:
+        """Return the axis along which matrices ``(..., n, n)`` are cut at rest, or None."""
+        fitting = [axis for axis, n in enumerate(shape[:-1]) if n % self.num_devices == 0]
+        return fitting[0] if self.rests and fitting else None
 
     def at_rest(self, tree: Any) -> Any:
         """Return matrices as they rest."""

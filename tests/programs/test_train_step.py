@@ -296,3 +296,11 @@ def test_bad_calls_are_refused():
         step(params, tx.init(params), *make_batch(0), {1, 2})
     with pytest.raises(ValueError, match="kind"):
         step.lower(params, tx.init(params), *make_batch(0), kind="third")
+
+
+def test_signals_pass_through_optax_multi_steps():
+    """It is no transformation of the types that take extras, and takes them all the same."""
+    tx = optax.MultiSteps(optalr.tso_alra(1e-2, update_every=4), 2)
+    with pytest.warns(UserWarning, match="MultiStepsState says on the device alone"):
+        losses, *_ = run(tx, steps=6)
+    assert np.isfinite(losses).all()

@@ -14,6 +14,7 @@ from optalr.clocks import REFRESH
 COLLECTIVE = re.compile(
     r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 )
+RESULT = re.compile(r"(pred|[a-z]+\d\d)\[([\d,]*)\]")
 # Flops of a decomposition of an n × n matrix, in n³. Only that they are the same on one device and
 # on many matters here.
 DECOMPOSITIONS = {"eigh": 20.0, "qr": 4.0, "geqrf": 4.0, "cholesky": 1 / 3, "triangular_solve": 1.0}
@@ -64,3 +65,16 @@ def refresh_flops(tx: optax.GradientTransformation, params: Any) -> float:
 def collectives(text: str) -> collections.Counter:
     """Return how many collectives of each kind a compiled program holds."""
     return collections.Counter(COLLECTIVE.findall(text))
+
+
+def result_bytes(text: str) -> collections.Counter:
+    """Return how many bytes the results of a compiled program's collectives have, by kind."""
+    found = collections.Counter()
+    for line in text.splitlines():
+        kind = COLLECTIVE.search(line)
+        if kind is None:
+            continue
+        for dtype, shape in RESULT.findall(line[: kind.start()].split(" = ", 1)[1]):
+            numbers = math.prod(map(int, shape.split(","))) if shape else 1
+            found[kind[1]] += numbers * (1 if dtype == "pred" else int(dtype[-2:]) // 8)
+    return found

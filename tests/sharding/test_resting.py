@@ -41,7 +41,7 @@ def factors(state):
     return jax.tree.leaves((memory.rows, memory.cols))
 
 
-def train(make_step, tx, mesh, num_steps=8):
+def train(make_step, tx, mesh, num_steps=30):
     params, state = net.placed(make_params(), mesh, P()), None
     if mesh is None:
         step, state = make_step(tx), tx.init(params)
@@ -69,12 +69,16 @@ def alone(options):
         *((net.traced, "auto", name) for name in ("eigenbasis", "measured", "blocks")),
     ],
 )
-def test_factors_that_rest_in_parts_change_no_number(make_step, axes, options):
+def test_factors_that_rest_in_parts_change_no_number(make_step, axes, options, request):
+    if options == "measured":
+        # In float32 the order of sums makes 2e-5 here: what is averaged in an eigenbasis follows
+        # its vectors, which rounding turns where eigenvalues are close.
+        request.getfixturevalue("x64")
     mesh = net.mesh_of(8, axes=axes)
     with jax.set_mesh(mesh):
         params, state = train(make_step, make_tx(mesh, options), mesh)
     for name, leaf in alone(options).items():
-        np.testing.assert_allclose(params[name], leaf, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(params[name], leaf, rtol=1e-5, atol=1e-5)
         assert params[name].sharding.is_fully_replicated
     for leaf in factors(state):
         if leaf.ndim == 2:
@@ -123,7 +127,7 @@ def test_where_a_matrix_is_cut(shape, spec):
 
 
 @pytest.mark.slow
-def test_a_plain_step_sends_products_and_no_factor():
+def test_a_plain_step_sends_updates_and_no_factor():
     mesh = net.mesh_of(8)
     tx, everywhere = make_tx(mesh), NamedSharding(mesh, P())
 
@@ -142,11 +146,10 @@ def test_a_plain_step_sends_products_and_no_factor():
     for kind in ("plain", "refreshing"):
         texts[kind] = step.lower(params, state, *batch, kind=kind).compile().as_text()
     plain = collectives(texts["plain"])
-    assert plain["all-gather"] <= 2 * len(params)
-    assert not plain["all-to-all"]
-    # Twice what the parameters are, where the gradients' all-reduce sends as much.
+    # Gradients and roots go to their owners, updates come back by rows, and each is gathered.
+    assert plain["all-to-all"] == 2
+    assert plain["all-gather"] == len(params)
     gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", texts["plain"])
-    numbers = [math.prod(map(int, shape.split(","))) for shape in gathered]
-    assert len(numbers) == plain["all-gather"]
-    assert sum(numbers) <= 2 * sum(math.prod(pair) for pair in itertools.pairwise(net.EVEN))
-    assert collectives(texts["refreshing"])["all-to-all"] == 2
+    shapes_of = {tuple(map(int, shape.split(","))) for shape in gathered}
+    assert shapes_of == set(itertools.pairwise(net.EVEN))
+    assert collectives(texts["refreshing"])["all-to-all"] == 4

@@ -1,4 +1,9 @@
-"""The direction: ``F^p vec(G) = vec(A^p G B^p)``, leaf by leaf."""
+"""The direction: ``F^p vec(G) = vec(A^p G B^p)``, leaf by leaf.
+
+Where roots rest in parts, a kernel's products are made by the device that owns it. One all-to-all
+brings each owner the rows of its gradients and roots, and another takes the updates back to rows. A
+device then receives a share of all roots, and of all gradients, and does a share of the products.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arrays import damped_power
+from optalr.linalg import by_size
+from optalr.sharding.planning import Work
+from optalr.sharding.solving import work_over
+from optalr.sharding.spread import Spread
 from optalr.transforms.kronecker.leaves import Bias, Elementwise, JointBias, Kernel
-from optalr.transforms.kronecker.memory import LeafMemory, roots_of
+from optalr.transforms.kronecker.memory import LeafMemory, SideMemory, roots_of
 from optalr.transforms.kronecker.rule import Rule
 from optalr.transforms.kronecker.spectrum import Spectrum, Step
 
@@ -59,6 +68,7 @@ def directions(
     spectrum, ready, weight = step.spectrum, state.num_refreshes > 0, state.weight
     updates: list[Any] = list(grads)
     scale = 1 / jnp.where(weight > 0, weight, 1)
+    turned = _kernel_directions(step, memories, ready, grads=grads)
     for i, (leaf, memory, g) in enumerate(zip(step.leaves, memories, grads, strict=True)):
         if isinstance(leaf, JointBias):
             continue  # a row of its kernel's matrix, which sets its update below
@@ -70,10 +80,111 @@ def directions(
             direction = elementwise_direction(spectrum.rule, g, moment)
             updates[i] = jnp.where(ready, direction, g)
         elif isinstance(leaf, Kernel):
-            matrix = leaf.pad(leaf.to_matrix(grads, i))
-            direction = kernel_direction(spectrum, leaf, memory, gradient=matrix, ready=ready)
-            updates[i], bias = leaf.from_matrix(direction)
+            updates[i], bias = leaf.from_matrix(turned[i])
             if leaf.joint_bias is not None and bias is not None:
                 own = grads[leaf.joint_bias]
                 updates[leaf.joint_bias] = bias.reshape(own.shape).astype(own.dtype)
     return updates
+
+
+def _kernel_directions(
+    step: Step, memories: Sequence[LeafMemory], ready: jax.Array, *, grads: Sequence[jax.Array]
+) -> dict[int, jax.Array]:
+    """Return the direction of each kernel, as a padded matrix, by its place among the leaves."""
+    spectrum, spread = step.spectrum, step.spread
+    mesh = spread.at_hand() if spread is not None and spread.rests else None
+    turned: dict[int, jax.Array] = {}
+    owned: dict[int, _Request] = {}
+    for i, (leaf, memory) in enumerate(zip(step.leaves, memories, strict=True)):
+        if not isinstance(leaf, Kernel):
+            continue
+        matrix = leaf.pad(leaf.to_matrix(grads, i))
+        if spread is not None and mesh is not None:
+            request = _Request(spread, leaf, memory=memory, matrix=matrix)
+            if request.cost and not request.in_stack:
+                owned[i] = request
+                continue
+            if request.cost:
+                # Each device has whole layers of a stack, whose gradients come to it.
+                matrix = spread.at_rest(matrix)
+        turned[i] = kernel_direction(spectrum, leaf, memory, gradient=matrix, ready=ready)
+    if spread is not None and mesh is not None and owned:
+        works = _works(spectrum, list(owned.values()), ready)
+        for i, found in zip(owned, work_over(spread, mesh, works), strict=True):
+            matrix = owned[i].matrix
+            turned[i] = found.reshape(matrix.shape)
+    return turned
+
+
+class _Request:
+    """One kernel's gradient and what it is multiplied by, as stacks of matrices for their owners.
+
+    Attributes:
+      leaf: the kernel.
+      matrix: its gradient, ``(*stack, m, n)``, padded.
+      parts: the gradient and what the memory has of roots, each ``(k, ...)`` for a stack of k.
+      structure: of the parts: a gradient and a memory.
+      cuts: for each part, the axis of one matrix along which devices hold some of it, or None.
+    """
+
+    def __init__(self, spread: Spread, leaf: Kernel, *, memory: LeafMemory, matrix: jax.Array):
+        self.leaf, self.matrix, self._spread = leaf, matrix, spread
+        rows, cols = (
+            SideMemory(root=side.root, eigenvalues=side.eigenvalues) for side in memory.sides
+        )
+        needed = LeafMemory(rows, cols, eigen_moment=memory.eigen_moment)
+        arrays, self.structure = jax.tree.flatten((matrix, needed))
+        depth = len(leaf.stack)
+        self._rests = [spread.axis_of(array.shape) for array in arrays]
+        self.parts = [array.reshape(-1, *array.shape[depth:]) for array in arrays]
+        # A gradient that all devices have is cut as well. That sends little: each owner gets its
+        # own. One that is sharded need not be gathered for it.
+        self.cuts = [
+            self.cut_of(part.shape[1:])
+            if array.shape == matrix.shape
+            else None
+            if axis is None
+            else axis - depth
+            for part, array, axis in zip(self.parts, arrays, self._rests, strict=True)
+        ]
+
+    @property
+    def in_stack(self) -> bool:
+        """Whether each device has whole matrices of a stack, and so owns their products already."""
+        return any(axis is not None and axis < len(self.leaf.stack) for axis in self._rests)
+
+    @property
+    def cost(self) -> int:
+        """How many multiplications there are for one matrix; none between two diagonals."""
+        rows, cols = self.leaf.sides
+        return rows.padded_size * cols.padded_size * (rows.block + cols.block)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What requests have in common that make one stack."""
+        forms = tuple((type(side), side.size, side.shape) for side in self.leaf.sides)
+        return *forms, tuple((part.shape[1:], part.dtype) for part in self.parts)
+
+    def cut_of(self, shape: tuple[int, ...]) -> int | None:
+        """Return the first axis along which a matrix like the gradient can be cut, or None."""
+        fitting = [axis for axis, n in enumerate(shape) if n % self._spread.num_devices == 0]
+        return fitting[0] if fitting else None
+
+
+def _works(spectrum: Spectrum, requests: Sequence[_Request], ready: jax.Array) -> list[Work]:
+    """Return the products of all requests, stacked by kind."""
+    kinds: dict[Any, list[int]] = {}
+    for place, request in enumerate(requests):
+        kinds.setdefault(request.kind, []).append(place)
+    works = []
+    for places in kinds.values():
+        first, *_ = members = [requests[place] for place in places]
+
+        def solve(*parts: jax.Array, first=first) -> jax.Array:
+            gradient, memory = first.structure.unflatten(parts)
+            return kernel_direction(spectrum, first.leaf, memory, gradient=gradient, ready=ready)
+
+        parts = by_size.joined([tuple(each.parts) for each in members])
+        numbers = [each.parts[0].shape[0] for each in members]
+        works.append(Work(solve, places, numbers, parts, first.cost, first.cuts, first.cut_of))
+    return works

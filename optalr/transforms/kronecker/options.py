@@ -64,7 +64,8 @@ class KroneckerOptions(FactorStorage):
         that differ along another axis alone take the same roots.
       sharded_factors: whether each device keeps a share of every factor and root, and not all of
         them: some layers of a stack, or some rows. It takes ``1/D`` of the memory over D devices.
-        Every update then gathers products, which costs about as much sending as the gradients do.
+        In every update each device then gets the gradients and roots of the kernels whose products
+        it makes, a Dth of all, and sends the updates back. Replicated parameters gather these.
         Needs a mesh. A factor whose rows (or stack) D does not divide is kept whole. Give a jitted
         step of your own ``out_shardings`` (``optalr.state_shardings``), or the compiler may shard
         parameters as it likes.
