@@ -95,11 +95,8 @@ def columns(numbers: jax.Array, stacks: Sequence[jax.Array]) -> list[jax.Array]:
 
 def split(numbers: jax.Array, stacks: Sequence[jax.Array]) -> list[jax.Array]:
     """Return each stack's part of an array that has one entry a matrix, along its first axis."""
-    if len(stacks) == 1:
-        return [numbers]
     ends = np.cumsum([stack.shape[0] for stack in stacks])
-    pairs = zip(ends, stacks, strict=True)
-    return [jax.lax.slice_in_dim(numbers, e - stack.shape[0], e) for e, stack in pairs]
+    return jnp.split(numbers, ends[:-1]) if len(stacks) > 1 else [numbers]
 
 
 def join(parts: Sequence[jax.Array]) -> jax.Array:

@@ -61,7 +61,7 @@ WAYS = {
 READERS = [method for method in METHODS if {"signals", "head"} & set(method.needs)]
 
 
-def complete(mesh=None):
+def complete(mesh=None, **options):
     return optalr.tso_alra(
         1e-2,
         update_every=5,
@@ -69,7 +69,7 @@ def complete(mesh=None):
         damping=1e-2,
         layout=net.layout(),
         mesh=mesh,
-        options={"min_batches": 2},
+        options={"min_batches": 2, **options},
     )
 
 

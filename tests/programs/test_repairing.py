@@ -47,9 +47,7 @@ def told():
     return step, *run(step, tx, params, batch)
 
 
-def test_the_traced_step_decomposes_at_once():
-    tx, params, batch = setting()
-
+def traced(tx):
     @jax.jit
     def step(params, state, *batch):
         evaluate = optalr.value_grad_and_extras(loss_fn)
@@ -57,7 +55,12 @@ def test_the_traced_step_decomposes_at_once():
         updates, state = tx.update(grads, state, params, **extras)
         return optax.apply_updates(params, updates), state, value
 
-    _, seen = run(step, tx, params, batch)
+    return step
+
+
+def test_the_traced_step_decomposes_at_once():
+    tx, params, batch = setting()
+    _, seen = run(traced(tx), tx, params, batch)
     assert seen[-1]["failures"] == 0
     assert seen[-1]["root_residual"] > 0
 
@@ -81,6 +84,27 @@ def test_what_is_missed_changes_nothing(told):
     gradient = jax.grad(loss_fn)(params, *batch)
     plain = 1e-4 * jnp.linalg.norm(gradient["kernel"])
     assert seen[0]["update_norm"] * 1e-4 == pytest.approx(float(plain), rel=1e-4)
+
+
+def test_a_basis_that_has_moved_is_decomposed_at_once():
+    """That is the rule with refreshed bases, so it needs no program of its own."""
+    options = optalr.KroneckerOptions(root_method="eigenbasis", warmup=0, min_batches=1)
+    tx = optax.chain(
+        optalr.scale_by_kronecker(damping=0.05, update_every=2, decay=0.2, options=options),
+        optax.scale(-1e-2),
+    )
+    _, start, _ = setting()
+    told = optalr.train_step(loss_fn, tx, donate=False, read_every=4)
+    ends = []
+    for step in (told, traced(tx)):
+        params, state = start, tx.init(start)
+        for i in range(12):  # each batch has another scale, so the factors turn
+            x, y, scale = (jax.random.normal(jax.random.key(3 * i + j), (16, 24)) for j in range(3))
+            params, state, _ = step(params, state, x * jnp.exp(scale[:1]), y[:, :20])
+        assert optalr.metrics(state)["failures"] == 0
+        ends.append(params["kernel"])
+    np.testing.assert_allclose(*ends, rtol=1e-5, atol=1e-6)
+    assert "repairing" not in told.kinds
 
 
 @pytest.mark.parametrize(("platform", "eigh"), [("cuda", "cusolver_syevd"), ("tpu", "Eigh")])

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import optalr
 from tests.contract import sharded_net
-from tests.contract.test_sharded_parameters import TOLERANCE, WAYS, alone
+from tests.contract.test_sharded_parameters import TOLERANCE, WAYS, alone, complete
 from tests.sharding.counting import collectives, flops, result_bytes
 from tests.sharding.net import mesh_of
 from tests.sharding.test_roots_over_mesh import gpt, mlp
@@ -37,15 +37,7 @@ def test_each_way_to_shard_changes_no_number_of_factors_in_parts(way, axes):
     """With scanned layers, experts and biases, over thirty steps."""
     shape, batch, specs = WAYS[way]
     mesh = sharded_net.mesh_of(shape, axes)
-    tx = optalr.tso_alra(
-        1e-2,
-        update_every=5,
-        momentum=0.5,
-        damping=1e-2,
-        layout=sharded_net.layout(),
-        mesh=mesh,
-        options={"min_batches": 2, "sharded_factors": True},
-    )
+    tx = complete(mesh, sharded_factors=True)
     found, state = sharded_net.train_sharded(tx, mesh, specs, 30, batch=batch)
     sharded_net.assert_close(found, alone(30)[0], TOLERANCE)
     assert int(optalr.metrics(state)["failures"]) == 0

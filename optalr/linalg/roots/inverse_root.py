@@ -71,9 +71,9 @@ def inverse_root(
       and for p = 2 from 32 to 64 rows if the stack has 256 rows in all: there it is no slower at
       condition 1e2 and at 1e6 (``benchmarks/roots.py``). Elsewhere
       ``"cholesky_polar"`` for p = 1 and 2 and ``"coupled_newton"`` for other whole p: products are
-      cheap there and eigendecompositions are not (on an H100 16 matrices of 1024 rows took 18 ms
-      by the former for p = 2, and 59 ms by eigh). But on a GPU ``"eigh"`` takes up to 128 rows for
-      p > 1. A p that is traced or not whole takes ``"eigh"``.
+      cheap there and eigendecompositions are not (on an H100 16 matrices of 1024 rows took 18
+      to 26 ms by the former for p = 2, and 59 ms by eigh). But on a GPU ``"eigh"`` takes up to 128
+      rows for p > 1. A p that is traced or not whole takes ``"eigh"``.
 
     Where a method does not reach its tolerance (it stagnates, or the matrix is not definite), eigh
     is tried once. If eigh misses it too, ``success`` is False and the caller keeps the last good

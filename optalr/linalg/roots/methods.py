@@ -22,7 +22,7 @@ CPU_POLAR_ROWS = (32, 64)
 CPU_POLAR_TOTAL = 256
 # Up to so many rows a GPU takes an eigendecomposition faster than an iteration: on an H100 (jax
 # 0.11) it took 0.94 ms for 4 matrices of 128 rows, Cholesky + polar 2.0 ms; for 16 of 1024 rows 59
-# ms and 18 ms.
+# ms and 18 to 26 ms.
 GPU_EIGH_ROWS = 128
 
 

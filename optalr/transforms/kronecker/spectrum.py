@@ -46,7 +46,7 @@ class Decomposition(NamedTuple):
 
     found: SideMemory  # root (k, b, b), eigenvalues (k, b) and basis (k, b, b), where they are kept
     error: jax.Array  # (k,), the residual; infinite where it is too large
-    # (k,) bool, where an eigendecomposition stood in for an iteration; None where none may
+    # (k,) bool, where an eigendecomposition stood in for an iteration; None where none iterates
     fell_back: jax.Array | None = None
 
 
@@ -211,17 +211,17 @@ class Factored(Spectrum):
             return [_identities(*kind) for kind in kinds]  # no root has the order -1/0
         damping, p = spd.join(dampings), -1 / self.rule.exponent
         power = checked_power(p, self.root_method, 3)
-        every = partial(jnp.full_like, damping)
+        # A basis that has moved too far is nothing rare: it is always decomposed at once.
+        manner = Manner(power, self.root_method, repairs=repairs or self.refreshes_bases)
+        every, take = partial(jnp.full_like, damping), partial(solve, manner=manner)
         asked = Asked(stacks, damping, every(scale), every(p) if power is None else None)
-        take = partial(solve, manner=Manner(power, self.root_method, repairs=repairs))
-        if not self.refreshes_bases:
-            found = take(asked)
-        else:
-            warm = asked._replace(bases=last, tolerance=every(_WARM_ROOT_TOLERANCE))
-            # The first basis is the identity, from which one QR step gains little.
-            found = jax.lax.cond(first, lambda: take(asked), lambda: take(warm))
-        error = jnp.where(found.success, found.residual, jnp.inf)
-        numbers = [spd.split(each, stacks) for each in (error, found.fell_back)[: 1 + repairs]]
+        warm = asked._replace(bases=last, tolerance=every(_WARM_ROOT_TOLERANCE))
+        # The first basis is the identity, from which one QR step gains little.
+        from_last = partial(jax.lax.cond, first, lambda: take(asked), lambda: take(warm))
+        found = from_last() if self.refreshes_bases else take(asked)
+        numbers = [spd.split(jnp.where(found.success, found.residual, jnp.inf), stacks)]
+        if repairs and not self.refreshes_bases:
+            numbers.append(spd.split(found.fell_back, stacks))
         bases = found.bases or [NOTHING] * len(stacks)
         return [
             Decomposition(SideMemory(root=root, basis=basis), *each)
