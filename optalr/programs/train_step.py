@@ -7,7 +7,7 @@ answers that the host knew all along.
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,7 +77,9 @@ def train_step(
       read_every: updates within which the host learns what data have decided, at least 2.
       compiler_options: passed on to ``jax.jit``.
       **capture: options of ``value_grad_and_extras``: ``num_examples``, ``every``,
-        ``max_positions``, ``max_cost``, ``axis_name``, ``fisher``, ``likelihood``, ``storage``.
+        ``max_positions``, ``max_cost``, ``axis_name``, ``fisher``, ``likelihood``, ``storage``,
+        ``outer_products``. The last is on by default where all arrays are on one device. Over a
+        mesh it would add a sum over the devices to each step.
 
     Returns:
       ``step(params, state, *args, extras=None, key=None)``, which returns ``(params, state,
@@ -116,7 +118,16 @@ def train_step(
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"tx must be an optax.GradientTransformation, got {shown(tx)}.")
     check_count("read_every", read_every, 2)
-    evaluate = value_grad_and_extras(loss_fn, has_aux=has_aux, **capture)
+    asked = capture.pop("outer_products", None)
+
+    def evaluate_with(outer_products: bool) -> Callable[..., Any]:
+        given = asked is None and outer_products and "axis_name" not in capture
+        outer_products = given if asked is None else asked
+        return value_grad_and_extras(
+            loss_fn, has_aux=has_aux, outer_products=outer_products, **capture
+        )
+
+    evaluate = {alone: evaluate_with(alone) for alone in (True, False)}
     tx = taking_extras(tx)
     return TrainStep(evaluate, tx, donate=donate, read_every=read_every, options=compiler_options)
 
@@ -126,7 +137,7 @@ class TrainStep:
 
     def __init__(
         self,
-        evaluate: Callable[..., Any],
+        evaluate: Mapping[bool, Callable[..., Any]],
         tx: optax.GradientTransformationExtraArgs,
         *,
         donate: bool,
@@ -143,6 +154,7 @@ class TrainStep:
         self._surveys: dict[Any, Survey] = {}
         self._mirror: Mirror | None = None
         self._last: _Identity | None = None
+        self._alone = True
         self._told: dict[Told, Survey] = {}
 
     @property
@@ -160,10 +172,13 @@ class TrainStep:
         mirror = self._mirror
         if mirror is None or self._last is None or not self._last.is_of(leaves, treedef):
             mirror = Mirror(known, leaves, self._read_every)
+            # What a step returns stays where it is: one look at many parameters is enough.
+            self._alone = _on_one_device(params)
         # Until this call has returned, no state is known.
         self._mirror = self._last = None
         told = mirror.next_told()
-        params, state, value = self._jitted((told, call), (params, state), arrays)
+        program = told, call, self._alone and _on_one_device(arrays)
+        params, state, value = self._jitted(program, (params, state), arrays)
         self._told.setdefault(told, known)
         leaves = jax.tree.leaves(state)
         mirror.advance(told, leaves)
@@ -197,7 +212,8 @@ class TrainStep:
         call, arrays = split_call(args, extras, key)
         known = self._survey(state, jax.tree.structure(state))
         told = (ASK,) * len(known.places) if kind == "traced" else _told_in(known, kind)
-        traced = self._jitted.trace((told, call), (params, state), arrays)
+        program = told, call, _on_one_device(params, arrays)
+        traced = self._jitted.trace(program, (params, state), arrays)
         return traced.lower(lowering_platforms=None if platforms is None else tuple(platforms))
 
     def _survey(self, state: Any, treedef: Any) -> Survey:
@@ -212,9 +228,12 @@ class TrainStep:
                 )
         return known
 
-    def _run(self, program: tuple[Told, Bound], carry: tuple[Any, Any], arrays: Any) -> Any:
-        """Take a step; jit compiles it once for each ``program``: what is told, and the call."""
-        (told, call), (params, state) = program, carry
+    def _run(self, program: tuple[Told, Bound, bool], carry: tuple[Any, Any], arrays: Any) -> Any:
+        """Take a step; jit compiles it once for each ``program``.
+
+        A program is what is told, the static part of the call, and whether there is one device.
+        """
+        (told, call, alone), (params, state) = program, carry
         args, extras, key = open_call(call, arrays)
         leaves, treedef = jax.tree.flatten(state)
         known = self._survey(state, treedef)
@@ -224,10 +243,16 @@ class TrainStep:
                 leaves[place.told] = np.int8(mark)
         told_state = treedef.unflatten(leaves)
         signals = _signals(known, told, state)
-        value, grads, found = self._evaluate(params, *args, signals=signals, key=key)
+        value, grads, found = self._evaluate[alone](params, *args, signals=signals, key=key)
         updates, state = self._tx.update(grads, told_state, params, **{**found, **extras})
         params = optax.apply_updates(params, updates)
         return params, state, value
+
+
+def _on_one_device(*trees: Any) -> bool:
+    """Return whether no array is known to be on several devices."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(trees))
+    return all(sharding is None or sharding.num_devices == 1 for sharding in shardings)
 
 
 def _signals(known: Survey, told: Told, state: Any) -> Any:

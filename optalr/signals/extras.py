@@ -9,6 +9,7 @@ found (``tracing``) and tapped while it is differentiated (``tapping``), and wha
 becomes moments. Curvature products (``curvature``) need no layers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
@@ -27,6 +28,7 @@ from optalr.signals.tapping.budget import Budget
 from optalr.signals.tapping.capture import Tapped, layers_of
 from optalr.signals.tapping.fisher import true_fisher
 from optalr.signals.tapping.gauge import Dummies
+from optalr.signals.tapping.outer import outer_entry, with_outer_products
 from optalr.signals.tracing.site import Sampling
 
 Params = TypeVar("Params")
@@ -70,6 +72,7 @@ def value_grad_and_extras(
     fisher: str = "empirical",
     likelihood: str | None = None,
     storage: FactorStorage | None = None,
+    outer_products: bool = False,
 ) -> Evaluate[Params, Args, Value]:
     """Return a function that evaluates a loss, its gradient, and what else methods may read.
 
@@ -107,6 +110,9 @@ def value_grad_and_extras(
         (used several times, in a loop or a remat, or of more examples and positions than features).
         Of sides that the method keeps as blocks or a diagonal, no more is then measured there, and
         ``signals`` hold these. ``optalr.coverage`` says which layers need it.
+      outer_products: whether ``extras`` also hold gradients of dense layers as sums of outer
+        products, where these are so few that a method multiplies their sides sooner than the
+        gradient. For a program on one device; ``train_step`` decides by itself.
 
     Returns:
       ``evaluate(params, *args, signals=True, key=None)``, which returns ``(value, grads,
@@ -124,6 +130,9 @@ def value_grad_and_extras(
         moments are measured there, and if it is not called nothing is written. ``keep`` maps key
         paths to what is wanted of rows and columns, forms of ``optalr.linalg.structured``. Of
         ``Blocks`` and ``Diagonal`` such a layer measures no more, and they come back as forms;
+      * ``outer_products``: if asked for and somewhere cheaper, the structure of ``params`` with
+        ``OuterProducts`` where they are (dense layers that run once, whose kernel nothing else
+        reads), else None;
       * ``head``: the moments of the layer that is executed last, or None;
       * ``measure_head``: ``(keep=None) -> head``, likewise, with ``keep`` its rows' and columns';
       * ``hessian``: the matvec ``v -> H v`` at ``params``;
@@ -169,21 +178,21 @@ def value_grad_and_extras(
     def evaluate(params: Any, /, *args: Any, signals: Any = True, key: Any = None, **named: Any):
         called = functools.partial(loss_fn, **named) if named else loss_fn
         problem, traced = pose(called, params, args, has_aux=has_aux, axis_name=axis_name)
-        layers = layers_of(traced)
-        tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage)
+        tapped = Tapped(traced, layers_of(traced), _static_flag(signals), sampling, storage)
         if drawn is None:
+            tapped = with_outer_products(tapped) if outer_products else tapped
             outputs, grad_leaves, slots = tapped.differentiate()
         else:
             # The gradient is that of the targets in the batch; nothing is measured on its way.
-            outputs, grad_leaves, _ = Tapped(traced, layers, False, sampling).differentiate()
+            outputs, grad_leaves, _ = dataclasses.replace(tapped, flag=False).differentiate()
             tapped = drawn.tap_model(tapped, problem)
             slots = drawn.measure(tapped, key, axis_name)
         (value, *aux_leaves), value_fn = outputs, problem.value_fn(axis_name)
         grads = jax.tree.unflatten(traced.treedef, grad_leaves)
         # Everything is put in, whoever reads it: under jit what is not read is never computed.
         extras = {"value": value, "grad": grads, "value_fn": value_fn, "point": params}
-        measured = _measured_entries(Assembly.of(tapped, num_examples), tapped.flag, slots)
-        extras |= measured | problem.products(params, value_fn)
+        extras |= _measured_entries(Assembly.of(tapped, num_examples), tapped.flag, slots)
+        extras |= problem.products(params, value_fn) | outer_entry(tapped, slots, grad_leaves)
         if not has_aux:
             return value, grads, extras
         return (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)), grads, extras

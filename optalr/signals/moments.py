@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from optalr.linalg.blocks import Blocks
-from optalr.linalg.structured import Diagonal, Full
+from optalr.linalg.structured import Diagonal, Full, Structured
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +89,10 @@ class LeafView:
             math.prod(shape[axis] for axis in self.cols),
         )
 
+    def is_like(self, other: "LeafView") -> bool:
+        """Return whether two views make the same matrix of a leaf."""
+        return (self.stack, self.rows, self.cols) == (other.stack, other.rows, other.cols)
+
     def to_matrix(self, leaf: jax.Array) -> jax.Array:
         """Return the ``(*stack, m, n)`` matrix view of ``leaf``."""
         stack, m, n = self.matrix_shape(leaf.shape)
@@ -100,6 +104,27 @@ class LeafView:
         # Sorting positions by the axis that stands there inverts a permutation.
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return jnp.transpose(matrix.reshape([shape[axis] for axis in order]), inverse)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OuterProducts:
+    """The gradient of one layer as a sum of outer products, G = Σ_r left_r right_rᵀ.
+
+    There is one for each position of each example. Where these are few, ``A G B`` takes fewer flops
+    from the two sides than from G.
+
+    Attributes:
+      left: ``(*stack, r, m)``, what meets the rows of the leaf's matrix view ``(m, n)``.
+      right: ``(*stack, r, n)``, what meets its columns.
+      gradient: the leaf's gradient, as the loss gave it.
+      view: that matrix view. Static.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    gradient: jax.Array
+    view: LeafView = dataclasses.field(metadata={"static": True})
 
 
 def default_view(shape: tuple[int, ...]) -> LeafView | None:
@@ -169,6 +194,29 @@ class FactorStorage:
         if self.joint_bias and view.bias is not None:
             m, n = (m + 1, n) if view.input_side == "rows" else (m, n + 1)
         return self.side(m), self.side(n)
+
+
+# Products with the sides must take less than this share of those with the gradient itself. They are
+# of other shapes, and a few more operations to compile.
+_PAYS = 0.7
+
+
+def outer_products_pay(num_rows: int, sides: tuple[Structured, Structured]) -> bool:
+    """Return whether both sides of a gradient are cheaper to multiply than the gradient.
+
+    Args:
+      num_rows: how many outer products it is the sum of.
+      sides: the forms of the two matrices that it is multiplied by.
+    """
+    m, n = (side.size for side in sides)
+    block_m, block_n = (max(side.block, 1) for side in sides)
+    apart = num_rows * (m * block_m + n * block_n + m * n)
+    return apart < _PAYS * m * n * (block_m + block_n)
+
+
+def is_outer_products(node: Any) -> bool:
+    """Return whether a node of a pytree is an ``OuterProducts``, for ``is_leaf=``."""
+    return isinstance(node, OuterProducts)
 
 
 def is_moments(node: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 # the three that a line search takes itself.
 OTHER_EXTRAS = (
     *("signals", "measure", "head", "measure_head", "point", "hessian", "outputs", "gauss_newton"),
-    *("activations", "target_norm", "validation_value", "validation_value_fn"),
+    *("outer_products", "activations", "target_norm", "validation_value", "validation_value_fn"),
     *("grad_fn", "loss", "loss_fn", "obj_fn"),
 )
 

@@ -54,6 +54,7 @@ class Tapped:
       flag: whether to measure; a Python bool, or a traced one.
       sampling: which examples and positions to look at, or what a sample may cost.
       storage: what the backward pass keeps of Gram matrices; None keeps all.
+      outer_products: the leaves whose operands are handed on even if there is nothing to measure.
     """
 
     traced: Traced
@@ -61,6 +62,7 @@ class Tapped:
     flag: bool | jax.Array
     sampling: Sampling | Budget
     storage: FactorStorage | None = None
+    outer_products: frozenset[int] = frozenset()
 
     @property
     def is_off(self) -> bool:
@@ -70,7 +72,7 @@ class Tapped:
     def __call__(self, leaves: Any, slots: dict[int, Dummies]) -> list[Any]:
         """Evaluate the function; return its flat outputs."""
         arrays = self.traced.inputs[self.traced.num_leaves :]
-        if self.is_off:
+        if not slots:
             return as_function(self.traced.closed)(*leaves, *arrays)
         # A twin takes the flag as an argument, in which a Python bool would become an array, and
         # a cond on it would stay in the program. None is no argument at all.
@@ -86,18 +88,19 @@ class Tapped:
         The first output is the loss.
         """
         slots, leaves = self.zero_slots(), list(self.traced.leaves)
+        filled = {leaf: slots[leaf] for leaf in self.outer_products} if self.is_off else slots
 
         def loss(leaves, slots):
             outputs = self(leaves, slots)
             return outputs[0], outputs
 
-        if self.is_off:
-            (_, outputs), grads = jax.value_and_grad(loss, has_aux=True)(leaves, slots)
+        if not filled:
+            (_, outputs), grads = jax.value_and_grad(loss, has_aux=True)(leaves, filled)
             return outputs, grads, slots
         # One backward pass for both: the gradient costs what it costs without signals.
         both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (_, outputs), (grads, measured) = both(leaves, slots)
-        return outputs, grads, measured
+        (_, outputs), (grads, measured) = both(leaves, filled)
+        return outputs, grads, slots | measured
 
     def zero_slots(self) -> dict[int, Dummies]:
         """Return the dummies, zero, of every captured leaf.

@@ -8,14 +8,14 @@ they gather in the way of the equation: summed over steps, stacked, or summed ov
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optalr.signals.tapping.gauge import Dummies
-from optalr.signals.tapping.taps import Recorder
+from optalr.signals.tapping.taps import Recorder, all_sites
 from optalr.signals.tracing.inner import (
     Branches,
     Call,
@@ -32,7 +32,6 @@ from optalr.signals.tracing.jaxprs import (
     vary,
     varying_axes,
 )
-from optalr.signals.tracing.site import Site
 from optalr.signals.tracing.walk import Nested, Plan
 
 
@@ -84,7 +83,7 @@ def _rebuild_scan(nested: Scan, values: list[Any], recorder: Recorder) -> Sequen
     scanned = tuple(values[num_consts + num_carry :])
     # Leaves that the scan slices bring their dummies along, sliced likewise: each step fills its
     # own layer's. Dummies of shared leaves are closed over, and sum up over the steps.
-    stacked = {site.leaf for site in _all_sites(plan) if site.view.scanned}
+    stacked = {site.leaf for site in all_sites(plan) if site.view.scanned}
     own = {leaf: recorder.slots[leaf] for leaf in nested.sliced & stacked}
 
     def body(carry, step):
@@ -178,17 +177,8 @@ def _at_inputs(derivative: Derivative, cotangents: Sequence[Any], num_args: int)
 def _slots_in(plan: Plan, recorder: Recorder) -> dict[int, Dummies]:
     """Return the dummies of the sites of one plan."""
     # Others would be carried into a remat or a shard_map, and come back as zeros, for nothing.
-    own = {recorder.slot_of(site) for site in _all_sites(plan)}
+    own = {recorder.slot_of(site) for site in all_sites(plan)}
     return {slot: dummies for slot, dummies in recorder.slots.items() if slot in own}
-
-
-def _all_sites(plan: Plan) -> Iterator[Site]:
-    """Iterate over the sites of a plan and of those inside it."""
-    for sites in plan.taps.values():
-        yield from sites
-    for nested in plan.nested.values():
-        for inner in nested.plans:
-            yield from _all_sites(inner)
 
 
 def _manual_axes(shard_map_params: dict[str, Any]) -> frozenset[str]:

@@ -17,7 +17,7 @@ inner functions, with no bookkeeping of ours.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ class Recorder:
     """Evaluates traced functions with their layers tapped.
 
     Attributes:
-      slots: the dummies of each slot.
+      slots: the dummies of each slot. Layers without one are left as they are.
       slot_of: maps a site to its slot.
       kept: what is kept of the Gram matrices of each leaf.
       flag: None to measure always, else a traced bool.
@@ -50,16 +50,23 @@ class Recorder:
 
     def run(self, closed: Any, plan: Plan, args: Sequence[Any]) -> list[Any]:
         """Evaluate a jaxpr with its plan applied; return its flat outputs."""
+        taps = {index: self._tapped(sites) for index, sites in plan.taps.items()}
+        taps = {index: sites for index, sites in taps.items() if sites}
         replacements: dict[int, Replacement] = {
-            index: functools.partial(self._tap, sites) for index, sites in plan.taps.items()
+            index: functools.partial(self._tap, sites) for index, sites in taps.items()
         }
         for index, nested in plan.nested.items():
-            replacements[index] = functools.partial(self._enter, nested)
+            if any(self._tapped(all_sites(inner)) for inner in nested.plans):
+                replacements[index] = functools.partial(self._enter, nested)
         also_reads = {
             index: [scale.var for site in sites for scale in site.view.scales]
-            for index, sites in plan.taps.items()
+            for index, sites in taps.items()
         }
         return replay(closed, args, replacements, also_reads=also_reads)
+
+    def _tapped(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        """Return the sites that have a slot."""
+        return tuple(site for site in sites if self.slot_of(site) in self.slots)
 
     def _enter(self, nested: Nested, values: list[Any]) -> Sequence[Any]:
         return self.rebuild(nested, values, self)
@@ -86,6 +93,15 @@ class Recorder:
         if isinstance(like, Operands):
             return _hand_on
         return Gauge(site, self.samplings[site.leaf], like, self.kept[site.leaf]).read_if
+
+
+def all_sites(plan: Plan) -> Iterator[Site]:
+    """Iterate over the sites of a plan and of those inside it."""
+    for sites in plan.taps.values():
+        yield from sites
+    for nested in plan.nested.values():
+        for inner in nested.plans:
+            yield from all_sites(inner)
 
 
 # What a twin's backward pass puts into a slot, given the flag and the two sides of the product.

@@ -5,7 +5,7 @@ In: a ``dot_general`` of data and a parameter. Out: its site, or ``NotALayer`` w
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,8 @@ class _Axes(NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class DotSite(Site):
     """A ``dot_general`` of data and a kernel."""
+
+    sums_outer_products: ClassVar[bool] = True
 
     @property
     def sees_one_vector(self) -> bool:

@@ -145,6 +145,7 @@ class Site:
       outer_axes: mesh axes of a shard_map around the loss over which the input varies.
       groups: number of feature groups of a convolution, else 1.
       by_hand: whether the user declared the layer.
+      sums_outer_products: whether the leaf's gradient is the sum over the rows of ``signals``.
     """
 
     origin: Product
@@ -153,6 +154,7 @@ class Site:
     outer_axes: tuple[str, ...] = ()
     groups: int = 1
     by_hand: ClassVar[bool] = False
+    sums_outer_products: ClassVar[bool] = False
 
     @property
     def equation(self) -> Any:

@@ -5,6 +5,7 @@ brings each owner the rows of its gradients and roots, and another takes the upd
 device then receives a share of all roots, and of all gradients, and does a share of the products.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,29 +13,40 @@ import jax
 import jax.numpy as jnp
 
 from optalr.arrays import damped_power
-from optalr.linalg import by_size
+from optalr.linalg import by_size, spd
+from optalr.linalg.structured import Structured
 from optalr.sharding.planning import Work
 from optalr.sharding.solving import work_over
 from optalr.sharding.spread import Spread
+from optalr.signals.moments import OuterProducts, outer_products_pay
 from optalr.transforms.kronecker.leaves import Bias, Elementwise, JointBias, Kernel
 from optalr.transforms.kronecker.memory import LeafMemory, SideMemory, roots_of
 from optalr.transforms.kronecker.rule import Rule
 from optalr.transforms.kronecker.spectrum import Spectrum, Step
 
+# A padded matrix, or the sum of outer products that it is.
+Gradient = jax.Array | OuterProducts
+
 
 def kernel_direction(
-    spectrum: Spectrum, leaf: Kernel, memory: LeafMemory, *, gradient: jax.Array, ready: jax.Array
+    spectrum: Spectrum, leaf: Kernel, memory: LeafMemory, *, gradient: Gradient, ready: jax.Array
 ) -> jax.Array:
     """Return the direction of one kernel from its gradient, both as padded matrices."""
-    G = gradient
     if not spectrum.keeps_eigenvalues:
         A, B = roots_of(leaf, memory)  # (A + λ_A)^p and (B + λ_B)^p
-        return A @ G @ B.T  # B.T is B up to rounding, but its last bits differ
+        return _between(A, gradient, B.T)  # B.T is B up to rounding, but its last bits differ
     Q_A, Q_B = roots_of(leaf, memory)  # eigenbases
-    turned = Q_A.T @ G @ Q_B
+    turned = _between(Q_A.T, gradient, Q_B)
     for gains in spectrum.gains(memory):  # (v + λ)^p; 1 before the first refresh
         turned = turned * jnp.where(ready, gains, 1)
     return Q_A @ turned @ Q_B.T
+
+
+def _between(left: Structured, gradient: Gradient, right: Structured) -> jax.Array:
+    """Return the product of three matrices, the gradient in the middle."""
+    if isinstance(gradient, OuterProducts):
+        return (left @ spd.transpose(gradient.left)) @ (gradient.right @ right)
+    return left @ gradient @ right
 
 
 def bias_direction(
@@ -98,6 +110,11 @@ def _kernel_directions(
     for i, (leaf, memory) in enumerate(zip(step.leaves, memories, strict=True)):
         if not isinstance(leaf, Kernel):
             continue
+        products = step.products.get(i)
+        if products is not None and _pays(leaf, products):
+            gradient = _padded(leaf, products)
+            turned[i] = kernel_direction(spectrum, leaf, memory, gradient=gradient, ready=ready)
+            continue
         matrix = leaf.pad(leaf.to_matrix(grads, i))
         if spread is not None and mesh is not None:
             request = _Request(spread, leaf, memory=memory, matrix=matrix)
@@ -114,6 +131,20 @@ def _kernel_directions(
             matrix = owned[i].matrix
             turned[i] = found.reshape(matrix.shape)
     return turned
+
+
+def _pays(leaf: Kernel, products: OuterProducts) -> bool:
+    """Return whether a kernel's gradient is to be multiplied as a sum of outer products."""
+    # Without a layout a leaf may be seen as another matrix than its layer's. A joint bias has a
+    # gradient of its own, with which theirs would have to be joined.
+    if leaf.joint_bias is not None or not leaf.view.is_like(products.view):
+        return False
+    return outer_products_pay(products.left.shape[-2], leaf.sides)
+
+
+def _padded(leaf: Kernel, products: OuterProducts) -> OuterProducts:
+    left, right = leaf.rows.pad(products.left, -1), leaf.cols.pad(products.right, -1)
+    return dataclasses.replace(products, left=left, right=right)
 
 
 class _Request:

@@ -186,6 +186,7 @@ def finish(
     *,
     norm: jax.Array,
     usable: jax.Array,
+    empty: jax.Array,
 ) -> tuple[list[jax.Array], Any]:
     """Replace an update that is not finite by zero; note whether the next one wants signals.
 
@@ -195,9 +196,11 @@ def finish(
       state: the state so far.
       norm: of the update; not finite if that is not.
       usable: () bool, whether the gradient was finite; if not, that has been counted.
+      empty: () bool, whether zeros came in place of one that was not, and was counted then. What
+        was handed on beside it (outer products) is not finite still.
     """
-    failed = usable & ~jnp.isfinite(norm)
-    finite = usable & ~failed
+    finite = usable & jnp.isfinite(norm)
+    failed = usable & ~finite & ~empty
     new = [jnp.where(finite, u, 0) for u in new]
     count = count_up(state.count)
     return new, state._replace(

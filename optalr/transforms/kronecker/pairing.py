@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from optalr.linalg.structured import Structured
-from optalr.signals.moments import LayerMoments, is_moments
+from optalr.signals.moments import LayerMoments, OuterProducts, is_moments, is_outer_products
+from optalr.signals.ray import by_path
 from optalr.transforms.kronecker.leaves import Bias, Kernel, Leaf
 
 # What to do where the signals are missing.
@@ -63,6 +64,38 @@ def _with_moments(plan: Leaf, moments: Mapping[str, LayerMoments]) -> Leaf:
     if plan.captured:
         raise ValueError(_missing(plan, moments))
     return plan
+
+
+def own_products(
+    updates: Any, extras: Mapping[str, Any], own: set[int], *, share: jax.Array
+) -> dict[int, OuterProducts]:
+    """Return what arrived of gradients as sums of outer products, by the leaves' positions.
+
+    Args:
+      updates: what arrived.
+      extras: of the update; products are those of its ``grad``.
+      own: the leaves that are the loss's gradient times one factor.
+      share: that factor.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(
+        extras.get("outer_products"), is_leaf=is_outer_products
+    )
+    known = {} if extras.get("grad") is None else by_path(extras["grad"])
+    # A gradient that was accumulated over batches is not the sum over the last of them.
+    products = {
+        path: node
+        for path, node in ((jax.tree_util.keystr(keys), node) for keys, node in nodes)
+        if path in known and node.gradient is known[path]
+    }
+
+    def arrived(node: OuterProducts) -> OuterProducts:
+        return dataclasses.replace(node, right=node.right * share.astype(node.right.dtype))
+
+    return {
+        i: arrived(products[path])
+        for i, path in enumerate(by_path(updates))
+        if i in own and path in products
+    }
 
 
 def sides_of(leaves: Sequence[Leaf]) -> dict[str, Any]:

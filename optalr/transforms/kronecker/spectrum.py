@@ -23,6 +23,7 @@ from optalr.linalg.roots.methods import checked_power
 from optalr.linalg.roots.stacks import Asked, Manner, solve
 from optalr.linalg.structured import Diagonal, Matrices, Structured
 from optalr.sharding.spread import Spread
+from optalr.signals.moments import OuterProducts
 from optalr.transforms.kronecker.leaves import Kernel, Leaf
 from optalr.transforms.kronecker.memory import NOTHING, LeafMemory, SideMemory, roots_of
 from optalr.transforms.kronecker.rule import Rule
@@ -35,7 +36,6 @@ _EIGH_TOLERANCE = 100.0
 # second bounds ‖AQ − QΛ‖_F/‖A‖_F where the basis itself is used. It is a guess.
 _WARM_ROOT_TOLERANCE = 0.3
 _WARM_BASIS_TOLERANCE = 0.1
-
 
 # For each size (k, b, b) matrices, (k,) dampings, and bases to start from or None.
 Kinds = Sequence[Sequence[Any]]
@@ -82,9 +82,8 @@ class Spectrum:
 
     def start(self, side: Structured, stack: tuple[int, ...], dtype: Any) -> SideMemory:
         """Return an empty factor, and a root that changes nothing."""
-        zero, identity = side.zeros(stack, dtype), side.identity(stack, dtype)
-        eigenvalues = jnp.ones((*stack, side.padded_size), dtype)
-        return SideMemory(zero.stored, identity.stored, eigenvalues, NOTHING)
+        zero, root = side.zeros(stack, dtype).stored, side.identity(stack, dtype).stored
+        return SideMemory(zero, root, jnp.ones((*stack, side.padded_size), dtype), NOTHING)
 
     def start_second_moment(self, leaf: Kernel, dtype: Any) -> Any:
         """Return the second moments that a kernel starts with."""
@@ -275,8 +274,8 @@ SPECTRA: Mapping[str, type[Spectrum]] = MappingProxyType(
 def _identities(matrices: jax.Array, dampings: jax.Array, last: Any) -> Decomposition:
     """Return matrices that change nothing."""
     basis = NOTHING if last is None else last
-    identity = SideMemory(root=spd.identity_like(matrices), basis=basis)
-    return Decomposition(identity, jnp.zeros_like(dampings))
+    root = spd.identity_like(matrices)
+    return Decomposition(SideMemory(root=root, basis=basis), jnp.zeros_like(dampings))
 
 
 class Step(NamedTuple):
@@ -287,9 +286,9 @@ class Step(NamedTuple):
       plans: what each leaf is, by its shape and the layout.
       leaves: the same with what this batch's signals say.
       signals: all signals of this batch; None where the gradient must do.
-      measure: given what is kept of each leaf, returns the signals' moments, measured where it is
-        called; None where they are ready.
+      measure: returns the moments of signals, given what is kept; None where they are ready.
       spread: the devices that share the roots out; None for all roots on every device.
+      products: gradients as sums of outer products, by the positions of their leaves.
     """
 
     spectrum: Spectrum
@@ -298,3 +297,4 @@ class Step(NamedTuple):
     signals: Any
     measure: Callable[[Mapping[str, Any]], Any] | None
     spread: Spread | None = None
+    products: Mapping[int, OuterProducts] = MappingProxyType({})

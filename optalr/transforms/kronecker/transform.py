@@ -30,7 +30,7 @@ from optalr.transforms.kronecker.length import bound, finish, graft, norm_of, ru
 from optalr.transforms.kronecker.measuring import Arrived, Own, init_leaf, measure
 from optalr.transforms.kronecker.memory import KroneckerState, at_rest, from_trees, to_trees
 from optalr.transforms.kronecker.options import KroneckerOptions, check_together, resolve_options
-from optalr.transforms.kronecker.pairing import REMEDY, with_signals
+from optalr.transforms.kronecker.pairing import REMEDY, own_products, with_signals
 from optalr.transforms.kronecker.refresh import refresh
 from optalr.transforms.kronecker.rule import DAMPING_FORMS, Periods, Rule, periods_of
 from optalr.transforms.kronecker.spectrum import SPECTRA, Spectrum, Step
@@ -141,8 +141,9 @@ def scale_by_kronecker(
         mesh.
       TypeError: ``update`` got no ``signals``; ``mesh`` is no mesh.
 
-    Cost: per kernel, an update takes two products, ``2mn(m + n)`` flops, and a measurement takes
-    ``m² + n²`` additions. A refresh by eigendecomposition takes some ``20(m³ + n³)`` flops, equal
+    Cost: per kernel, an update takes two products, ``2mn(m + n)`` flops, or for a gradient of few
+    positions N, through ``train_step``, ``2N(m² + n² + mn)``. A measurement takes ``m² + n²``
+    additions. A refresh by eigendecomposition takes some ``20(m³ + n³)`` flops, equal
     sizes batched. Over D devices each takes about a Dth of it, unless one matrix costs more than
     that. Memory: ``2(m² + n²)`` numbers, ``3(m² + n²)`` with ``root_method="eigenbasis"``;
     ``optalr.coverage(..., options=options)`` prints the bytes.
@@ -257,7 +258,10 @@ class _Kronecker:
             others, state = run_graft(other, given, state, params=params, extras=extras)
         read = {name: extras[name] for name in ("signals", "measure", "grad") if name in extras}
         # Asked here, because within control flow and on other axes every array is another one.
-        advance = partial(self._advance, own=untouched(updates, extras.get("grad"), seen))
+        own = untouched(updates, extras.get("grad"), seen)
+        advance = partial(self._advance, own=own)
+        if self.spread is None:
+            read["outer_products"] = own_products(updates, extras, own, share=given.share)
         # Nothing in here calls the loss, which may be written for explicit axes.
         like = updates, state
         new, state = on_auto_axes(advance, (given, others), read, state, like=like)
@@ -282,7 +286,7 @@ class _Kronecker:
         else:
             limits = {"weight": state.weight, "max_update": self.options.max_update}
             new, norm = bound(step.leaves, memories, new, **limits)
-        new, state = finish(step, new, state, norm=norm, usable=gradient.usable)
+        new, state = finish(step, new, state, norm=norm, usable=gradient.usable, empty=given.empty)
         new = [u.astype(leaf.dtype) for u, leaf in zip(new, jax.tree.leaves(updates), strict=True)]
         kept = to_trees(memories, updates, step.spectrum.kept)
         kept = at_rest(kept, self.spread, like=state.memory)
@@ -290,7 +294,6 @@ class _Kronecker:
 
     def _step(self, updates: Any, extras: Any) -> Step:
         read = extras if self.from_signals else {}
-        plans = self.plan(updates)
-        signals, measure = read.get("signals"), read.get("measure")
-        leaves = with_signals(plans, signals)
-        return Step(self.spectrum(), plans, leaves, signals, measure, self.spread)
+        plans, signals, measure = self.plan(updates), read.get("signals"), read.get("measure")
+        given = signals, measure, self.spread, extras.get("outer_products", {})
+        return Step(self.spectrum(), plans, with_signals(plans, signals), *given)

@@ -50,6 +50,7 @@ class Admitted(NamedTuple):
       share: () float32, what one too long was multiplied by, here or before; 1 for others.
       bad: () bool, whether it was not finite, or so large that its square is not.
       failed: () bool, whether it was bad or too long.
+      empty: () bool, whether zeros have taken its place, here or before.
     """
 
     updates: Any
@@ -57,6 +58,12 @@ class Admitted(NamedTuple):
     share: jax.Array
     bad: jax.Array
     failed: jax.Array
+    empty: jax.Array
+
+    @property
+    def made(self) -> tuple[Any, jax.Array, jax.Array]:
+        """What ``Watched`` says was made of a gradient."""
+        return self.updates, self.share, self.empty
 
 
 class Watched(NamedTuple):
@@ -69,6 +76,7 @@ class Watched(NamedTuple):
     raw: Any  # the gradient as it arrived
     updates: Any  # what was made of it
     share: jax.Array  # () float32, by what factor
+    empty: jax.Array  # () bool, whether that was zeros, because it was not finite
 
 
 WATCHED = "watched"
@@ -116,7 +124,8 @@ def admit(
         return jnp.where(bad, jnp.zeros_like(leaf), shorter) if zeros else shorter
 
     watch = GradientWatch(largest, num_long)
-    return Admitted(jax.tree.map(tame, updates), watch, share, bad, bad | long)
+    empty = bad if zeros else jnp.bool_(False)
+    return Admitted(jax.tree.map(tame, updates), watch, share, bad, bad | long, empty)
 
 
 def admit_unless(
@@ -131,9 +140,10 @@ def admit_unless(
     shown = {id(leaf) for leaf in jax.tree.leaves(watched.updates)}
     if any(id(leaf) not in shown for leaf in jax.tree.leaves(updates)):
         given = admit(updates, watch, **options)
-        return given._replace(share=given.share * watched.share)
+        share, empty = given.share * watched.share, given.empty | watched.empty
+        return given._replace(share=share, empty=empty)
     never = jnp.bool_(False)
-    return Admitted(updates, watch, watched.share, never, never)
+    return Admitted(updates, watch, watched.share, never, never, watched.empty)
 
 
 class _Size(NamedTuple):
