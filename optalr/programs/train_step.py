@@ -77,7 +77,8 @@ def train_step(
       read_every: updates within which the host learns what data have decided, at least 2.
       compiler_options: passed on to ``jax.jit``.
       **capture: options of ``value_grad_and_extras``: ``num_examples``, ``every``,
-        ``max_positions``, ``max_cost``, ``axis_name``, ``fisher``, ``likelihood``, ``storage``.
+        ``max_positions``, ``max_cost``, ``axis_name``, ``fisher``, ``likelihood``, ``storage``,
+        ``batch_sharding``.
 
     Returns:
       ``step(params, state, *args, extras=None, key=None)``, which returns ``(params, state,

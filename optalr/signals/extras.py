@@ -17,9 +17,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
 from optalr import arguments
+from optalr.sharding.spread import spread_of_batch
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage
 from optalr.signals.tapping.assembly import Assembly
@@ -70,6 +72,7 @@ def value_grad_and_extras(
     fisher: str = "empirical",
     likelihood: str | None = None,
     storage: FactorStorage | None = None,
+    batch_sharding: NamedSharding | None = None,
 ) -> Evaluate[Params, Args, Value]:
     """Return a function that evaluates a loss, its gradient, and what else methods may read.
 
@@ -108,6 +111,13 @@ def value_grad_and_extras(
         Of sides that the method keeps as blocks or a diagonal, no more is then measured there, and
         ``signals`` hold these. ``optalr.coverage`` says which layers need it.
 
+      batch_sharding: the ``NamedSharding`` of a batch whose examples, its first axis, are sharded
+        over a mesh. Give it where the method keeps its factors in parts (``sharded_factors``). Each
+        device then measures a sample of its own examples, and receives its rows of the sums alone.
+        Without it each device receives whole sums, and of a sample of the examples all rows. Sides
+        of more than 1152 rows need ``storage`` as well. On explicit axes, inside a ``shard_map``,
+        and where the devices don't divide the examples, it changes nothing.
+
     Returns:
       ``evaluate(params, *args, signals=True, key=None)``, which returns ``(value, grads,
       extras)``, with aux ``((value, aux), grads, extras)``. Type checkers see the signature of the
@@ -135,7 +145,8 @@ def value_grad_and_extras(
       TypeError: ``loss_fn`` is no function, or no ``composite_loss`` with ``fisher="true"``. When
         called: a parameter is not floating, the loss is not a scalar, or the result is
         differentiated again while signals are on.
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range; ``batch_sharding`` is of another mesh than that of
+        ``jax.set_mesh``, or does not shard the first axis.
 
     Cost:
       A layer with kernel ``(m, n)``, N examples and T positions takes ``2NT(m² + n²)`` flops for
@@ -161,6 +172,7 @@ def value_grad_and_extras(
     """
     check_loss(loss_fn)
     check_storage("storage", storage)
+    spread = spread_of_batch(batch_sharding)
     sampling = checked_sampling(every, max_positions, max_cost)
     if num_examples is not None:
         arguments.check_count("num_examples", num_examples)
@@ -170,7 +182,7 @@ def value_grad_and_extras(
         called = functools.partial(loss_fn, **named) if named else loss_fn
         problem, traced = pose(called, params, args, has_aux=has_aux, axis_name=axis_name)
         layers = layers_of(traced)
-        tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage)
+        tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage, spread)
         if drawn is None:
             outputs, grad_leaves, slots = tapped.differentiate()
         else:
@@ -184,9 +196,8 @@ def value_grad_and_extras(
         extras = {"value": value, "grad": grads, "value_fn": value_fn, "point": params}
         measured = _measured_entries(Assembly.of(tapped, num_examples), tapped.flag, slots)
         extras |= measured | problem.products(params, value_fn)
-        if not has_aux:
-            return value, grads, extras
-        return (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)), grads, extras
+        found = (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)) if has_aux else value
+        return found, grads, extras
 
     # Only ``has_aux`` knows whether a pair comes first, and a type checker does not ask it.
     return evaluate  # pyright: ignore[reportReturnType]

@@ -60,6 +60,12 @@ class Sampling:
             keep_positions = min(keep_positions, self.max_rows // keep_examples)
         return keep_examples, keep_positions
 
+    def of_each(self, number: int) -> "Sampling":
+        """Return a sample for each of so many equal parts of the examples."""
+        if self.max_rows is None:
+            return self
+        return dataclasses.replace(self, max_rows=max(1, self.max_rows // number))
+
     def stretched(self, factor: float) -> "Sampling":
         """Return a sample of so many times the rows, where their number is limited."""
         if self.max_rows is None:
@@ -226,6 +232,10 @@ class Site:
 
     def extent(self) -> tuple[int, int]:
         """Return how many examples the product sees, and how many positions of each."""
+        raise NotImplementedError
+
+    def example_axes(self) -> tuple[int, int] | None:
+        """Return which axis of data and cotangent counts examples; None where none does."""
         raise NotImplementedError
 
     def add_up(
