@@ -170,10 +170,15 @@ def direction(params, num_devices, form):
     return Cost(busiest(costs), received)
 
 
-def measurement(numbers, num_devices, tokens):
-    """Return what a device does to measure moments: its tokens' products, and their sum."""
-    squares = sum(number * float(n) ** 2 for n, number in numbers.items())
-    return Cost(2.0 * tokens * squares, 2 * FLOAT * squares * (num_devices - 1) / num_devices)
+def measurement(numbers, num_devices, form, tokens):
+    """Return what a device does to measure moments: its tokens' products, and their sum.
+
+    In parts it receives its rows of the sums (`batch_sharding`), otherwise an all-reduce of them.
+    """
+    squares, trips = sum(number * float(n) ** 2 for n, number in numbers.items()), 2
+    if form == "parts":
+        trips = 1
+    return Cost(2.0 * tokens * squares, trips * FLOAT * squares * (num_devices - 1) / num_devices)
 
 
 def model(params, num_devices, form, tokens):
@@ -187,7 +192,7 @@ def row(name, params, num_devices, form, speeds):
     """Return a line of the table."""
     mesh, numbers = AbstractMesh((num_devices,), ("data",)), factor_sizes(params)
     roots, turned = refresh(numbers, num_devices, form), direction(params, num_devices, form)
-    moments = measurement(numbers, num_devices, speeds.measured)
+    moments = measurement(numbers, num_devices, form, speeds.measured)
     step = model(params, num_devices, form, speeds.tokens)
     ours = (
         turned.seconds(speeds.single, speeds)

@@ -14,7 +14,7 @@ from tests.syntax import imports, package, room_of
 
 # A room may import itself and every room named after it on this list.
 ORDER = ["experiments", "adapters", "programs", "suggestion", "recipes", "reading", "phases",
-         "transforms", "sharding", "schedules", "signals", "linalg", "clocks", "states", "arrays",
+         "transforms", "schedules", "signals", "sharding", "linalg", "clocks", "states", "arrays",
          "arguments"]  # fmt: skip
 # The same for the folders inside a room. The folders of ``transforms`` are methods, which never
 # import each other.

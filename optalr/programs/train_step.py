@@ -78,8 +78,8 @@ def train_step(
       compiler_options: passed on to ``jax.jit``.
       **capture: options of ``value_grad_and_extras``: ``num_examples``, ``every``,
         ``max_positions``, ``max_cost``, ``axis_name``, ``fisher``, ``likelihood``, ``storage``,
-        ``outer_products``. The last is on by default where all arrays are on one device. Over a
-        mesh it would add a sum over the devices to each step.
+        ``batch_sharding``, ``outer_products``. The last is on by default where all arrays are on
+        one device. Over a mesh it would add a sum over the devices to each step.
 
     Returns:
       ``step(params, state, *args, extras=None, key=None)``, which returns ``(params, state,

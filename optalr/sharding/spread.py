@@ -142,6 +142,30 @@ def spread_over(mesh: Any, axes: Any, *, rests: bool = False) -> Spread | None:
     return Spread(mesh, axes, bool(rests))
 
 
+def spread_of_batch(batch_sharding: Any) -> Spread | None:
+    """Return the devices that share the examples of a batch; None where nothing is given.
+
+    Raises:
+      TypeError: it is no ``NamedSharding``.
+      ValueError: it does not shard the first axis.
+    """
+    if batch_sharding is None:
+        return None
+    if not isinstance(batch_sharding, NamedSharding):
+        raise TypeError(
+            "batch_sharding must be a NamedSharding, such as jax.NamedSharding(mesh, "
+            f"jax.P('data')), got {batch_sharding!r}."
+        )
+    first, *_ = (*batch_sharding.spec, None)
+    if first is None:
+        raise ValueError(
+            "batch_sharding must shard the first axis, that of the examples, as jax.P('data') "
+            f"does, got {batch_sharding.spec}."
+        )
+    names = (first,) if isinstance(first, str) else tuple(first)
+    return Spread(batch_sharding.mesh, names, rests=True)
+
+
 def _is_explicit(mesh_or_array: Any) -> bool:
     """Return whether a mesh, or that of an array, has explicit axes."""
     mesh = mesh_or_array

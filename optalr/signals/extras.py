@@ -18,9 +18,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
 from optalr import arguments
+from optalr.sharding.spread import spread_of_batch
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage
 from optalr.signals.tapping.assembly import Assembly
@@ -73,6 +75,7 @@ def value_grad_and_extras(
     likelihood: str | None = None,
     storage: FactorStorage | None = None,
     outer_products: bool = False,
+    batch_sharding: NamedSharding | None = None,
 ) -> Evaluate[Params, Args, Value]:
     """Return a function that evaluates a loss, its gradient, and what else methods may read.
 
@@ -113,6 +116,12 @@ def value_grad_and_extras(
       outer_products: whether ``extras`` also hold gradients of dense layers as sums of outer
         products, where these are so few that a method multiplies their sides sooner than the
         gradient. For a program on one device; ``train_step`` decides by itself.
+      batch_sharding: the ``NamedSharding`` of a batch whose examples, its first axis, are sharded
+        over a mesh. Give it where the method keeps its factors in parts (``sharded_factors``). Each
+        device then measures a sample of its own examples, and receives its rows of the sums alone.
+        Without it each device receives whole sums, and of a sample of the examples all rows. Sides
+        of more than 1152 rows need ``storage`` as well. On explicit axes, inside a ``shard_map``,
+        and where the devices don't divide the examples, it changes nothing.
 
     Returns:
       ``evaluate(params, *args, signals=True, key=None)``, which returns ``(value, grads,
@@ -144,7 +153,8 @@ def value_grad_and_extras(
       TypeError: ``loss_fn`` is no function, or no ``composite_loss`` with ``fisher="true"``. When
         called: a parameter is not floating, the loss is not a scalar, or the result is
         differentiated again while signals are on.
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range; ``batch_sharding`` is of another mesh than that of
+        ``jax.set_mesh``, or does not shard the first axis.
 
     Cost:
       A layer with kernel ``(m, n)``, N examples and T positions takes ``2NT(m² + n²)`` flops for
@@ -168,17 +178,15 @@ def value_grad_and_extras(
       curvature", 2015; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for
       convolution layers", 2016. We share the scale so that A does not grow with T.
     """
-    check_loss(loss_fn)
-    check_storage("storage", storage)
+    _check(loss_fn, storage, num_examples)
+    spread = spread_of_batch(batch_sharding)
     sampling = checked_sampling(every, max_positions, max_cost)
-    if num_examples is not None:
-        arguments.check_count("num_examples", num_examples)
     drawn = true_fisher(loss_fn, fisher, likelihood)
 
     def evaluate(params: Any, /, *args: Any, signals: Any = True, key: Any = None, **named: Any):
         called = functools.partial(loss_fn, **named) if named else loss_fn
         problem, traced = pose(called, params, args, has_aux=has_aux, axis_name=axis_name)
-        tapped = Tapped(traced, layers_of(traced), _static_flag(signals), sampling, storage)
+        tapped = Tapped(traced, layers_of(traced), _static_flag(signals), sampling, storage, spread)
         if drawn is None:
             tapped = with_outer_products(tapped) if outer_products else tapped
             outputs, grad_leaves, slots = tapped.differentiate()
@@ -193,12 +201,18 @@ def value_grad_and_extras(
         extras = {"value": value, "grad": grads, "value_fn": value_fn, "point": params}
         extras |= _measured_entries(Assembly.of(tapped, num_examples), tapped.flag, slots)
         extras |= problem.products(params, value_fn) | outer_entry(tapped, slots, grad_leaves)
-        if not has_aux:
-            return value, grads, extras
-        return (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)), grads, extras
+        found = (value, jax.tree.unflatten(traced.aux_tree, aux_leaves)) if has_aux else value
+        return found, grads, extras
 
     # Only ``has_aux`` knows whether a pair comes first, and a type checker does not ask it.
     return evaluate  # pyright: ignore[reportReturnType]
+
+
+def _check(loss_fn: Any, storage: Any, num_examples: Any) -> None:
+    check_loss(loss_fn)
+    check_storage("storage", storage)
+    if num_examples is not None:
+        arguments.check_count("num_examples", num_examples)
 
 
 def check_loss(loss_fn: Any) -> None:

@@ -89,7 +89,7 @@ def mesh_of(shape, axes="auto"):
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AXES[axes],) * len(shape))
 
 
-def train_sharded(tx, mesh, specs, num_steps, *, batch, stacks=True):
+def train_sharded(tx, mesh, specs, num_steps, *, batch, stacks=True, **capture):
     """Train with parameters that are sharded so, each where the state says it follows one."""
     explicit = AxisType.Explicit in mesh.axis_types
     params = {
@@ -100,7 +100,8 @@ def train_sharded(tx, mesh, specs, num_steps, *, batch, stacks=True):
         shardings = optalr.state_shardings(tx, params, mesh)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
         wanted = jax.tree.map(lambda leaf: leaf.sharding, params), shardings
-        step = jax.jit(make_step(tx, gathered if explicit else predict), out_shardings=wanted)
+        step = make_step(tx, gathered if explicit else predict, **capture)
+        step = jax.jit(step, out_shardings=wanted)
         split = NamedSharding(mesh, batch)
         return train(step, params, state, num_steps, lambda arrays: jax.device_put(arrays, split))
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from optalr.arrays import wide_dtype
+from optalr.sharding.spread import Spread
 from optalr.signals.loss import Traced
 from optalr.signals.moments import FactorStorage
 from optalr.signals.tapping.budget import Budget
@@ -27,6 +28,7 @@ from optalr.signals.tapping.gauge import (
     zeros_of,
 )
 from optalr.signals.tapping.rebuilding import rebuild
+from optalr.signals.tapping.scattering import Sharing
 from optalr.signals.tapping.taps import Recorder
 from optalr.signals.tracing.jaxprs import as_function
 from optalr.signals.tracing.layers import find_layers
@@ -54,6 +56,7 @@ class Tapped:
       flag: whether to measure; a Python bool, or a traced one.
       sampling: which examples and positions to look at, or what a sample may cost.
       storage: what the backward pass keeps of Gram matrices; None keeps all.
+      spread: the devices that share the batch's examples; None where the compiler decides.
       outer_products: the leaves whose operands are handed on even if there is nothing to measure.
     """
 
@@ -62,6 +65,7 @@ class Tapped:
     flag: bool | jax.Array
     sampling: Sampling | Budget
     storage: FactorStorage | None = None
+    spread: Spread | None = None
     outer_products: frozenset[int] = frozenset()
 
     @property
@@ -77,9 +81,8 @@ class Tapped:
         # A twin takes the flag as an argument, in which a Python bool would become an array, and
         # a cond on it would stay in the program. None is no argument at all.
         flag = None if isinstance(self.flag, bool) else self.flag
-        recorder = Recorder(
-            slots, self._slot_chooser(), self.kept(), flag, self.samplings, rebuild=rebuild
-        )
+        chosen = self._slot_chooser(), self.kept(), flag, self.samplings, self.sharing
+        recorder = Recorder(slots, *chosen, rebuild=rebuild)
         return recorder.run(self.traced.closed, self.layers.plan, [*leaves, *arrays])
 
     def differentiate(self) -> tuple[list[Any], list[Any], dict[int, Dummies]]:
@@ -124,6 +127,13 @@ class Tapped:
         """Return what is kept of the Gram matrices of each captured leaf."""
         return {site.leaf: self._kept_of(site) for site in self.layers.sites}
 
+    @property
+    def sharing(self) -> Sharing | None:
+        """Who shares the examples of the batch, and what of the sums will be kept."""
+        # Nobody has asked yet. What is given was measured as it will be kept.
+        kept = FactorStorage() if self.storage is None else None
+        return None if self.spread is None else Sharing(self.spread, kept)
+
     @functools.cached_property
     def samplings(self) -> dict[int, Sampling]:
         """Which examples and positions of each captured leaf to look at."""
@@ -151,7 +161,8 @@ class Tapped:
         leaf = site.leaf
         kept = self.kept()[leaf]
         like = sums_like(site, kept, wide_dtype(self.traced.leaves[leaf]))
-        return Gauge(site, self.samplings[leaf], like, kept, later=self.later[leaf])
+        how = self.samplings[leaf], like, kept, self.later[leaf]
+        return Gauge(site, *how, sharing=self.sharing)
 
     def measured_late(self) -> set[int]:
         """Return the leaves whose only site hands on its operands."""

@@ -15,6 +15,7 @@ from optalr.arrays import on_auto_axes
 from optalr.linalg import spd
 from optalr.linalg.structured import Full
 from optalr.signals.moments import Form, Sides
+from optalr.signals.tapping.scattering import Sharing
 from optalr.signals.tracing.jaxprs import vary, varying_axes
 from optalr.signals.tracing.site import Operands, Sampling, Site, Sums, spread
 
@@ -115,6 +116,8 @@ class Gauge:
       like: arrays, or shapes and dtypes, of the sums.
       kept: what is kept of the Gram matrices.
       later: how it is measured if another form is asked for; None for the same sampling.
+      sharing: who shares the examples, and then has some rows of the sums; None where the compiler
+        decides.
     """
 
     site: Site
@@ -122,20 +125,29 @@ class Gauge:
     like: Sums
     kept: Kept
     later: Later | None = None
+    sharing: Sharing | None = None
 
     @property
     def share(self) -> float:
         """Which part of the rows is looked at."""
-        return self.sampling.share(*self.site.extent())
+        examples, positions = self.site.extent()
+        parts = self._num_parts
+        return self.sampling.of_each(parts).share(examples // parts, positions)
+
+    @property
+    def _num_parts(self) -> int:
+        return 1 if self.sharing is None else self.sharing.num_parts(self.site)
 
     def keeping(self, kept: Kept) -> "Gauge":
         """Return how the site is measured if this is asked for."""
         like = sums_like(self.site, kept, self.like.total.dtype)
+        sharing = self.sharing and dataclasses.replace(self.sharing, storage=None)
+        asked = dataclasses.replace(self, like=like, kept=kept, later=None, sharing=sharing)
         if self.later is None or kept.count > self.later.count:
-            return Gauge(self.site, self.sampling, like, kept)
+            return asked
         # What costs less is seen of more rows.
         sampling = self.later.sampling.stretched(self.later.count / kept.count)
-        return Gauge(self.site, sampling, like, kept)
+        return dataclasses.replace(asked, sampling=sampling)
 
     def read_if(self, flag: jax.Array | None, operands: Operands) -> Sums:
         """Measure, or return zeros where a traced ``flag`` is off; None measures always."""
@@ -157,6 +169,11 @@ class Gauge:
         return on_auto_axes(self._read, _refuse_derivatives(operands), like=self.like)
 
     def _read(self, operands: Operands) -> Sums:
+        parts = self._num_parts
+        if self.sharing is not None and parts > 1:
+            sampling, specs = self.sampling.of_each(parts), self.sharing.specs(self.like, self.kept)
+            own = dataclasses.replace(self, sampling=sampling, sharing=None)
+            return self.sharing.add_up(own._read, operands, self.site, specs=specs)
         # Where a sample starts is hashed from the cotangent, so that it varies from step to step
         # with no key to pass. Of absolute values: a softmax's cotangents sum to zero.
         size = jnp.sum(jnp.abs(operands.cotangent.astype(jnp.float32)))

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from optalr.signals.tapping.gauge import Dummies, Gauge, Kept
+from optalr.signals.tapping.scattering import Sharing
 from optalr.signals.tracing.jaxprs import Replacement, replay, vary, varying_axes
 from optalr.signals.tracing.site import Operands, Sampling, Site
 from optalr.signals.tracing.walk import Nested, Plan
@@ -38,6 +39,7 @@ class Recorder:
       kept: what is kept of the Gram matrices of each leaf.
       flag: None to measure always, else a traced bool.
       samplings: which examples and positions of each leaf to look at.
+      sharing: who shares the examples of the batch; None where the compiler decides.
       rebuild: evaluates an equation that holds jaxprs, with the layers inside them tapped.
     """
 
@@ -46,6 +48,7 @@ class Recorder:
     kept: Mapping[int, Kept]
     flag: jax.Array | None
     samplings: Mapping[int, Sampling]
+    sharing: Sharing | None
     rebuild: Callable[[Nested, list[Any], "Recorder"], Sequence[Any]]
 
     def run(self, closed: Any, plan: Plan, args: Sequence[Any]) -> list[Any]:
@@ -92,7 +95,8 @@ class Recorder:
         """Return what a site's backward pass does to fill a slot of this kind."""
         if isinstance(like, Operands):
             return _hand_on
-        return Gauge(site, self.samplings[site.leaf], like, self.kept[site.leaf]).read_if
+        how = self.samplings[site.leaf], like, self.kept[site.leaf]
+        return Gauge(site, *how, sharing=self.sharing).read_if
 
 
 def all_sites(plan: Plan) -> Iterator[Site]:

@@ -64,6 +64,10 @@ class ConvSite(Site):
         shape, spec = self.equation.outvars[0].aval.shape, self._numbers.out_spec
         return shape[spec[0]], math.prod(shape[axis] for axis in spec[2:])
 
+    def example_axes(self) -> tuple[int, int] | None:
+        """Return the batch dimensions."""
+        return self._numbers.lhs_spec[0], self._numbers.out_spec[0]
+
     def add_up(
         self, measure: Callable[[Operands], Sums], operands: Operands, sampling: Sampling
     ) -> Sums:

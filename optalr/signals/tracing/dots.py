@@ -91,6 +91,13 @@ class DotSite(Site):
         free = [shape[axis] for axis in _Axes.of(self.origin).free]
         return (free[0], math.prod(free[1:])) if free else (1, 1)
 
+    def example_axes(self) -> tuple[int, int] | None:
+        """Return the data's first free axis, and its place in the cotangent."""
+        axes = _Axes.of(self.origin)
+        if not axes.free:
+            return None
+        return axes.free[0], len(axes.batch) + (len(axes.kernel_free) if self.kernel == 0 else 0)
+
     def signals(self, operands: Operands, take: tuple[Sampling, jax.Array]) -> Signals:
         """Lay out both sides, one row an entry of the data's free dimensions."""
         axes = _Axes.of(self.origin)
@@ -100,9 +107,10 @@ class DotSite(Site):
         data = features(data, lead, [dims[axis] for axis in axes.kernel_contracted])
         cotangent = features(cotangent, lead, [dims[axis] for axis in axes.kernel_free])
         stack = math.prod(data.shape[:num_batch])
-        examples, positions = self.extent()
-        data = data.reshape(stack, examples, positions, data.shape[-1])
-        cotangent = cotangent.reshape(stack, examples, positions, cotangent.shape[-1])
+        # Of the operands at hand, which may be some of the examples.
+        examples = data.shape[num_batch] if axes.free else 1
+        data = data.reshape(stack, examples, -1, data.shape[-1])
+        cotangent = cotangent.reshape(stack, examples, -1, cotangent.shape[-1])
         if num_batch > 1:
             atoms = [dims[axis][0] for axis in axes.kernel_batch]
             data = _stack_in_leaf_order(data, atoms)

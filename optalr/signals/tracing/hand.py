@@ -172,14 +172,20 @@ class HandSite(Site):
         lead = self.equation.invars[1].aval.shape[:-2]
         return (lead[0], math.prod(lead[1:])) if lead else (1, 1)
 
+    def example_axes(self) -> tuple[int, int] | None:
+        """Return the first axis of both, if there are leading ones."""
+        return (0, 0) if self.equation.invars[1].aval.ndim > 2 else None
+
     def signals(self, operands: Operands, take: tuple[Sampling, jax.Array]) -> Signals:
         """Lay out what was declared, one row a leading position."""
         inputs, outputs = self._sides
         lead = operands.data.ndim - 2
         data = features(operands.data, lead, inputs)
         cotangent = features(operands.cotangent, lead, outputs)
-        data = data.reshape(1, *self.extent(), data.shape[-1])
-        cotangent = cotangent.reshape(1, *self.extent(), cotangent.shape[-1])
+        # Of the operands at hand, which may be some of the examples.
+        examples = operands.data.shape[0] if lead else 1
+        data = data.reshape(1, examples, -1, data.shape[-1])
+        cotangent = cotangent.reshape(1, examples, -1, cotangent.shape[-1])
         return sample(data, cotangent, take)
 
 

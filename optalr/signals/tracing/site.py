@@ -60,6 +60,12 @@ class Sampling:
             keep_positions = min(keep_positions, self.max_rows // keep_examples)
         return keep_examples, keep_positions
 
+    def of_each(self, number: int) -> "Sampling":
+        """Return a sample for each of so many equal parts of the examples."""
+        if self.max_rows is None:
+            return self
+        return dataclasses.replace(self, max_rows=max(1, self.max_rows // number))
+
     def stretched(self, factor: float) -> "Sampling":
         """Return a sample of so many times the rows, where their number is limited."""
         if self.max_rows is None:
@@ -230,6 +236,10 @@ class Site:
         """Return how many examples the product sees, and how many positions of each."""
         raise NotImplementedError
 
+    def example_axes(self) -> tuple[int, int] | None:
+        """Return which axis of data and cotangent counts examples; None where none does."""
+        raise NotImplementedError
+
     def add_up(
         self, measure: Callable[[Operands], Sums], operands: Operands, sampling: Sampling
     ) -> Sums:
@@ -238,11 +248,9 @@ class Site:
         return measure(operands)
 
     def signals(self, operands: Operands, take: tuple[Sampling, jax.Array]) -> Signals:
-        """Lay out input and cotangent for the Gram products.
+        """Lay out both sides of the product for the Gram products.
 
-        Args:
-          operands: the two sides of the product.
-          take: which examples and positions to look at, and the uint32 seed that places the sample.
+        ``take`` says which examples and positions, with the uint32 seed that places the sample.
         """
         raise NotImplementedError
 
