@@ -20,6 +20,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from optalr import arguments
+from optalr.signals.binding.examples import refusal
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage
 from optalr.signals.tapping.assembly import Assembly
@@ -28,6 +29,7 @@ from optalr.signals.tapping.capture import Tapped, layers_of
 from optalr.signals.tapping.fisher import true_fisher
 from optalr.signals.tapping.gauge import Dummies
 from optalr.signals.tracing.site import Sampling
+from optalr.signals.tracing.walk import Layers
 
 Params = TypeVar("Params")
 Args = ParamSpec("Args")
@@ -135,7 +137,7 @@ def value_grad_and_extras(
       TypeError: ``loss_fn`` is no function, or no ``composite_loss`` with ``fisher="true"``. When
         called: a parameter is not floating, the loss is not a scalar, or the result is
         differentiated again while signals are on.
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range. When called: the batch has no examples.
 
     Cost:
       A layer with kernel ``(m, n)``, N examples and T positions takes ``2NT(m² + n²)`` flops for
@@ -170,6 +172,7 @@ def value_grad_and_extras(
         called = functools.partial(loss_fn, **named) if named else loss_fn
         problem, traced = pose(called, params, args, has_aux=has_aux, axis_name=axis_name)
         layers = layers_of(traced)
+        check_examples(layers, called, args)
         tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage)
         if drawn is None:
             outputs, grad_leaves, slots = tapped.differentiate()
@@ -197,6 +200,12 @@ def check_loss(loss_fn: Any) -> None:
     if not callable(loss_fn):
         shown = arguments.shown(loss_fn)
         raise TypeError(f"loss_fn must be a function, got {shown}. It comes first.")
+
+
+def check_examples(layers: Layers, loss_fn: Any, args: Any) -> None:
+    """Check that the layers see examples, where a batch has other arrays that are not empty."""
+    if any(site.num_examples == 0 for site in layers.sites):
+        raise refusal(loss_fn, args)
 
 
 def check_storage(name: str, storage: Any) -> None:
