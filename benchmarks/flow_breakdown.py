@@ -5,8 +5,8 @@
 The problem is that of ``configs/edf_fit``: digits as one batch, two convolutions and two dense
 layers. For undamped type G with k = 10 it prints the loss that the linearized net would have after
 a step, and the loss that it has, at whole and shorter steps; then, step by step, the trace of an
-image's block of H_L, which is what G is made of. For damped type H with k = 5 it prints the
-curvature along the step taken.
+image's block of H_L, which is what G is made of. For damped type G it prints the same steps, and
+for damped type H with k = 5 the curvature along the step taken.
 """
 
 import jax
@@ -89,6 +89,7 @@ def run(title, tx, *, looks_along):
 def main() -> None:
     undamped = optalr.edf(1.0, num_steps=10, damping=(0.0, 1.0))
     run("Type G, k = 10, undamped:", undamped, looks_along=True)
+    run("Type G, k = 10, damped:", optalr.edf(1.0, num_steps=10), looks_along=False)
     damped = optalr.edf(1.0, num_steps=5, curvature="hessian")
     run("Type H, k = 5, damped:", damped, looks_along=False)
 

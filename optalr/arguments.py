@@ -273,22 +273,22 @@ def require_extra(extras: dict[str, Any], name: str, method: str, remedy: str = 
             f"{method} needs the extra argument {name!r}, and update got a dictionary called "
             "'extras'. Write tx.update(grads, opt_state, params, **extras)."
         )
-    remedy = remedy or (
-        "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call "
-        "value, grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, "
-        "params, **extras)."
-    )
-    message = f"{method} needs the extra argument {name!r}, which update did not get. {remedy}"
+    message = f"{method} needs the extra argument {name!r}, which update did not get. "
+    message += remedy or SUPPLY.format(loss="loss_fn")
     # With some extras there, somebody has passed them all the way.
-    raise TypeError(message if extras else f"{message} {_DROPPED}")
+    raise TypeError(f"{message} {_PAGE if extras else _DROPPED}")
 
 
+# What supplies most extras; a remedy that says more begins with it.
+SUPPLY = (
+    "Call value, grads, extras = optalr.value_grad_and_extras({loss})(params, ...) and pass "
+    "**extras to update."
+)
+_PAGE = "See docs/wrappers.md."
 # The name under which somebody passes all of them as one.
 _UNPACKED = "extras"
 _DROPPED = (
-    "If you pass extras: none of them arrived, so a wrapper drops them. Put optalr.multi_steps in "
-    "place of optax.MultiSteps(...).gradient_transformation(); "
-    "optalr.adapters.linen.TrainState and apply_gradients(grads=..., extras=extras) in place of "
-    "Flax's TrainState; update(model, grads, **extras) for an nnx optimizer; and "
-    "optalr.pass_extras(wrap, tx) in place of wrap(tx) around any other, such as optax.lookahead."
+    "If you pass extras, a wrapper drops them. optalr.multi_steps, optalr.pass_extras, "
+    "optalr.adapters.linen.TrainState and update(model, grads, **extras) of nnx hand them on. "
+    f"{_PAGE}"
 )

@@ -2,6 +2,8 @@
 
 import inspect
 import operator
+import pathlib
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import optalr
 from tests.contract import problem
 from tests.contract.registry import METHODS
 
+ROOT = pathlib.Path(__file__).parents[1]
 SOFTMAX = {"loss": "softmax", "num_classes": 3}
 # The least that each factory can be called with.
 LEAST = {
@@ -146,6 +149,21 @@ def test_extras_that_are_passed_wrongly_are_refused():
         probe = "validation_value_fn" if name == "untuned" else "value_fn"
         with pytest.raises(TypeError, match=rf"{probe}.* must be a function.*Partial\(loss_fn"):
             tx.update(grads, tx.init(params), params, **{**extras, probe: 0.3})
+
+
+@pytest.mark.parametrize("passed", [{}, {"unknown": 1.0}], ids=["none", "another"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m.needs], ids=repr)
+def test_a_missing_extra_is_refused_in_a_few_words(method, passed):
+    tx, params = method.make(), problem.make_params()
+    with pytest.raises(TypeError, match=r"needs the extra .*, which update did not get") as caught:
+        jax.eval_shape(lambda: tx.update(params, tx.init(params), params, **passed))
+    message = str(caught.value)
+    # One remedy, and where none of them arrived, what a wrapper may have done.
+    assert len(message) <= (310 if passed else 480)
+    assert "to update" in message
+    # The page is by its name, and is there.
+    (page,) = re.findall(r"docs/\w+\.md", message)
+    assert (ROOT / page).exists()
 
 
 def test_a_long_value_is_described_and_not_printed():

@@ -139,8 +139,8 @@ def _measurement(extra_args: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         extra_args,
         "validation_value",
         "switch_on_plateau",
-        "Pass tx.update(grads, opt_state, params, **extras, validation_value=loss) with a float32 "
-        "scalar that is NaN in steps without a new one, or with a pair (loss, is_new).",
+        "Pass validation_value=loss to update: NaN in steps without a new loss, or a pair "
+        "(loss, is_new).",
     )
     value, is_new = given if isinstance(given, tuple | list) else (given, True)
     value = jnp.asarray(value).astype(jnp.float32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from optalr.linalg.blocks import Blocks
 from optalr.linalg.structured import Diagonal, Full
-from optalr.signals.extras import check_loss, check_storage, checked_sampling
+from optalr.signals.extras import check_examples, check_loss, check_storage, checked_sampling
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage, Form, LeafView, Sides
 from optalr.signals.tapping.capture import Tapped, layers_of
@@ -165,6 +165,7 @@ def coverage(
     check_storage("storage", storage)
     _, traced = pose(loss_fn, params, args, has_aux=None, axis_name=None)
     layers = layers_of(traced)
+    check_examples(layers, loss_fn, args)
     sampling = checked_sampling(every, max_positions, max_cost)
     tapped = Tapped(traced, layers, True, sampling, storage)
     treat = _Treating.by(tapped, FactorStorage() if options is None else options)

@@ -23,6 +23,7 @@ from jax.tree_util import Partial
 
 from optalr import arguments
 from optalr.sharding.spread import spread_of_batch
+from optalr.signals.binding.examples import refusal
 from optalr.signals.loss import pose
 from optalr.signals.moments import FactorStorage
 from optalr.signals.tapping.assembly import Assembly
@@ -32,6 +33,7 @@ from optalr.signals.tapping.fisher import true_fisher
 from optalr.signals.tapping.gauge import Dummies
 from optalr.signals.tapping.outer import outer_entry, with_outer_products
 from optalr.signals.tracing.site import Sampling
+from optalr.signals.tracing.walk import Layers
 
 Params = TypeVar("Params")
 Args = ParamSpec("Args")
@@ -154,7 +156,7 @@ def value_grad_and_extras(
         called: a parameter is not floating, the loss is not a scalar, or the result is
         differentiated again while signals are on.
       ValueError: an argument is out of range; ``batch_sharding`` is of another mesh than that of
-        ``jax.set_mesh``, or does not shard the first axis.
+        ``jax.set_mesh``, or does not shard the first axis. When called: the batch has no examples.
 
     Cost:
       A layer with kernel ``(m, n)``, N examples and T positions takes ``2NT(m² + n²)`` flops for
@@ -186,7 +188,8 @@ def value_grad_and_extras(
     def evaluate(params: Any, /, *args: Any, signals: Any = True, key: Any = None, **named: Any):
         called = functools.partial(loss_fn, **named) if named else loss_fn
         problem, traced = pose(called, params, args, has_aux=has_aux, axis_name=axis_name)
-        tapped = Tapped(traced, layers_of(traced), _static_flag(signals), sampling, storage, spread)
+        layers = check_examples(layers_of(traced), called, args)
+        tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage, spread)
         if drawn is None:
             tapped = with_outer_products(tapped) if outer_products else tapped
             outputs, grad_leaves, slots = tapped.differentiate()
@@ -220,6 +223,13 @@ def check_loss(loss_fn: Any) -> None:
     if not callable(loss_fn):
         shown = arguments.shown(loss_fn)
         raise TypeError(f"loss_fn must be a function, got {shown}. It comes first.")
+
+
+def check_examples(layers: Layers, loss_fn: Any, args: Any) -> Layers:
+    """Check that the layers see examples, where a batch has other arrays that are not empty."""
+    if any(site.num_examples == 0 for site in layers.sites):
+        raise refusal(loss_fn, args)
+    return layers
 
 
 def check_storage(name: str, storage: Any) -> None:

@@ -19,6 +19,7 @@ from jax.tree_util import Partial
 
 from optalr.arguments import check_numbers
 from optalr.signals.binding.bound import Bound, bind
+from optalr.signals.binding.examples import refuse_if_all_empty
 from optalr.signals.binding.neighbours import Tolerant
 from optalr.signals.composite import CompositeLoss
 from optalr.signals.curvature import gauss_newton_product, hessian_product
@@ -56,7 +57,9 @@ class Problem:
         """Check the parameters and split the arguments."""
         # Integer leaves would get gradients of dtype float0, which fail far from here.
         check_numbers("params", params, floating=True)
-        return cls(loss_fn, has_aux, *bind(loss_fn, args))
+        bound, arrays = bind(loss_fn, args)
+        refuse_if_all_empty(loss_fn, args, arrays)
+        return cls(loss_fn, has_aux, bound, arrays)
 
     @property
     def halves(self) -> tuple[Bound, tuple[Any, ...]]:

@@ -224,4 +224,4 @@ def test_with_other_extras_there_no_wrapper_is_blamed():
     tx = optalr.learned_rate_sgd(0.1)
     with pytest.raises(TypeError, match="value_fn") as caught:
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.float32(1.0))
-    assert "wrapper" not in str(caught.value)
+    assert "a wrapper" not in str(caught.value)

@@ -7,17 +7,14 @@ from typing import Any
 
 import jax
 
+from optalr.arguments import SUPPLY
 from optalr.linalg.structured import Structured
 from optalr.signals.moments import LayerMoments, OuterProducts, is_moments, is_outer_products
 from optalr.signals.ray import by_path
 from optalr.transforms.kronecker.leaves import Bias, Kernel, Leaf
 
 # What to do where the signals are missing.
-REMEDY = (
-    "Replace jax.value_and_grad by evaluate = optalr.value_grad_and_extras(loss_fn), call value, "
-    "grads, extras = evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); "
-    "or pass statistics='gradient', which needs no signals."
-)
+REMEDY = f"{SUPPLY.format(loss='loss_fn')} Or choose statistics='gradient', which needs none."
 
 
 def with_signals(plans: Sequence[Leaf], signals: Any) -> list[Leaf]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from optalr.arguments import (
+    SUPPLY,
     check_choice,
     check_function,
     check_interval,
@@ -44,14 +45,12 @@ from optalr.transforms.shared.rescaling import tree_scale
 from optalr.transforms.shared.subtrees import restrict
 
 _NAME = "scale_by_krylov_flow"
-_SUPPLY = (
-    "Give the loss as optalr.composite_loss(predict_fn, output_loss), replace jax.value_and_grad "
-    "by evaluate = optalr.value_grad_and_extras(loss), call value, grads, extras = "
-    "evaluate(params, ...) and pass tx.update(grads, opt_state, params, **extras); or choose "
-    "curvature='hessian', which works with any loss."
+_COMPOSITE = (
+    f"{SUPPLY.format(loss='optalr.composite_loss(predict_fn, output_loss)')} "
+    "Or choose curvature='hessian', for any loss."
 )
 # What to do where the extra of a curvature is missing; empty stands for the usual remedy.
-_REMEDIES: Mapping[str, str] = MappingProxyType({"gauss_newton": _SUPPLY, "hessian": ""})
+_REMEDIES: Mapping[str, str] = MappingProxyType({"gauss_newton": _COMPOSITE, "hessian": ""})
 
 
 class KrylovFlowState(NamedTuple):

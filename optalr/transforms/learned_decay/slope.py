@@ -20,8 +20,8 @@ from optalr.transforms.shared.subtrees import check_places
 
 METHOD = "add_learned_decay"
 _REMEDY = (
-    "Pass tx.update(grads, opt_state, params, **extras, {probe}=jax.tree_util.Partial(loss_fn, x=x,"
-    " y=y)), a function of the parameters that returns the loss of a batch which is not trained on."
+    "Pass {probe}=jax.tree_util.Partial(loss_fn, x=x, y=y) to update, with a batch that is not "
+    "trained on."
 )
 
 # The decaying leaves by key path, and the loss as a function of them.

@@ -22,8 +22,7 @@ from optalr.transforms.learned_rate.rate_rule import Reading
 from optalr.transforms.shared.rescaling import tree_scale
 
 _PROBE_REMEDY = (
-    "Pass tx.update(grads, opt_state, params, **extras, {probe}=jax.tree_util.Partial(...)), a "
-    "function of the parameters that returns the loss to probe."
+    "Pass {probe}=jax.tree_util.Partial(loss_fn, x=x, y=y) to update, with the batch to probe."
 )
 
 

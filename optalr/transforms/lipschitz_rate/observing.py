@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optalr.arguments import require_extra
+from optalr.arguments import SUPPLY, require_extra
 from optalr.linalg.structured import Diagonal, Structured, as_structured
 from optalr.signals.lipschitz import canonical_loss, lipschitz_constant
 from optalr.signals.moments import LayerMoments, Sides, is_moments
@@ -75,10 +75,7 @@ def further_norms(loss: str, target_norm: Any) -> Callable[[dict[str, Any]], dic
         return lambda extras: {}
 
     def norms_of_least_squares(extras: dict[str, Any]) -> dict[str, Any]:
-        remedy = (
-            "Give the loss as optalr.composite_loss(predict_fn, output_loss) to "
-            "optalr.value_grad_and_extras."
-        )
+        remedy = SUPPLY.format(loss="optalr.composite_loss(predict_fn, output_loss)")
         outputs = require_extra(extras, "outputs", METHOD, remedy)
         targets = extras.get("target_norm", target_norm)
         if targets is None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optalr.arguments import check_choice, check_count, check_interval, require_extra
+from optalr.arguments import SUPPLY, check_choice, check_count, check_interval, require_extra
 from optalr.arrays import wide_dtype
 from optalr.linalg.minres.vectors import add, dot, multiply
 from optalr.states import count_up
@@ -19,11 +19,7 @@ from optalr.transforms.shared.making import transformation
 from optalr.transforms.shared.subtrees import restrict
 
 _NAME = "paper.edf"
-_REMEDY = (
-    "Give the loss as optalr.composite_loss(predict_fn, output_loss), call value, grads, extras = "
-    "optalr.value_grad_and_extras(loss)(params, ...) and pass tx.update(grads, opt_state, params, "
-    "**extras)."
-)
+_REMEDY = SUPPLY.format(loss="optalr.composite_loss(predict_fn, output_loss)")
 
 
 class MinresFlowState(NamedTuple):

@@ -121,9 +121,9 @@ def _check_shapes(method: str, state: Any, like: Any) -> None:
         if found.get(name) != wanted.get(name):
             raise ValueError(
                 f"{method}: state{name} has {_described(found.get(name))}, and these parameters "
-                f"and options need {_described(wanted.get(name))}. The state was made for others. "
-                "Pass the options that it was made with, start anew by state = tx.init(params), or "
-                "load an older state by optalr.upgrade_state(saved, tx.init(params))."
+                f"and options need {_described(wanted.get(name))}. Pass those that the state was "
+                "made with, or start anew by tx.init(params). An older release's state: "
+                "optalr.upgrade_state(saved, tx.init(params))."
             )
 
 

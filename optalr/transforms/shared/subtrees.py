@@ -34,10 +34,9 @@ def check_places(method: str, updates: Any, point: Any) -> None:
         found = f"the shape {known[path]}" if path in known else "no such leaf"
         raise ValueError(
             f"updates has the leaf {path or 'updates'} of shape {shape}, where extras['point'] "
-            f"has {found}. What was measured of layers fits only leaves as they are in the "
-            "parameters. A wrapper such as optax.flatten changes them: wrap the links that come "
-            f"after {method} instead, and leave {method} outside. Without a wrapper, pass the "
-            "extras of the parameters that are being updated."
+            f"has {found}. Pass the extras of the parameters that are updated. If a wrapper such "
+            f"as optax.flatten changes leaves, wrap the links after {method} and leave {method} "
+            "outside. See docs/wrappers.md."
         )
 
 
