@@ -116,6 +116,11 @@ def measures_all(config: Config) -> bool:
     return config.method.name.startswith("paper.")
 
 
+def keeps_parts(config: Config) -> bool:
+    """Return whether each device of a mesh keeps a part of the method's factors."""
+    return bool(dict(config.method.options.get("options") or {}).get("sharded_factors"))
+
+
 def find_method(name: str) -> tuple[Callable[..., Any], str]:
     """Return the factory called ``name`` and the package it comes from.
 

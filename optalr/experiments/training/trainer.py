@@ -12,7 +12,12 @@ import numpy as np
 
 from optalr.experiments.configs.calling import USER_ERRORS, reason
 from optalr.experiments.configs.config import Config
-from optalr.experiments.configs.methods import build_method, measures_all, probes_validation
+from optalr.experiments.configs.methods import (
+    build_method,
+    keeps_parts,
+    measures_all,
+    probes_validation,
+)
 from optalr.experiments.data import Dataset, load
 from optalr.experiments.errors import ExperimentError
 from optalr.experiments.models import build_model
@@ -87,6 +92,7 @@ class Trainer:
             validation=self.dataset.validation if probes_validation(config) else None,
             sharding=self.place.by_examples,
             **({"max_cost": None} if measures_all(config) else {}),
+            batch_sharding=self.place.by_examples if keeps_parts(config) else None,
         )
         self.evaluation = make_evaluation(
             self.model, self.objective, self.dataset, place=self.place

@@ -1,5 +1,7 @@
 """Several devices that share each batch: the same run, to rounding."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,10 +11,11 @@ from optalr.experiments.errors import ExperimentError
 from optalr.experiments.records.run_folder import METRICS, RunFolder
 from optalr.experiments.training.devices import mesh_table
 from optalr.experiments.training.loop import open_unfinished, train
+from optalr.experiments.training.steps import Batch
 from optalr.experiments.training.trainer import Trainer
 
 
-def _config(devices, loop="scan"):
+def _config(devices, loop="scan", **options):
     return from_table(
         {
             "data": {"limit": 192},
@@ -20,7 +23,7 @@ def _config(devices, loop="scan"):
             "method": {
                 "name": "tso_alra",
                 "switch_at": 9,
-                "options": {"warmup": 0, "min_batches": 1},
+                "options": {"warmup": 0, "min_batches": 1, **options},
             },
             "train": {"epochs": 4, "batch_size": 64, "loop": loop},
             "mesh": {"data": devices},
@@ -41,6 +44,25 @@ def test_losses_do_not_depend_on_the_number_of_devices(tmp_path, loop):
     several = _losses(tmp_path / "several", _config(4, loop))
     assert len(one) == 12
     np.testing.assert_allclose(several, one, rtol=1e-4)
+
+
+def _compiled_step(config):
+    trainer = Trainer(config)
+    x, y = trainer.place.examples(trainer.dataset.train, np.arange(64))
+    batch = Batch(x, y, jnp.float32(jnp.nan))
+    lowered = jax.jit(trainer.step).lower(trainer.init(0), trainer.place.key(0), batch)
+    return lowered.compile().as_text()
+
+
+@pytest.mark.slow
+def test_factors_in_parts_get_their_rows_of_the_sums(tmp_path):
+    losses = [
+        _losses(tmp_path / str(devices), _config(devices, sharded_factors=bool(devices)))
+        for devices in (0, 4)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert "reduce-scatter" in _compiled_step(_config(4, sharded_factors=True))
+    assert "reduce-scatter" not in _compiled_step(_config(4))
 
 
 @pytest.mark.slow
