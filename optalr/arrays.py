@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -128,10 +129,11 @@ def on_auto_axes(function: Callable[..., Any], *args: Any, like: Any) -> Any:
       function: it must not call functions of the user, who may write for explicit axes.
       *args: pytrees.
       like: a tree of the result's structure. Each array of the result is sharded as that of
-        ``like``; where that is a shape, it is replicated.
+        ``like``; where that is a shape without a sharding, it is replicated.
     """
     leaves, treedef = jax.tree.flatten(args)
-    meshes = [_sharding(leaf).mesh for leaf in leaves if _sharding(leaf) is not None]
+    known = [explicit_sharding(leaf) for leaf in leaves]
+    meshes = [sharding.mesh for sharding in known if sharding is not None]
     if not meshes:
         return function(*args)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
@@ -143,17 +145,20 @@ def on_auto_axes(function: Callable[..., Any], *args: Any, like: Any) -> Any:
         return function(*jax.tree.unflatten(treedef, filled))
 
     replicated = jax.sharding.PartitionSpec()
-    specs = jax.tree.map(lambda x: getattr(_sharding(x), "spec", replicated), like)
+    specs = jax.tree.map(lambda x: getattr(explicit_sharding(x), "spec", replicated), like)
     # Without jax.set_mesh the arrays alone know the mesh.
-    known = not jax.sharding.get_abstract_mesh().empty
-    with nullcontext() if known else jax.sharding.use_abstract_mesh(meshes[0]):
+    is_set = not jax.sharding.get_abstract_mesh().empty
+    with nullcontext() if is_set else jax.sharding.use_abstract_mesh(meshes[0]):
         on_arrays = jax.sharding.auto_axes(of_arrays, out_sharding=specs)
         return on_arrays([leaves[i] for i in places])
 
 
-def _sharding(leaf: Any) -> Any:
-    """Return the sharding of an array that stands on a mesh with explicit axes, else None."""
-    if not isinstance(leaf, jax.Array):
+def explicit_sharding(leaf: Any) -> Any:
+    """Return the sharding of an array, or shape, on a mesh with explicit axes, else None."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) and isinstance(leaf.sharding, NamedSharding):
+        sharding = leaf.sharding
+    elif isinstance(leaf, jax.Array):
+        sharding = jax.typeof(leaf).sharding
+    else:
         return None
-    sharding = jax.typeof(leaf).sharding
     return sharding if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None

@@ -122,8 +122,8 @@ def value_grad_and_extras(
         over a mesh. Give it where the method keeps its factors in parts (``sharded_factors``). Each
         device then measures a sample of its own examples, and receives its rows of the sums alone.
         Without it each device receives whole sums, and of a sample of the examples all rows. Sides
-        of more than 1152 rows need ``storage`` as well. On explicit axes, inside a ``shard_map``,
-        and where the devices don't divide the examples, it changes nothing.
+        of more than 1152 rows need ``storage`` as well. Inside a ``shard_map``, and where the
+        devices don't divide the examples, it changes nothing.
 
     Returns:
       ``evaluate(params, *args, signals=True, key=None)``, which returns ``(value, grads,

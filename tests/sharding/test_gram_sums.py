@@ -36,9 +36,9 @@ LAYOUTS = {"data parallel": P(), "FSDP": P("data")}
 # What it costs.
 
 
-def compiled(layout, kind, share=True, positions=(), **capture):
+def compiled(layout, kind, share=True, positions=(), axes="auto", **capture):
     """Return the text of one kind of step, with factors in parts."""
-    mesh = net.mesh_of(DEVICES)
+    mesh = net.mesh_of(DEVICES, axes=axes)
     split = NamedSharding(mesh, P("data"))
     tx = optalr.tso_alra(1e-2, mesh=mesh, options={"sharded_factors": True})
 
@@ -73,9 +73,11 @@ def shapes_in(text, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("positions", [(), (32,)], ids=["later", "backward"])
 @pytest.mark.parametrize("kind", ["measuring", "traced"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_sums_are_reduce_scattered_and_no_whole_one_is_received(layout, kind, positions):
-    text = compiled(layout, kind, positions=positions)
+@pytest.mark.parametrize(
+    ("layout", "axes"), [("data parallel", "auto"), ("FSDP", "auto"), ("data parallel", "explicit")]
+)
+def test_sums_are_reduce_scattered_and_no_whole_one_is_received(layout, axes, kind, positions):
+    text = compiled(layout, kind, positions=positions, axes=axes)
     wanted = [(n // DEVICES, n) for pair in PAIRS for n in pair]
     wanted = sorted(tuple(n for n in shape if n > 1) for shape in wanted)
     assert sorted(shapes_in(text, "reduce-scatter")) == wanted
@@ -119,11 +121,12 @@ def test_a_sample_is_drawn_by_each_device_of_its_own_examples():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axes", net.AXES)
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_to_shard_changes_no_number(way):
+def test_each_way_to_shard_changes_no_number(way, axes):
     """With scanned layers, experts and biases, over thirty steps."""
     shape, batch, specs = WAYS[way]
-    mesh = sharded_net.mesh_of(shape)
+    mesh = sharded_net.mesh_of(shape, axes)
     split = NamedSharding(mesh, batch if len(batch) else P("model"))
     found, state = sharded_net.train_sharded(
         complete(mesh, sharded_factors=True), mesh, specs, NUM_STEPS,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optalr.arrays import on_auto_axes
 from optalr.linalg import spd
 from optalr.linalg.structured import Full
 from optalr.signals.moments import Form, LayerMoments, Sides
@@ -171,18 +172,27 @@ class _Means:
         """Divide; measure first where that is still to be done."""
         if flag is False:
             return self.zeros(dummies)
-        take = self.of_operands if isinstance(dummies, Operands) else self.of_sums
         if flag is True:
-            return take(dummies)
+            return self._take(dummies)
         as_it_is = isinstance(dummies, Sums) and self.asked is self.layer.gauge
         # A pass over zeros would cost as much as one over sums.
         skip = (lambda sums: sums) if as_it_is else self.zeros
-        return jax.lax.cond(flag, take, skip, dummies)
+        return jax.lax.cond(flag, self._take, skip, dummies)
 
     def zeros(self, dummies: Dummies) -> Sums:
         """Return what is handed on where nothing was measured."""
         del dummies
         return zeros_of(self.asked.like)
+
+    def _take(self, dummies: Dummies) -> Sums:
+        def of(dummies: Dummies, examples: jax.Array) -> Sums:
+            means = dataclasses.replace(self, examples=examples)
+            if isinstance(dummies, Operands):
+                return means.of_operands(dummies)
+            return means.of_sums(dummies)
+
+        # A part of what lies in rows on explicit axes lies as the compiler has it.
+        return on_auto_axes(of, dummies, self.examples, like=self.asked.like)
 
     def of_operands(self, operands: Any) -> Sums:
         """Measure what was put off."""

@@ -161,6 +161,7 @@ class Tapped:
         leaf = site.leaf
         kept = self.kept()[leaf]
         like = sums_like(site, kept, wide_dtype(self.traced.leaves[leaf]))
+        like = like if self.sharing is None else self.sharing.typed(like, kept, site)
         how = self.samplings[leaf], like, kept, self.later[leaf]
         return Gauge(site, *how, sharing=self.sharing)
 

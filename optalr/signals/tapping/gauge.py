@@ -78,9 +78,12 @@ def zeros_of(like: Any) -> Any:
 
 def _zeros(like: Any) -> jax.Array:
     zeros = jnp.zeros(like.shape, like.dtype)
-    mesh = getattr(like.sharding, "mesh", None)
-    explicit = mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types
-    return jax.sharding.reshard(zeros, like.sharding) if explicit else zeros
+    # Where a computation has been left to the compiler, the axes around it are not explicit.
+    own, around = getattr(like.sharding, "mesh", None), jax.sharding.get_abstract_mesh()
+    explicit = own is not None and jax.sharding.AxisType.Explicit in own.axis_types
+    if not explicit or not (around.empty or jax.sharding.AxisType.Explicit in around.axis_types):
+        return zeros
+    return jax.sharding.reshard(zeros, like.sharding)
 
 
 def operands_are_smaller(site: Site, kept: Kept) -> bool:

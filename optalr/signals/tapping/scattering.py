@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optalr.sharding.spread import Spread
 from optalr.signals.moments import FactorStorage, Form
@@ -34,15 +34,14 @@ class Sharing:
     def num_parts(self, site: Site) -> int:
         """Return over how many devices the examples of a site are shared out.
 
-        It is 1 where the devices do not divide the examples, inside a ``shard_map``, and on
-        explicit axes, where sums have the type of the zeros in their slots, which are not sharded.
+        It is 1 where the devices do not divide the examples, and inside a ``shard_map``.
         """
         data, (examples, _) = site.operand_types().data, site.extent()
         if site.example_axes() is None or examples % self.spread.num_devices:
             return 1
         # A shard_map inside the loss is over by the time that what it gathered is read.
-        alone = varying_axes(data) or AxisType.Explicit in data.sharding.mesh.axis_types
-        return 1 if alone or self.spread.at_hand() is None else self.spread.num_devices
+        alone = varying_axes(data) or self.spread.at_hand() is None
+        return 1 if alone else self.spread.num_devices
 
     def specs(self, like: Sums, kept: tuple[Form, Form]) -> Sums:
         """Return how sums lie: of a Gram matrix, or of blocks of one, each device has some rows."""
@@ -59,6 +58,18 @@ class Sharing:
 
         rows = spec(like.inputs, kept[0]), spec(like.outputs, kept[1])
         return Sums(rows[0], rows[1], PartitionSpec(), PartitionSpec())
+
+    def typed(self, like: Sums, kept: tuple[Form, Form], site: Site) -> Sums:
+        """Return the shapes of sums, on explicit axes with how they lie."""
+        mesh = site.operand_types().data.sharding.mesh
+        if AxisType.Explicit not in mesh.axis_types or self.num_parts(site) == 1:
+            return like
+
+        def with_sharding(shape: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        return jax.tree.map(with_sharding, like, self.specs(like, kept))
 
     def add_up(
         self, measure: Callable[[Operands], Sums], operands: Operands, site: Site, *, specs: Sums

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from optalr.arrays import explicit_sharding
 from optalr.signals.tapping.gauge import Dummies, Gauge, Kept
 from optalr.signals.tapping.scattering import Sharing
 from optalr.signals.tracing.jaxprs import Replacement, replay, vary, varying_axes
@@ -87,7 +88,7 @@ class Recorder:
         # so the dummies must be marked so; the transpose of the mark sums over the devices.
         axes = varying_axes(jax.typeof(data)) | varying_axes(jax.typeof(kernel))
         dummies = jax.tree.map(lambda dummy: vary(dummy, axes), dummies)
-        like = jax.tree.map(lambda dummy: jax.ShapeDtypeStruct(dummy.shape, dummy.dtype), dummies)
+        like = jax.tree.map(_shape_of, dummies)
         measures = [self._measure_of(site, own) for site, own in zip(sites, like, strict=True)]
         return [_twin(sites[0], measures)((data, kernel), dummies, (self.flag, gains))]
 
@@ -106,6 +107,10 @@ def all_sites(plan: Plan) -> Iterator[Site]:
     for nested in plan.nested.values():
         for inner in nested.plans:
             yield from all_sites(inner)
+
+
+def _shape_of(dummy: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dummy.shape, dummy.dtype, sharding=explicit_sharding(dummy))
 
 
 # What a twin's backward pass puts into a slot, given the flag and the two sides of the product.
