@@ -16,6 +16,9 @@ from tests.contract import problem
 K = 4
 HAS_WIDE_SUMS = "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
 PARAMS = problem.make_params()
+# Adam rounds each of its steps to the dtype. Which of them a compiler fuses, and so does not round,
+# differs between processors: four units in the last place, of updates of up to 0.1.
+ROUNDING = {jnp.float32: 1e-6, jnp.bfloat16: 4 * float(jnp.finfo(jnp.bfloat16).eps)}
 
 
 def gradients(num, dtype=jnp.float32):
@@ -52,7 +55,7 @@ def test_numbers_are_those_of_optax(every, mean, dtype):
         expected, reference = theirs.update(grads, reference, params)
         # Older releases of optax gather in half precision.
         if dtype == jnp.float32 or HAS_WIDE_SUMS:
-            assert_close(updates, expected, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-6, atol=1e-7)
+            assert_close(updates, expected, rtol=ROUNDING[dtype], atol=0.1 * ROUNDING[dtype])
         assert int(state.mini_step) == int(reference.mini_step)
         assert int(state.gradient_step) == int(reference.gradient_step)
         assert bool(theirs.has_updated(state)) == bool(theirs.has_updated(reference))
