@@ -191,7 +191,8 @@ class _Stages:
         if self.guard:
             given = admit(updates, state.gradients)
             if told == FIRST:
-                extras = {**extras, WATCHED: Watched(updates, *given.made)}
+                watched = Watched(updates, given.updates, given.share, given.empty)
+                extras = {**extras, WATCHED: watched}
             updates, failures = given.updates, count_up(state.failures, given.failed)
             state = state._replace(failures=failures, gradients=given.watch)
         inputs = (params, extras)

@@ -118,16 +118,12 @@ def train_step(
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"tx must be an optax.GradientTransformation, got {shown(tx)}.")
     check_count("read_every", read_every, 2)
-    asked = capture.pop("outer_products", None)
-
-    def evaluate_with(outer_products: bool) -> Callable[..., Any]:
-        given = asked is None and outer_products and "axis_name" not in capture
-        outer_products = given if asked is None else asked
-        return value_grad_and_extras(
-            loss_fn, has_aux=has_aux, outer_products=outer_products, **capture
+    evaluate = {
+        alone: value_grad_and_extras(
+            loss_fn, has_aux=has_aux, **{"outer_products": alone, **capture}
         )
-
-    evaluate = {alone: evaluate_with(alone) for alone in (True, False)}
+        for alone in (True, False)
+    }
     tx = taking_extras(tx)
     return TrainStep(evaluate, tx, donate=donate, read_every=read_every, options=compiler_options)
 

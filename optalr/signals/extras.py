@@ -117,7 +117,8 @@ def value_grad_and_extras(
         ``signals`` hold these. ``optalr.coverage`` says which layers need it.
       outer_products: whether ``extras`` also hold gradients of dense layers as sums of outer
         products, where these are so few that a method multiplies their sides sooner than the
-        gradient. For a program on one device; ``train_step`` decides by itself.
+        gradient. For a program on one device (with ``axis_name`` there are none); ``train_step``
+        decides by itself.
       batch_sharding: the ``NamedSharding`` of a batch whose examples, its first axis, are sharded
         over a mesh. Give it where the method keeps its factors in parts (``sharded_factors``). Each
         device then measures a sample of its own examples, and receives its rows of the sums alone.
@@ -156,7 +157,7 @@ def value_grad_and_extras(
         called: a parameter is not floating, the loss is not a scalar, or the result is
         differentiated again while signals are on.
       ValueError: an argument is out of range; ``batch_sharding`` is of another mesh than that of
-        ``jax.set_mesh``, or does not shard the first axis. When called: the batch has no examples.
+        ``jax.set_mesh``, or does not shard the first axis. When called: the batch is empty.
 
     Cost:
       A layer with kernel ``(m, n)``, N examples and T positions takes ``2NT(m² + n²)`` flops for
@@ -191,7 +192,8 @@ def value_grad_and_extras(
         layers = check_examples(layers_of(traced), called, args)
         tapped = Tapped(traced, layers, _static_flag(signals), sampling, storage, spread)
         if drawn is None:
-            tapped = with_outer_products(tapped) if outer_products else tapped
+            if outer_products and axis_name is None:
+                tapped = with_outer_products(tapped)
             outputs, grad_leaves, slots = tapped.differentiate()
         else:
             # The gradient is that of the targets in the batch; nothing is measured on its way.
@@ -226,8 +228,8 @@ def check_loss(loss_fn: Any) -> None:
 
 
 def check_examples(layers: Layers, loss_fn: Any, args: Any) -> Layers:
-    """Check that the layers see examples, where a batch has other arrays that are not empty."""
-    if any(site.num_examples == 0 for site in layers.sites):
+    """Check that layers see examples and positions, where not all arrays of a batch are empty."""
+    if any(site.num_examples == 0 or 0 in site.extent() for site in layers.sites):
         raise refusal(loss_fn, args)
     return layers
 

@@ -82,6 +82,46 @@ def scanned(w, x):
     return square(jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ w), None), x, length=2)[0])
 
 
+@jax.custom_jvp
+def rounded(w):
+    return jnp.round(w)
+
+
+rounded.defjvp(lambda primals, tangents: (jnp.round(primals[0]), tangents[0]))
+MESH = jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def mapped(w):
+    specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+    return jax.shard_map(lambda w: w, mesh=MESH, **specs)(w)
+
+
+def carried(w):
+    return jax.lax.scan(lambda carry, _: (w, None), jnp.zeros_like(w), None, length=2)[0]
+
+
+# A copy of the kernel that comes out of these is penalized beside the layer.
+COPIES = {
+    "a custom_jvp function": rounded,
+    "a branch": lambda w: jax.lax.cond(w.sum() > 0, lambda w: w, lambda w: 2 * w, w),
+    "a loop": carried,
+    "a loop that stacks": lambda w: jax.lax.scan(lambda c, _: (c, w), 0.0, None, length=2)[1],
+    "a shard_map": mapped,
+    "a barrier": lambda w: jax.lax.optimization_barrier((2 * w, w))[1],
+    "an inner jit": jax.jit(lambda w: w.T),
+    "a remat": jax.checkpoint(lambda w: w),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_that_is_penalized_is_seen(name):
+    def loss_fn(params, x):
+        return square(x @ params["w"]) + square(COPIES[name](params["w"]))
+
+    assert not outer_products_of(loss_fn, {"w": KERNEL}, INPUTS)
+    assert optalr.coverage(loss_fn, {"w": KERNEL}, INPUTS)["['w']"].reason
+
+
 LEFT = {
     "a penalty": lambda w, x: square(x @ w) + square(w),
     "a penalty through its transpose": lambda w, x: square(x @ w) + jnp.sum(w.T**2),

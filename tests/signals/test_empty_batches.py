@@ -22,6 +22,10 @@ def dictionary(params, batch):
     return arrays(params, batch["x"], batch["y"])
 
 
+def sequences(params, x, y):
+    return jnp.mean(jnp.square((x @ params["w"]).sum((1, 2)) - y))
+
+
 def weighted(params, x, weights):
     return jnp.mean(weights[None] * (x @ params["w"]) ** 2)
 
@@ -46,6 +50,7 @@ EMPTY = {
     "arrays": (arrays, PARAMS, (X, Y), r"x has shape \(0, 3\), y has shape \(0,\)"),
     "dictionary": (dictionary, PARAMS, ({"x": X, "y": Y},), r"batch\['x'\] has shape \(0, 3\)"),
     "tokens": (tokens, TOKEN_PARAMS, (np.zeros((0, 6), int),), r"ids has shape \(0, 6\)"),
+    "no positions": (sequences, PARAMS, (np.zeros((4, 0, 3)), np.ones(4)), r"x .*\(4, 0, 3\)\."),
     "beside weights": (weighted, PARAMS, (X, WEIGHTS), r"x has shape \(0, 3\)\."),
     "composite": (COMPOSITE, PARAMS, (X, X[:, :2]), r"args\[0\] has shape \(0, 3\)"),
 }
@@ -53,9 +58,7 @@ each_kind = pytest.mark.parametrize(("loss", "params", "args", "named"), EMPTY.v
 
 
 def refused(named):
-    return pytest.raises(
-        ValueError, match=rf"the batch has no examples: .*{named}.*Skip an empty batch"
-    )
+    return pytest.raises(ValueError, match=rf"the batch is empty: .*{named}.*Skip an empty batch")
 
 
 @each_kind
@@ -82,7 +85,7 @@ def test_a_step_on_an_empty_batch_is_refused_and_the_next_is_taken(loss, params,
     step, state = optalr.train_step(loss, tx), tx.init(params)
     with refused(named):
         step(params, state, *args)
-    full = jax.tree.map(lambda a: np.ones((2, *a.shape[1:]), a.dtype), args)
+    full = jax.tree.map(lambda a: np.ones((2, *(n or 1 for n in a.shape[1:])), a.dtype), args)
     _, _, value = step(params, state, *full)
     assert jnp.isfinite(value)
 

@@ -1,4 +1,4 @@
-"""A batch without examples, refused by the names of its arrays.
+"""A batch without examples or positions, refused by the names of its arrays.
 
 In: a loss and its further arguments. Out: nothing, or an error that says which of them is empty.
 jax takes the mean of nothing for NaN, and moments of nothing have no shape that fits.
@@ -43,7 +43,7 @@ def refusal(loss_fn: Callable[..., Any], args: Any) -> ValueError:
         f"{name} has shape {tuple(a.shape)}" for name, a in _named(loss_fn, args) if not a.size
     ]
     found = ", ".join(empty) or "a layer gets none"
-    return ValueError(f"the batch has no examples: {found}. {_REMEDY}")
+    return ValueError(f"the batch is empty: {found}. {_REMEDY}")
 
 
 def _is_key(array: Any) -> bool:

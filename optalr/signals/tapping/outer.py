@@ -17,18 +17,20 @@ from optalr.linalg.structured import Full
 from optalr.signals.moments import OuterProducts, outer_products_pay
 from optalr.signals.tapping.capture import Tapped
 from optalr.signals.tapping.gauge import Dummies, side_sizes
+from optalr.signals.tracing.reach.readers import is_sole_reader
 from optalr.signals.tracing.site import Operands, Sampling, Site
 
 
 def with_outer_products(tapped: Tapped) -> Tapped:
     """Return a tapped loss that hands on both sides of gradients wherever that can pay."""
-    late, layers = tapped.measured_late(), tapped.layers
+    late, traced = tapped.measured_late(), tapped.traced
     # What reads a leaf beside its layer (a penalty, say) adds to its gradient.
-    alone = {leaf for leaf in late if not layers.notes[leaf]} - set(layers.biases.values())
     chosen = {
         site.leaf
-        for site in layers.sites
-        if site.leaf in alone and _pays(site, tapped.traced.leaves[site.leaf].dtype)
+        for site in tapped.layers.sites
+        if site.leaf in late
+        and _pays(site, traced.leaves[site.leaf].dtype)
+        and is_sole_reader(traced.closed, site)
     }
     return dataclasses.replace(tapped, outer_products=frozenset(chosen))
 

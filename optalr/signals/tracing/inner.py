@@ -103,8 +103,10 @@ def enter_remat(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
 def enter_branches(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
     """Walk the branches of a ``cond``; its first input chooses among them."""
     inputs = [_parameter_or_none(look) for look in seen[1:]]
-    plans = [walk(open_jaxpr(branch), inputs)[0] for branch in spot.params["branches"]]
-    _add_nested(spot, Branches(spot.equation, plans))
+    walked = [walk(open_jaxpr(branch), inputs) for branch in spot.params["branches"]]
+    for _, outputs in walked:
+        _note_lost(walk, outputs, "a branch")
+    _add_nested(spot, Branches(spot.equation, [plan for plan, _ in walked]))
     return []
 
 
@@ -117,7 +119,8 @@ def enter_shard_map(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
             walk.findings.note(inputs[i], "sharded over devices inside shard_map")
             inputs[i] = None
     inside = dataclasses.replace(walk, mesh_sizes={**walk.mesh_sizes, **spot.params["mesh"].shape})
-    plan, _ = inside(open_jaxpr(spot.params["jaxpr"]), inputs)
+    plan, outputs = inside(open_jaxpr(spot.params["jaxpr"]), inputs)
+    _note_lost(walk, outputs, "a shard_map")
     _add_nested(spot, ShardMap(spot.equation, (plan,)))
     return []
 
@@ -142,7 +145,10 @@ def enter_scan(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]:
         if one is None:
             walk.findings.note(look, "scanned along an axis that is not its own")
         slices.append(one)
-    plan, _ = walk(body, [*kept[:num_consts], *outputs, *slices])
+    plan, inner = walk(body, [*kept[:num_consts], *outputs, *slices])
+    # A carry that stays what it was is followed beyond the loop, and nothing else.
+    lost = [look for i, look in enumerate(inner) if i >= num_carry or outputs[i] is None]
+    _note_lost(walk, lost, "a loop")
     sliced = frozenset(part.source for look in slices for part in parts_of(look))
     _add_nested(spot, Scan(spot.equation, (plan,), sliced))
     return outputs
@@ -162,9 +168,16 @@ def enter_custom_jvp(walk: Walk, spot: Spot, seen: list[Seen]) -> Sequence[Seen]
     # What the derivative reads of the parameters themselves is data to it; a layer in it is a
     # product of data and the *tangent* of a parameter.
     values: list[Seen] = [None] * len(derivative.variables)
-    plan, _ = walk(derivative.closed.jaxpr, [*values, *tangents])
+    plan, outputs = walk(derivative.closed.jaxpr, [*values, *tangents])
+    _note_lost(walk, outputs, "a custom_jvp function")
     _add_nested(spot, CustomJvp(spot.equation, (plan,), derivative))
     return []
+
+
+def _note_lost(walk: Walk, outputs: Sequence[Seen], place: str) -> None:
+    """Note of each parameter that leaves an inner jaxpr that it cannot be followed out of."""
+    for look in outputs:
+        walk.findings.note(look, f"handed out of {place}")
 
 
 def _add_nested(spot: Spot, nested: Nested) -> None:

@@ -75,8 +75,9 @@ def find_layers(
 
 
 def _pass_unchanged(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:
-    """Follow an array through one of ``_UNCHANGED``."""
-    return give_up(walk, spot, seen) if seen[0] is None else [seen[0]]
+    """Follow arrays through one of ``_UNCHANGED``, each operand to its output."""
+    del walk, spot
+    return seen
 
 
 def _pass_rearrangement(walk: Walk, spot: Spot, seen: list[Seen]) -> list[Seen]:

@@ -60,11 +60,6 @@ class Admitted(NamedTuple):
     failed: jax.Array
     empty: jax.Array
 
-    @property
-    def made(self) -> tuple[Any, jax.Array, jax.Array]:
-        """What ``Watched`` says was made of a gradient."""
-        return self.updates, self.share, self.empty
-
 
 class Watched(NamedTuple):
     """What ``two_stage`` tells the stage inside it, as the extra ``WATCHED``.
