@@ -58,7 +58,8 @@ each_kind = pytest.mark.parametrize(("loss", "params", "args", "named"), EMPTY.v
 
 
 def refused(named):
-    return pytest.raises(ValueError, match=rf"the batch is empty: .*{named}.*Skip an empty batch")
+    message = rf"the batch holds no examples or positions: .*{named}.*Skip an empty batch"
+    return pytest.raises(ValueError, match=message)
 
 
 @each_kind

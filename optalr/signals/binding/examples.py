@@ -43,7 +43,7 @@ def refusal(loss_fn: Callable[..., Any], args: Any) -> ValueError:
         f"{name} has shape {tuple(a.shape)}" for name, a in _named(loss_fn, args) if not a.size
     ]
     found = ", ".join(empty) or "a layer gets none"
-    return ValueError(f"the batch is empty: {found}. {_REMEDY}")
+    return ValueError(f"the batch holds no examples or positions: {found}. {_REMEDY}")
 
 
 def _is_key(array: Any) -> bool:

@@ -28,6 +28,10 @@ def _public_core() -> Any:
     return core
 
 
+# Primitives that run one jaxpr, once and as it stands, by their names in all releases.
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+
+
 def is_literal(var: Any) -> bool:
     """Return whether an equation's input is a constant written into it."""
     return isinstance(var, _public_core().Literal)

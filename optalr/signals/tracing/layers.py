@@ -16,6 +16,7 @@ from typing import Any
 from optalr.signals.tracing import inner, pieces
 from optalr.signals.tracing.convolutions import conv_site
 from optalr.signals.tracing.dots import dot_site
+from optalr.signals.tracing.jaxprs import CALLS
 from optalr.signals.tracing.reach.verdicts import no_layers
 from optalr.signals.tracing.site import Product, Site
 from optalr.signals.tracing.views import (
@@ -211,7 +212,7 @@ _RULES: Mapping[str, FollowRule] = MappingProxyType({
     **dict.fromkeys(("mul", "div"), pieces.pass_scaling),
     **dict.fromkeys(("add", "add_any"), _pass_addition),
     **dict.fromkeys(_SITE_MAKERS, _pass_product),
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), inner.enter_call),
+    **dict.fromkeys(CALLS, inner.enter_call),
     **dict.fromkeys(("remat2", "checkpoint", "remat"), inner.enter_remat),
     "scan": inner.enter_scan,
     "cond": inner.enter_branches,

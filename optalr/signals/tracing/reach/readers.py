@@ -7,11 +7,8 @@ or not the walk knows what that other reader does.
 
 from typing import Any
 
-from optalr.signals.tracing.jaxprs import open_jaxpr
+from optalr.signals.tracing.jaxprs import CALLS, open_jaxpr
 from optalr.signals.tracing.site import Site
-
-# Equations that run one jaxpr, once and as it stands.
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 
 def is_sole_reader(closed: Any, site: Site) -> bool:
@@ -40,7 +37,7 @@ def is_sole_reader(closed: Any, site: Site) -> bool:
         ((equation, place),) = readers
         if equation is site.equation:
             return True
-        if equation.primitive.name in _CALLS:
+        if equation.primitive.name in CALLS:
             around.append((jaxpr, equation))
             jaxpr = open_jaxpr(equation.params["jaxpr"])
             var = jaxpr.invars[place]
