@@ -15,6 +15,7 @@ import numpy as np
 from optalr.phases.clocks import stage_clock
 from optalr.phases.two_stage import Released, TwoStageState
 from optalr.states import children, injects, is_named_tuple
+from optalr.transforms.kronecker.memory import KroneckerState
 
 # Wrappers of optax that decide on the device whether what they wrap runs, and do not say so before.
 _GATES = frozenset(
@@ -70,10 +71,12 @@ class Survey:
     Attributes:
       places: the clocks, each after those that gate it.
       asks_for_signals: whether a method without a clock says on the device what it wants.
+      factors: which leaves are factors of matrices, and their roots.
     """
 
     places: tuple[Place, ...]
     asks_for_signals: bool
+    factors: tuple[int, ...]
 
     @functools.cached_property
     def positions(self) -> tuple[int, ...]:
@@ -85,6 +88,10 @@ class Survey:
     def reasons(self) -> list[str]:
         """Why clocks cannot be told, each reason once."""
         return sorted({place.asks for place in self.places if place.asks})
+
+    def factors_of(self, leaves: Any) -> list[Any]:
+        """Return the factors and roots of a state, given its leaves by position."""
+        return [leaves[i] for i in self.factors]
 
     def is_open(self, place: Place, told: Sequence[int]) -> bool:
         """Return whether a clock runs, by what those before it are told."""
@@ -106,7 +113,7 @@ def survey(state: Any) -> Survey:
     leaves, treedef = jax.tree.flatten(state)
     walk = _Walk([np.shape(leaf) for leaf in leaves])
     walk.visit(treedef.unflatten(range(len(leaves))), (), asks="")
-    return Survey(tuple(walk.places), walk.asks_for_signals)
+    return Survey(tuple(walk.places), walk.asks_for_signals, tuple(walk.factors))
 
 
 class _Walk:
@@ -116,6 +123,7 @@ class _Walk:
         self.shapes = shapes
         self.places: list[Place] = []
         self.asks_for_signals = False
+        self.factors: list[int] = []
 
     def visit(self, node: Any, gates: tuple[Gate, ...], *, asks: str, injected: Any = None) -> None:
         """Note the clocks under ``node``; ``injected`` is a state that may hold its phase."""
@@ -148,6 +156,8 @@ class _Walk:
         positions = [leaf for leaf in jax.tree.leaves(clock) if isinstance(leaf, int)]
         if any(self.shapes[position] for position in positions):
             asks = asks or "its state holds a clock for each member of a vmap"
+        if isinstance(node, KroneckerState):
+            self.factors += jax.tree.leaves(node.memory.sides)
         own = len(self.places)
         told: Any = node.told  # a position, as all leaves here
         self.places.append(Place(told, clock, gates, asks))

@@ -5,9 +5,10 @@ around it. On an accelerator such a step compiles slowly, and in each step the d
 answers that the host knew all along.
 """
 
+import functools
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from optalr.clocks import ASK, BLEND, FIRST, MEASURE, PROBE, REFRESH, REPAIR, SE
 from optalr.phases.clocks import StageClock
 from optalr.programs.call import open_call, split_call
 from optalr.programs.mirror import Mirror, Told
+from optalr.programs.placement import Carried, Placement
 from optalr.programs.survey import Survey, survey
 from optalr.reading.wanted import wants_signals
 from optalr.signals import value_grad_and_extras
@@ -37,6 +39,10 @@ _KINDS = {
     "blend": (MEASURE | PROBE | REFRESH, BLEND, True),
     "second": (0, SECOND, True),
 }
+
+
+# What is told, the static part of the call, and where its arrays lie.
+_Program = tuple[Told, Bound, Placement]
 
 
 def train_step(
@@ -80,6 +86,8 @@ def train_step(
         ``max_positions``, ``max_cost``, ``axis_name``, ``fisher``, ``likelihood``, ``storage``,
         ``batch_sharding``, ``outer_products``. The last is on by default where all arrays are on
         one device. Over a mesh it would add a sum over the devices to each step.
+        ``batch_sharding`` is by default that of the first axis of ``args``, where factors rest in
+        parts and all sharded arrays among ``args`` and ``extras`` have the same; None gives none.
 
     Returns:
       ``step(params, state, *args, extras=None, key=None)``, which returns ``(params, state,
@@ -118,12 +126,13 @@ def train_step(
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"tx must be an optax.GradientTransformation, got {shown(tx)}.")
     check_count("read_every", read_every, 2)
-    evaluate = {
-        alone: value_grad_and_extras(
-            loss_fn, has_aux=has_aux, **{"outer_products": alone, **capture}
-        )
-        for alone in (True, False)
-    }
+
+    @functools.cache
+    def evaluate(at: Placement) -> Callable[..., Any]:
+        options = {"outer_products": at.alone, "batch_sharding": at.batch, **capture}
+        return value_grad_and_extras(loss_fn, has_aux=has_aux, **options)
+
+    evaluate(Placement(alone=True, batch=None))  # so that what is wrong is said at once
     tx = taking_extras(tx)
     return TrainStep(evaluate, tx, donate=donate, read_every=read_every, options=compiler_options)
 
@@ -133,7 +142,7 @@ class TrainStep:
 
     def __init__(
         self,
-        evaluate: Mapping[bool, Callable[..., Any]],
+        evaluate: Callable[[Placement], Callable[..., Any]],
         tx: optax.GradientTransformationExtraArgs,
         *,
         donate: bool,
@@ -150,7 +159,7 @@ class TrainStep:
         self._surveys: dict[Any, Survey] = {}
         self._mirror: Mirror | None = None
         self._last: _Identity | None = None
-        self._alone = True
+        self._carried = Carried.of((), ())
         self._told: dict[Told, Survey] = {}
 
     @property
@@ -169,11 +178,11 @@ class TrainStep:
         if mirror is None or self._last is None or not self._last.is_of(leaves, treedef):
             mirror = Mirror(known, leaves, self._read_every)
             # What a step returns stays where it is: one look at many parameters is enough.
-            self._alone = _on_one_device(params)
+            self._carried = Carried.of(params, known.factors_of(leaves))
         # Until this call has returned, no state is known.
         self._mirror = self._last = None
         told = mirror.next_told()
-        program = told, call, self._alone and _on_one_device(arrays)
+        program = told, call, self._carried.with_data(arrays)
         params, state, value = self._jitted(program, (params, state), arrays)
         self._told.setdefault(told, known)
         leaves = jax.tree.leaves(state)
@@ -206,9 +215,11 @@ class TrainStep:
         """
         check_choice("kind", kind, (*_KINDS, "traced"))
         call, arrays = split_call(args, extras, key)
-        known = self._survey(state, jax.tree.structure(state))
+        leaves, treedef = jax.tree.flatten(state)
+        known = self._survey(state, treedef)
         told = (ASK,) * len(known.places) if kind == "traced" else _told_in(known, kind)
-        program = told, call, _on_one_device(params, arrays)
+        carried = Carried.of(params, known.factors_of(leaves))
+        program = told, call, carried.with_data(arrays)
         traced = self._jitted.trace(program, (params, state), arrays)
         return traced.lower(lowering_platforms=None if platforms is None else tuple(platforms))
 
@@ -224,12 +235,9 @@ class TrainStep:
                 )
         return known
 
-    def _run(self, program: tuple[Told, Bound, bool], carry: tuple[Any, Any], arrays: Any) -> Any:
-        """Take a step; jit compiles it once for each ``program``.
-
-        A program is what is told, the static part of the call, and whether there is one device.
-        """
-        (told, call, alone), (params, state) = program, carry
+    def _run(self, program: _Program, carry: tuple[Any, Any], arrays: Any) -> Any:
+        """Take a step; jit compiles it once for each ``program``."""
+        (told, call, at), (params, state) = program, carry
         args, extras, key = open_call(call, arrays)
         leaves, treedef = jax.tree.flatten(state)
         known = self._survey(state, treedef)
@@ -239,16 +247,10 @@ class TrainStep:
                 leaves[place.told] = np.int8(mark)
         told_state = treedef.unflatten(leaves)
         signals = _signals(known, told, state)
-        value, grads, found = self._evaluate[alone](params, *args, signals=signals, key=key)
+        value, grads, found = self._evaluate(at)(params, *args, signals=signals, key=key)
         updates, state = self._tx.update(grads, told_state, params, **{**found, **extras})
         params = optax.apply_updates(params, updates)
         return params, state, value
-
-
-def _on_one_device(*trees: Any) -> bool:
-    """Return whether no array is known to be on several devices."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(trees))
-    return all(sharding is None or sharding.num_devices == 1 for sharding in shardings)
 
 
 def _signals(known: Survey, told: Told, state: Any) -> Any:

@@ -55,8 +55,8 @@ def compiled(layout, kind, share=True, positions=(), axes="auto", **capture):
         jax.ShapeDtypeStruct((64, *positions, size), jnp.float32, sharding=split)
         for size in (SIZES[0], SIZES[-1])
     ]
-    if share:
-        capture["batch_sharding"] = split
+    if not share:
+        capture["batch_sharding"] = None  # else the step finds it
     step = optalr.train_step(net.loss_fn, tx, **capture)
     return step.lower(shapes(params, places), state, *batch, kind=kind).compile().as_text()
 

@@ -36,12 +36,14 @@ class Sharing:
 
         It is 1 where the devices do not divide the examples, and inside a ``shard_map``.
         """
-        data, (examples, _) = site.operand_types().data, site.extent()
-        if site.example_axes() is None or examples % self.spread.num_devices:
+        types, axes, (examples, _) = site.operand_types(), site.example_axes(), site.extent()
+        if axes is None or examples % self.spread.num_devices:
             return 1
         # A shard_map inside the loss is over by the time that what it gathered is read.
-        alone = varying_axes(data) or self.spread.at_hand() is None
-        return 1 if alone else self.spread.num_devices
+        if varying_axes(types.data) or self.spread.at_hand() is None:
+            return 1
+        fits = all(map(self._may_share, types, axes))
+        return self.spread.num_devices if fits else 1
 
     def specs(self, like: Sums, kept: tuple[Form, Form]) -> Sums:
         """Return how sums lie: of a Gram matrix, or of blocks of one, each device has some rows."""
@@ -98,6 +100,14 @@ class Sharing:
             axis_names=set(names),
             check_vma=False,
         )(operands)
+
+    def _may_share(self, operand: Any, axis: int) -> bool:
+        """Return whether the devices may share out an axis: where it is explicit, they must."""
+        sharding = operand.sharding
+        if AxisType.Explicit not in sharding.mesh.axis_types:
+            return True
+        names = sharding.spec[axis]
+        return (names if isinstance(names, tuple) else (names,)) == self.spread.names
 
     def _spec(self, axis: int) -> PartitionSpec:
         return PartitionSpec(*(None,) * axis, self.spread.names)
