@@ -86,8 +86,9 @@ def train_step(
         ``max_positions``, ``max_cost``, ``axis_name``, ``fisher``, ``likelihood``, ``storage``,
         ``batch_sharding``, ``outer_products``. The last is on by default where all arrays are on
         one device. Over a mesh it would add a sum over the devices to each step.
-        ``batch_sharding`` is by default that of the first axis of ``args``, where factors rest in
-        parts and all sharded arrays among ``args`` and ``extras`` have the same; None gives none.
+        Where factors rest in parts, ``batch_sharding`` is by default that of the first axis of
+        ``args``, if all sharded arrays among ``args`` and ``extras`` have the same, and
+        ``storage`` what the methods keep, if all keep the same. None gives none.
 
     Returns:
       ``step(params, state, *args, extras=None, key=None)``, which returns ``(params, state,
@@ -129,10 +130,10 @@ def train_step(
 
     @functools.cache
     def evaluate(at: Placement) -> Callable[..., Any]:
-        options = {"outer_products": at.alone, "batch_sharding": at.batch, **capture}
-        return value_grad_and_extras(loss_fn, has_aux=has_aux, **options)
+        found = {"outer_products": at.alone, "batch_sharding": at.batch, "storage": at.storage}
+        return value_grad_and_extras(loss_fn, has_aux=has_aux, **(found | capture))
 
-    evaluate(Placement(alone=True, batch=None))  # so that what is wrong is said at once
+    evaluate(Placement(alone=True))  # so that what is wrong is said at once
     tx = taking_extras(tx)
     return TrainStep(evaluate, tx, donate=donate, read_every=read_every, options=compiler_options)
 
@@ -159,7 +160,7 @@ class TrainStep:
         self._surveys: dict[Any, Survey] = {}
         self._mirror: Mirror | None = None
         self._last: _Identity | None = None
-        self._carried = Carried.of((), ())
+        self._carried = Carried(alone=True)
         self._told: dict[Told, Survey] = {}
 
     @property
@@ -178,7 +179,7 @@ class TrainStep:
         if mirror is None or self._last is None or not self._last.is_of(leaves, treedef):
             mirror = Mirror(known, leaves, self._read_every)
             # What a step returns stays where it is: one look at many parameters is enough.
-            self._carried = Carried.of(params, known.factors_of(leaves))
+            self._carried = Carried.of(params, known.factors_of(leaves), self._tx.init)
         # Until this call has returned, no state is known.
         self._mirror = self._last = None
         told = mirror.next_told()
@@ -218,7 +219,7 @@ class TrainStep:
         leaves, treedef = jax.tree.flatten(state)
         known = self._survey(state, treedef)
         told = (ASK,) * len(known.places) if kind == "traced" else _told_in(known, kind)
-        carried = Carried.of(params, known.factors_of(leaves))
+        carried = Carried.of(params, known.factors_of(leaves), self._tx.init)
         program = told, call, carried.with_data(arrays)
         traced = self._jitted.trace(program, (params, state), arrays)
         return traced.lower(lowering_platforms=None if platforms is None else tuple(platforms))

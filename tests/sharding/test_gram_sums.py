@@ -36,24 +36,26 @@ LAYOUTS = {"data parallel": P(), "FSDP": P("data")}
 # What it costs.
 
 
-def compiled(layout, kind, share=True, positions=(), axes="auto", **capture):
+def compiled(
+    layout, kind, *, share=True, positions=(), axes="auto", sizes=SIZES, options=None, **capture
+):
     """Return the text of one kind of step, with factors in parts."""
     mesh = net.mesh_of(DEVICES, axes=axes)
     split = NamedSharding(mesh, P("data"))
-    tx = optalr.tso_alra(1e-2, mesh=mesh, options={"sharded_factors": True})
+    tx = optalr.tso_alra(1e-2, mesh=mesh, options={"sharded_factors": True, **(options or {})})
 
     def shapes(tree, shardings):
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
         )
 
-    params = net.make_params(SIZES)
+    params = net.make_params(sizes)
     places = dict.fromkeys(params, NamedSharding(mesh, LAYOUTS[layout]))
     shardings = optalr.state_shardings(tx, params, mesh, param_shardings=places)
     state = shapes(jax.eval_shape(tx.init, params), shardings)
     batch = [
         jax.ShapeDtypeStruct((64, *positions, size), jnp.float32, sharding=split)
-        for size in (SIZES[0], SIZES[-1])
+        for size in (sizes[0], sizes[-1])
     ]
     if not share:
         capture["batch_sharding"] = None  # else the step finds it
@@ -105,6 +107,21 @@ def test_a_measurement_receives_a_share_of_what_it_did():
     assert whole["all-reduce"] - plain["all-reduce"] >= squares
     assert parts["all-reduce"] - plain["all-reduce"] <= 0.02 * squares  # norms and flags
     assert parts["reduce-scatter"] == squares // DEVICES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["measuring", "traced"])
+def test_of_blocks_each_device_receives_its_rows(kind):
+    """A step finds out what is kept; without that, rows of whole sums come of a backward pass."""
+    sizes = (8, 16, 48, 32, 8)
+    case = {"positions": (32,), "sizes": sizes, "options": {"block_size": 16}}
+    blocks, whole = {(3, 2, 16), (2, 2, 16)}, {(6, 48), (4, 32)}
+    for storage, wanted, other in (({}, blocks, whole), ({"storage": None}, whole, blocks)):
+        text = compiled("data parallel", kind, **case, **storage)
+        received = set(shapes_in(text, "reduce-scatter"))
+        assert wanted <= received
+        assert not other & received
+        assert not {(48, 48), (32, 32)} & set(shapes_in(text, "all-reduce"))
 
 
 @pytest.mark.slow
