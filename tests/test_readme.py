@@ -66,6 +66,20 @@ def test_where_untuned_loses_is_told_alike_on_all_pages(name):
     assert re.search(rf"by {resnet} and {vgg} %|loses {resnet} and {vgg} %", page)
 
 
+def cost_of(page, method):
+    """Return what a step of a method takes, by the first line of a table that has it in a cell."""
+    text = (ROOT / page).read_text()
+    row = next(line for line in text.splitlines() if re.search(rf"\| `{method}\(", line))
+    return re.search(r"\| ([\d.]+(?: to [\d.]+)? of \w+'s)", row)[1]
+
+
+@pytest.mark.parametrize(
+    "method", ["untuned", "tso_alra", "edf", "learned_rate_sgd", "lipschitz_sgd"]
+)
+def test_the_table_of_methods_and_the_decision_table_have_the_same_costs(method):
+    assert cost_of("README.md", method) == cost_of("docs/which_method.md", method)
+
+
 def test_what_validation_batches_are_worth_is_that_of_the_report():
     without = ratios_of("## Without each part", "untuned_no_validation")
     ratio = float(without["geometric mean"])
