@@ -14,7 +14,14 @@ from optalr.transforms.shared.making import taking_extras
 
 @jax.tree_util.register_pytree_with_keys_class
 class PackedExtras:
-    """Gradients and the extras that came with them; ``pack_extras`` makes one."""
+    """Gradients and the extras that came with them; ``pack_extras`` makes one.
+
+    It is a pytree: what is mapped over it reaches extras as well as gradients.
+
+    Attributes:
+      grads: gradients, a pytree like the parameters.
+      extras: arrays and functions by the names of the extras.
+    """
 
     def __init__(self, grads: Any, extras: Any):
         self.grads, self.extras = grads, extras
