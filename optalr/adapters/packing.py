@@ -94,7 +94,13 @@ def unpack_extras(
     Cost: none.
 
     Examples:
-      See ``pack_extras``.
+      >>> import jax.numpy as jnp, optalr
+      >>> loss_fn = lambda w: jnp.sum(w**2)
+      >>> tx, w = unpack_extras(optalr.learned_rate_sgd(0.1)), jnp.ones(2)
+      >>> loss, grads, extras = optalr.value_grad_and_extras(loss_fn)(w, signals=False)
+      >>> updates, state = tx.update(pack_extras(grads, extras), tx.init(w), w)
+      >>> bool(loss_fn(w + updates) < loss)
+      True
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}.")
