@@ -38,6 +38,9 @@ def test_the_first_example_prints_what_the_readme_says(tmp_path):
     stated = float(re.search(r"a test accuracy of ([\d.]+) %", README)[1])
     # Four test images of 397: what the rounding of another machine may change.
     assert abs(measured - stated) <= 1.0
+    # The loss of one batch at the end: a factor of two. (In float64 it is 0.0007.)
+    loss = float(re.search(r"training loss ([\d.]+),", done.stdout)[1])
+    assert 0.5 <= loss / float(re.search(r"prints a training loss of ([\d.]+) ", README)[1]) <= 2.0
 
 
 @pytest.mark.parametrize("rival", ["adam", "adamw", "muon", "soap"])
