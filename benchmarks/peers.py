@@ -1,6 +1,7 @@
 """optalr beside its peers: each in an environment of its own, each with the same tuning budget.
 
     python benchmarks/peers.py                          # environments, missing runs, the page
+    python benchmarks/peers.py --problems all           # all ten problems, not the four of DEFAULT
     python benchmarks/peers.py --problems digits_mlp --peers adam kfac untuned
     python benchmarks/peers.py --budget-hours 0.5       # stops there; the next call goes on
     python benchmarks/peers.py --report                 # the page from stored runs alone
@@ -22,6 +23,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -32,18 +34,20 @@ from benchmarks.untuned_parts.storing import Store  # noqa: E402
 
 FOLDER = ROOT / "benchmarks" / "results" / "peers"
 DEFAULT = ("digits_mlp", "diabetes_mlp", "fashion_cnn", "python_transformer")
+ALL = "all"
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     from benchmarks.peers_parts.methods import METHODS
     from benchmarks.untuned_parts.problems import PROBLEMS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 
-    def names(option: str, valid: dict, **more: object) -> None:
+    def names(option: str, valid: Iterable[str], **more: object) -> None:
         parser.add_argument(option, nargs="+", choices=valid, metavar="NAME", **more)
 
-    names("--problems", PROBLEMS, default=DEFAULT, help=f"of: {', '.join(PROBLEMS)}")
+    about = f"{ALL}, or some of: {', '.join(PROBLEMS)}"
+    names("--problems", (*PROBLEMS, ALL), default=DEFAULT, help=about)
     names("--peers", METHODS, default=list(METHODS), help=f"methods, of: {', '.join(METHODS)}")
     names("--again", METHODS, default=[], help="methods whose runs of the problems are dropped")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
@@ -56,7 +60,9 @@ def parse() -> argparse.Namespace:
         default=environments.folder(),
         help=f"folder of the virtual environments; also by ${environments.VARIABLE}",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if ALL in args.problems:
+        args.problems = list(PROBLEMS)
     if args.report and args.again:
         parser.error("--again drops runs and --report makes none: give one of them")
     return args

@@ -107,6 +107,17 @@ def imports(module: str, *, inside_functions: bool = True) -> tuple[Import, ...]
     return tuple(found)
 
 
+def public_definitions(room: str) -> list[str]:
+    """Return the dotted names of what the modules of a room define for its users."""
+    return [
+        f"{module.name}.{node.name}"
+        for module in package().values()
+        if module.room == room
+        for node in module.tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+
+
 def functions(module: Module, *, nested: bool = True) -> Iterator[Function]:
     """Yield the functions of a module; those inside functions only where ``nested`` is set."""
 

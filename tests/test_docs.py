@@ -13,16 +13,11 @@ import pytest
 
 import optalr
 from optalr import linalg, paper, phases, schedules
+from tests.syntax import public_definitions
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGES = sorted((DOCS / "api").glob("*.md"))
-ADAPTERS = (
-    "optalr.adapters.linen.TrainState",
-    "optalr.adapters.nnx.Optimizer",
-    "optalr.adapters.nnx.value_grad_and_extras",
-    "optalr.adapters.packing.pack_extras",
-    "optalr.adapters.packing.unpack_extras",
-)
+ADAPTERS = public_definitions("adapters")  # modules that ``import optalr`` does not import
 # What a user writes to reach a public name, and what stands there.
 PUBLIC = {
     f"{room.__name__}.{name}": getattr(room, name)
@@ -115,6 +110,12 @@ def test_every_public_name_has_an_entry(name):
     assert len(found) == 1, f"{name} has {len(found)} entries in docs/api"
     if not inspect.ismodule(wanted):
         assert found[0].listed, f"the table of {found[0].page} lacks {name}"
+
+
+def test_the_adapters_are_found_where_they_are_defined():
+    known = {"linen.TrainState", "nnx.Optimizer", "packing.PackedExtras", "wrappers.multi_steps"}
+    assert {f"optalr.adapters.{name}" for name in known} <= set(ADAPTERS)
+    assert not [name for name in ADAPTERS if resolve(name) is None]
 
 
 def test_no_entry_stands_twice():

@@ -1,5 +1,6 @@
 """Every public name explains itself, in the sections that the reference pages understand."""
 
+import importlib
 import inspect
 import pathlib
 import re
@@ -8,7 +9,8 @@ from collections.abc import Mapping
 import pytest
 
 import optalr
-from optalr import linalg, paper, schedules
+from optalr import linalg, paper, phases, schedules
+from tests.syntax import public_definitions
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PUBLIC = {
@@ -16,14 +18,18 @@ PUBLIC = {
     for name in optalr.__all__
     if not isinstance(getattr(optalr, name), Mapping)  # tables: documented where they are used
 }
-FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
 # Public modules beside the front door; ``linalg.inverse_root`` stands for a name in one.
 INNER = {
     f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
-    for module in (linalg, schedules, paper)
+    for module in (linalg, schedules, phases, paper)
     for name in module.__all__
 }
-EVERYTHING = {n: v for n, v in {**PUBLIC, **INNER}.items() if not inspect.ismodule(v)}
+ADAPTERS = {
+    name: getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2])
+    for name in public_definitions("adapters")
+}
+EVERYTHING = {n: v for n, v in {**PUBLIC, **INNER, **ADAPTERS}.items() if not inspect.ismodule(v)}
+FUNCTIONS = {n: v for n, v in EVERYTHING.items() if inspect.isroutine(inspect.unwrap(v))}
 SIGNATURES = {n: v for n, v in EVERYTHING.items() if not inspect.isclass(v)}
 
 
@@ -32,7 +38,13 @@ def fields(kind):
     return getattr(kind, "_fields", None) or tuple(getattr(kind, "__dataclass_fields__", ()))
 
 
-RECORDS = [n for n, v in EVERYTHING.items() if inspect.isclass(v) and fields(v)]
+RECORDS = [
+    n
+    for n, v in EVERYTHING.items()
+    if inspect.isclass(v)
+    and fields(v)
+    and n != "optalr.adapters.linen.TrainState"  # all its fields are Flax's
+]
 
 
 def entries(text, *titles):

@@ -1,7 +1,11 @@
 """Every notebook runs from top to bottom, on a small budget, and is kept with its outputs."""
 
+import ast
+import importlib.util
 import os
 import pathlib
+import re
+import sys
 
 import nbformat
 import pytest
@@ -58,10 +62,59 @@ def test_a_notebook_tells_a_story_with_a_takeaway(path):
 def test_a_notebook_is_ready_for_colab(path):
     notebook = nbformat.read(path, as_version=4)
     assert notebook.metadata.accelerator == "GPU"
-    (first, *_) = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    assert 'checkout[0]}[experiments]" if checkout else "optalr[experiments]"' in first
-    same = nbformat.read(NOTEBOOKS[0], as_version=4).cells
-    assert first == next(cell.source for cell in same if cell.cell_type == "code")
+    assert install_cell(path) == install_cell(NOTEBOOKS[0])
+
+
+def install_cell(path):
+    """Return the source of a notebook's first cell of code, which installs what is missing."""
+    cells = nbformat.read(path, as_version=4).cells
+    return next(cell.source for cell in cells if cell.cell_type == "code")
+
+
+def installed(monkeypatch, folder, *missing):
+    """Run the cell in a folder where packages are missing; return what it hands to pip."""
+    handed = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name not in missing or None)
+    magic = '%pip install -q "{wanted}"'
+    source = install_cell(NOTEBOOKS[0])
+    assert source.count(magic) == 1
+    exec(source.replace(magic, "install(wanted)"), {"install": handed.append})
+    return handed
+
+
+@pytest.mark.parametrize("missing", [["optalr"], ["sklearn"], ["flax", "matplotlib"]])
+def test_whatever_is_missing_is_installed(missing, monkeypatch, tmp_path):
+    """The core alone may be there, and Python finds ``optalr`` in the root of a checkout."""
+    assert installed(monkeypatch, tmp_path, *missing) == ["optalr[experiments]"]
+    (tmp_path / "optalr").mkdir()
+    (tmp_path / "optalr" / "__init__.py").touch()
+    (tmp_path / "notebooks").mkdir()
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        assert installed(monkeypatch, folder, *missing) == [f"{tmp_path}[experiments]"]
+
+
+def test_nothing_is_installed_where_nothing_is_missing(monkeypatch, tmp_path):
+    assert installed(monkeypatch, tmp_path) == []
+
+
+@every_notebook
+def test_the_install_cell_asks_for_everything_that_a_notebook_imports(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    imported = {
+        name.partition(".")[0]
+        for cell in cells[1:]
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or node.names[0].name]
+    }
+    (names,) = re.findall(r'^names = "(.*)"$', cells[0].source, re.MULTILINE)
+    assert imported - set(sys.stdlib_module_names) <= set(names.split())
+
+
+@every_notebook
+def test_a_notebook_says_nothing_of_the_kernel_that_ran_it(path):
+    assert nbformat.read(path, as_version=4).metadata.language_info == {"name": "python"}
 
 
 def test_every_notebook_is_a_page_of_the_site():

@@ -46,6 +46,30 @@ def test_every_wrapper_of_optax_has_a_row():
     assert wrappers(optax, "optax") | wrappers(contrib, "optax.contrib") <= set(ROWS)
 
 
+def test_every_wrapper_of_optax_experimental_is_named_as_left_out():
+    modules = vars(pytest.importorskip("optax.experimental"))
+    found = [
+        wrapper
+        for prefix, module in modules.items()
+        if inspect.ismodule(module) and not prefix.startswith("_")
+        for wrapper in wrappers(module, prefix)
+    ]
+    assert found
+    assert not [wrapper for wrapper in found if f"{wrapper}`" not in PAGE]
+
+
+def test_what_takes_a_gradient_of_each_example_refuses_extras():
+    aggregating = pytest.importorskip("optax.experimental").aggregating
+    inner = optalr.learned_rate_sgd(0.1)
+    mean = aggregating.average_per_element_updates()
+    for tx in (
+        aggregating.process(optax.identity(), mean, inner),
+        aggregating.add_mean_variance_to_opt(inner),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            assert_steps(tx)
+
+
 def test_a_wrapper_that_the_page_says_passes_extras_is_tested_to():
     passing = {name.rpartition(".")[2] for name, verb in ROWS.items() if verb == "passes"}
     assert passing == set(neighbours.PASSING)

@@ -40,7 +40,15 @@ def value_grad_and_extras(
       into ``nnx.jit``.
 
     Examples:
-      See ``Optimizer``.
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> evaluate = value_grad_and_extras(lambda model, x: jnp.mean(model(x) ** 2))
+      >>> loss, grads, extras = evaluate(model, jnp.ones((4, 3)))
+      >>> grads["kernel"].shape, "signals" in extras
+      ((3, 2), True)
+
+      ``Optimizer`` has an example of a whole step.
     """
 
     def evaluate(model: Any, *args: Any, signals: Any = True, **more: Any) -> Any:

@@ -14,7 +14,14 @@ from optalr.transforms.shared.making import taking_extras
 
 @jax.tree_util.register_pytree_with_keys_class
 class PackedExtras:
-    """Gradients and the extras that came with them; ``pack_extras`` makes one."""
+    """Gradients and the extras that came with them; ``pack_extras`` makes one.
+
+    It is a pytree: what is mapped over it reaches extras as well as gradients.
+
+    Attributes:
+      grads: gradients, a pytree like the parameters.
+      extras: arrays and functions by the names of the extras.
+    """
 
     def __init__(self, grads: Any, extras: Any):
         self.grads, self.extras = grads, extras
@@ -87,7 +94,13 @@ def unpack_extras(
     Cost: none.
 
     Examples:
-      See ``pack_extras``.
+      >>> import jax.numpy as jnp, optalr
+      >>> loss_fn = lambda w: jnp.sum(w**2)
+      >>> tx, w = unpack_extras(optalr.learned_rate_sgd(0.1)), jnp.ones(2)
+      >>> loss, grads, extras = optalr.value_grad_and_extras(loss_fn)(w, signals=False)
+      >>> updates, state = tx.update(pack_extras(grads, extras), tx.init(w), w)
+      >>> bool(loss_fn(w + updates) < loss)
+      True
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax.GradientTransformation, got {inner!r}.")

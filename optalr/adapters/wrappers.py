@@ -23,24 +23,35 @@ from optalr.transforms.shared.rescaling import tree_scale
 
 
 class MultiStepsState(NamedTuple):
-    """State of ``multi_steps``; the first five fields are those of ``optax.MultiStepsState``."""
+    """State of ``multi_steps``; the first five fields are those of ``optax.MultiStepsState``.
 
-    mini_step: jax.Array  # () int32, gradients gathered since the last update
-    gradient_step: jax.Array  # () int32, updates handed on
-    inner_opt_state: Any  # the state of the inner transformation
-    acc_grads: Any  # like params, float32 or wider
-    skip_state: Any  # what should_skip_update_fn returned; () without one
-    emits: jax.Array  # () bool, whether the next call runs the inner transformation
-    told: jax.Array  # () int8, -1; for a program made for one answer (optalr/clocks.py)
-    period: jax.Array  # () int32, k of the update that is being gathered
+    Attributes:
+      mini_step: int32 scalar, gradients gathered since the last update.
+      gradient_step: int32 scalar, updates handed on.
+      inner_opt_state: the state of the inner transformation.
+      acc_grads: like the parameters, float32 or wider.
+      skip_state: what ``should_skip_update_fn`` returned; ``()`` without one.
+      emits: bool scalar, whether the next call runs the inner transformation.
+      told: int8 scalar, -1; for a program made for one answer (optalr/clocks.py).
+      period: int32 scalar, k of the update that is being gathered.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    inner_opt_state: Any
+    acc_grads: Any
+    skip_state: Any
+    emits: jax.Array
+    told: jax.Array
+    period: jax.Array
 
     @property
-    def clock(self) -> "EmitClock":
+    def clock(self) -> "_EmitClock":
         """When the inner transformation runs."""
-        return EmitClock(self.mini_step, self.period, self.emits)
+        return _EmitClock(self.mini_step, self.period, self.emits)
 
 
-class EmitClock(NamedTuple):
+class _EmitClock(NamedTuple):
     """When gathered gradients are handed on."""
 
     mini_step: Any  # () int32, gradients gathered since the last update
@@ -56,7 +67,7 @@ class EmitClock(NamedTuple):
         """Return whether the next call runs the inner transformation."""
         return REFRESH * self.emits
 
-    def after(self, told: Any) -> "EmitClock":
+    def after(self, told: Any) -> "_EmitClock":
         """Return the clock after a call that was told so."""
         hands_on = self.emits & permitted(told, REFRESH)
         mini_step = (self.mini_step + 1) * (1 - hands_on)

@@ -1,10 +1,9 @@
 """Linear algebra that is true without an optimizer: arrays or matvecs in, arrays out."""
 
+from optalr.linalg.carrying import carry_first_moments, carry_second_moments
 from optalr.linalg.kronecker import (
     apply_eigenbasis_power,
     apply_kronecker,
-    carry_first_moments,
-    carry_second_moments,
     eigenbasis_power,
     from_eigenbasis,
     mean_eigenvalue,

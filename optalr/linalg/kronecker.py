@@ -20,7 +20,7 @@ from optalr.arrays import at_least_float32
 from optalr.linalg import spd
 from optalr.linalg.roots.bases import EigenBasis
 from optalr.linalg.roots.decompositions import floor_spectrum
-from optalr.linalg.structured import Matrices, Structured, as_structured
+from optalr.linalg.structured import Structured, as_structured
 
 # A matrix, a stack of matrices, or a form that stores a part of each.
 Factor = jax.Array | Structured
@@ -66,6 +66,13 @@ def to_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None) 
 
     Returns:
       The coordinates, shape (..., m, n).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import to_eigenbasis
+      >>> swap = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+      >>> to_eigenbasis(jnp.array([[1.0], [5.0]]), swap, None).tolist()
+      [[5.0], [1.0]]
     """
     return apply_kronecker(matrix, None if left is None else as_structured(left).T, right)
 
@@ -82,6 +89,14 @@ def from_eigenbasis(matrix: jax.Array, left: Factor | None, right: Factor | None
 
     Returns:
       The matrix in the coordinates of the parameters, shape (..., m, n).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import eigenbasis, from_eigenbasis, to_eigenbasis
+      >>> q = eigenbasis(jnp.array([[2.0, 1.0], [1.0, 2.0]])).vectors
+      >>> g = jnp.array([[1.0], [5.0]])
+      >>> bool(jnp.allclose(from_eigenbasis(to_eigenbasis(g, q, None), q, None), g, atol=1e-5))
+      True
     """
     return apply_kronecker(matrix, left, None if right is None else as_structured(right).T)
 
@@ -104,6 +119,19 @@ def eigenbasis_power(
       power. They come apart because ``a bᵀ`` itself leaves float32's range for tiny or huge
       factors. Eigenvalues below ε times the largest of their factor are raised to that. Where all
       of ``a bᵀ + λ`` vanishes, ``relative`` is zero.
+
+    Raises:
+      ValueError: both sides are None.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import eigenbasis_power
+      >>> a, b = jnp.array([4.0, 1.0]), jnp.array([1.0, 9.0])
+      >>> relative, factor = eigenbasis_power(a, b, -0.5)
+      >>> relative.shape, factor.shape
+      ((2, 2), (1, 1))
+      >>> bool(jnp.allclose(relative * factor, jnp.array([[1 / 2, 1 / 6], [1, 1 / 3]])))
+      True
     """
     if left is None and right is None:
         raise ValueError("left and right must not both be None: there is nothing to apply.")
@@ -187,6 +215,12 @@ def mean_eigenvalue(matrix: Factor) -> jax.Array:
 
     Returns:
       The means, shape (...).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optalr.linalg import mean_eigenvalue
+      >>> float(mean_eigenvalue(jnp.diag(jnp.array([1.0, 5.0]))))
+      3.0
     """
     return as_structured(matrix).mean()
 
@@ -218,78 +252,3 @@ def split_damping(left: Factor, right: Factor, damping: Any) -> tuple[jax.Array,
     Approximate Curvature", section 6.3.
     """
     return spd.split_damping_by_means(mean_eigenvalue(left), mean_eigenvalue(right), damping)
-
-
-@jax.jit
-def carry_first_moments(
-    moment: jax.Array,
-    old: tuple[Factor | None, Factor | None],
-    new: tuple[Factor | None, Factor | None],
-) -> jax.Array:
-    """Return coordinates held in an ``old`` pair of bases in a ``new`` pair, exactly.
-
-    Choose it to keep a momentum in bases that are refreshed. Cost: four products.
-
-    Args:
-      moment: ``(..., m, n)``, for instance the mean of ``Q_Aᵀ G Q_B``.
-      old: vectors of the left and the right basis that hold it; None for the identity.
-      new: vectors of the bases wanted, None on the same sides as ``old``.
-
-    Returns:
-      ``(..., m, n)``, the coordinates in the new bases.
-    """
-    left, right = (_rotation(*pair) for pair in zip(old, new, strict=True))
-    return from_eigenbasis(moment, left, right)
-
-
-@jax.jit
-def carry_second_moments(
-    moment: jax.Array,
-    old: tuple[Factor | None, Factor | None],
-    new: tuple[Factor | None, Factor | None],
-) -> jax.Array:
-    """Return second moments held in an ``old`` pair of bases in a ``new`` pair.
-
-    Choose it when bases are refreshed and squared coordinates are averaged in them. A covariance
-    that is diagonal in the old bases, with the diagonal ``v``, has in the new ones the diagonal
-
-        v' = (R_A ∘ R_A) v (R_B ∘ R_B)ᵀ,   R = Q_newᵀ Q_old
-
-    Squared rotations are doubly stochastic, so the moments stay nonnegative and keep their sum. A
-    change of basis that only permutes or flips columns moves them exactly. (It is common to leave
-    ``v`` as it is. That assigns moments to the wrong coordinates once columns trade places.)
-
-    Args:
-      moment: ``(..., m, n)``, the mean of ``(Q_Aᵀ G Q_B)²``.
-      old: vectors of the left and the right basis that hold it; None for the identity.
-      new: vectors of the bases wanted, None on the same sides as ``old``.
-
-    Returns:
-      ``(..., m, n)``, the moments in the new bases.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from optalr.linalg import carry_second_moments
-      >>> swap = jnp.array([[0.0, 1.0], [1.0, 0.0]])
-      >>> v = jnp.array([[1.0], [5.0]])
-      >>> carry_second_moments(v, (jnp.eye(2), None), (swap, None)).tolist()
-      [[5.0], [1.0]]
-    """
-    left, right = (_rotation(*pair) for pair in zip(old, new, strict=True))
-    return from_eigenbasis(
-        moment,
-        None if left is None else left.squared_entries(),
-        None if right is None else right.squared_entries(),
-    )
-
-
-def _rotation(old: Factor | None, new: Factor | None) -> Matrices | None:
-    """Return ``Q_newᵀ Q_old``, or None where both are the identity, as for a diagonal factor."""
-    if (old is None) is not (new is None):
-        raise ValueError("old and new must leave out (None) the same side.")
-    if old is None or new is None:
-        return None
-    before, after = as_structured(old), as_structured(new)
-    if isinstance(before, Matrices) and isinstance(after, Matrices):
-        return after.T.times(before)
-    return None

@@ -27,6 +27,17 @@ def hand_over_momentum(source: Any, target: Any) -> Any:
 
     Raises:
       ValueError: one of the states holds no momentum, or their structures differ.
+
+    Cost: none, or a cast where dtypes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from optalr.phases import hand_over_momentum
+      >>> params, grads = jnp.zeros(2), jnp.array([1.0, -2.0])
+      >>> _, source = optax.trace(0.9).update(grads, optax.trace(0.9).init(params))
+      >>> handed = hand_over_momentum(source, optax.sgd(0.1, momentum=0.9).init(params))
+      >>> handed[0].trace.tolist()
+      [1.0, -2.0]
     """
     moved = _find_momentum(source, "first").momentum
     taken = _find_momentum(target, "second")

@@ -9,8 +9,10 @@ import time
 
 import pytest
 
+from benchmarks import peers
 from benchmarks.peers_parts import children, environments, report, worker
 from benchmarks.peers_parts.methods import METHODS, Entry
+from benchmarks.untuned_parts.problems import PROBLEMS
 from benchmarks.untuned_parts.running import NUM_GRID_POINTS, NUM_POINTS
 from benchmarks.untuned_parts.storing import Store, final
 from tests.benchmarks.untuned_runs import method as tiny
@@ -55,6 +57,16 @@ def test_every_method_has_the_same_budget_and_a_pinned_environment():
     assert all(PINNED.match(line) for line in lines)
     names = {line.partition("==")[0].lower() for line in lines}
     assert {name.lower() for name in environments.DATA} <= names
+
+
+def test_all_names_every_problem_and_no_name_the_four_that_the_page_calls_default():
+    assert peers.parse(["--problems", "all"]).problems == list(PROBLEMS)
+    assert peers.parse(["--problems", "digits_mlp"]).problems == ["digits_mlp"]
+    assert tuple(peers.parse([]).problems) == peers.DEFAULT
+    page = (peers.ROOT / "docs" / "peers.md").read_text()
+    assert re.search(r"^python benchmarks/peers.py +# the four default problems", page, re.M)
+    assert re.search(r"^python benchmarks/peers.py --problems all +# all ten", page, re.M)
+    assert (len(peers.DEFAULT), len(PROBLEMS)) == (4, 10)
 
 
 def test_a_request_is_read_as_it_was_written(tmp_path):

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from optalr.arguments import is_concrete
 from optalr.arrays import damped_power
-from optalr.linalg import spd
-from optalr.linalg.kronecker import carry_second_moments, to_eigenbasis
+from optalr.linalg import carry_second_moments, spd, to_eigenbasis
 from optalr.linalg.roots.bases import eigenbasis, near_eigenbasis, rounding_of
 from optalr.linalg.roots.methods import checked_power
 from optalr.linalg.roots.stacks import Asked, Manner, solve
