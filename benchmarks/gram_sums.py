@@ -3,10 +3,10 @@
     python benchmarks/gram_sums.py                          # 12 blocks of 768, some four minutes
     python benchmarks/gram_sums.py --blocks 1 --width 256
 
-Programs are compiled for 8 simulated devices and not run: a plain step, and one that measures, as
-it is and with `batch_sharding=None`. Factors rest in parts. The results of collectives are counted
-as a ring receives them: (D - 1)/D of an all-gather's or an all-to-all's, twice that of an
-all-reduce's, and D - 1 times a reduce-scatter's.
+Programs are compiled for 8 simulated devices and not run: a plain step, and one that measures, with
+`batch_sharding` and without it. Factors rest in parts. The results of collectives are counted as a
+ring receives them: (D - 1)/D of an all-gather's or an all-to-all's, twice that of an all-reduce's,
+and D - 1 times a reduce-scatter's.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def compiled(params, layout, kind, **capture):
     state = placed(jax.eval_shape(tx.init, params), shardings)
     width = params["projection0"].shape[0]
     batch = jax.ShapeDtypeStruct((EXAMPLES, POSITIONS, width), jnp.float32, sharding=split)
-    step = optalr.train_step(loss_fn, tx, **capture)
+    step = optalr.train_step(loss_fn, tx, storage=optalr.KroneckerOptions(**options), **capture)
     return step.lower(placed(params, places), state, batch, batch, kind=kind).compile()
 
 

@@ -1,6 +1,7 @@
 """Every public name explains itself, in the sections that the reference pages understand."""
 
 import inspect
+import pathlib
 import re
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ import pytest
 import optalr
 from optalr import linalg, paper, schedules
 
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PUBLIC = {
     name: getattr(optalr, name)
     for name in optalr.__all__
@@ -89,3 +91,44 @@ def test_every_method_names_its_cost_and_source(name):
 def test_entries_are_read_at_the_margin_of_their_section():
     text = "Do.\n\nArgs:\n  a: first, where\n    b: is no entry.\n  *c: more.\n\nReturns:\n  d: no."
     assert entries(text, "Args") == ["a", "c"]
+
+
+# What we train with, the same to the letter, and the page whose table has the departures.
+PUBLISHED = {
+    "tso_alra": ("tso_alra", "tso_alra.md"),
+    "learned_rate_sgd": ("learned_rate_sgd", "learned_rate.md"),
+    "lipschitz_sgd": ("lipschitz_sgd", "lipschitz_rate.md"),
+    "edf": ("edf", "exponentially_decaying_flows.md"),
+    "swats": ("swats", "lecture.md"),
+    "classical": ("amsgrad", "lecture.md"),
+}
+
+
+def departures(text):
+    """Return the items of the list of departures, each in one line."""
+    _, _, rest = text.partition("Our departures")
+    items = re.findall(r"^\* (.+(?:\n  .+)*)", rest, re.MULTILINE)
+    return [re.sub(r"\s+", " ", item) for item in items]
+
+
+def test_every_published_form_is_named():
+    assert {form for form, _ in PUBLISHED.values()} == set(paper.__all__)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_lists_its_departures_from_the_paper(name):
+    text, (form, page) = inspect.getdoc(FUNCTIONS[name]) or "", PUBLISHED[name]
+    assert f"``optalr.paper.{form}``" in text
+    assert f"docs/{page}" in text
+    assert len(departures(text)) >= 2
+    for item in departures(text):  # what the paper does; what we do, and why: what it changes
+        found = re.match(r"[^;]+; ours .+: (.+)", item)
+        assert found, item
+        assert re.search(r"\d|not measured|none", found[1]), item
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_figures_of_the_departures_stand_on_the_page(name):
+    text, shown = inspect.getdoc(FUNCTIONS[name]) or "", (DOCS / PUBLISHED[name][1]).read_text()
+    figures = re.findall(r"\b\d+\.\d+\b", " ".join(departures(text)))
+    assert not [figure for figure in figures if figure not in shown]

@@ -50,3 +50,37 @@ def test_which_pages_run():
 def test_what_a_page_shows_as_python_is_python(page):
     for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         assert compile(code, page.name, "exec")
+
+
+# The nav's "Methods" but for the page on the papers' claims.
+METHODS = (
+    "exponentially_decaying_flows", "learned_rate", "lecture", "lipschitz_rate", "tso_alra",
+    "untuned",
+)  # fmt: skip
+
+
+def test_which_pages_are_on_methods():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    section = navigation.partition("  - Methods:\n")[2].partition("\n  - Measured:")[0]
+    assert {*METHODS, "five_sources"} == set(re.findall(r": (\w+)\.md", section))
+
+
+@pytest.mark.parametrize("page", METHODS)
+def test_a_method_has_its_formula_set_as_mathematics(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    first, _, _ = text.partition("\n## Choosing\n")
+    assert re.search(r"^\$\$\n.+?^\$\$$", first, re.DOTALL | re.MULTILINE)
+    assert re.search(r"\\\(.+?\\\)", first)
+
+
+@pytest.mark.parametrize("page", METHODS)
+def test_a_method_is_shown_told_and_costed(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert "By hand" in headings or "(thirty_lines.md)" in text.partition("\n## ")[0]
+    assert {"Choosing", "What we do otherwise"} <= set(headings)
+    assert any("cost" in heading for heading in headings)
+    usage, _, _ = text.partition("\n## ")
+    assert "```python\n" in usage
+    (picture, *_) = re.findall(r"!\[[^\]]+\]\((images/\w+\.png)\)", text)
+    assert (ROOT / "docs" / picture).exists()

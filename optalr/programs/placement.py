@@ -4,14 +4,11 @@ In: arrays, or their shapes with shardings. Out: what the program may rely on, a
 compares equal for calls of one program.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-
-from optalr.signals.moments import FactorStorage
-from optalr.transforms.shared.telling import storage_of
 
 
 class Placement(NamedTuple):
@@ -20,12 +17,10 @@ class Placement(NamedTuple):
     Attributes:
       alone: whether all is on one device.
       batch: how the examples are sharded, where that is for the program to know; else None.
-      storage: what is kept of the sums over them, likewise.
     """
 
     alone: bool
-    batch: NamedSharding | None = None
-    storage: FactorStorage | None = None
+    batch: NamedSharding | None
 
 
 class Carried(NamedTuple):
@@ -34,25 +29,21 @@ class Carried(NamedTuple):
     Attributes:
       alone: whether the parameters are on one device.
       in_parts: whether some factor has another part on each of several devices.
-      storage: what is kept of factors, where they are in parts and all methods keep the same.
     """
 
     alone: bool
-    in_parts: bool = False
-    storage: FactorStorage | None = None
+    in_parts: bool
 
     @classmethod
-    def of(cls, params: Any, factors: Any, init: Callable[[Any], Any]) -> "Carried":
-        """Return where parameters and factors lie, which are a part of what ``init`` makes."""
+    def of(cls, params: Any, factors: Any) -> "Carried":
+        """Return where parameters and factors lie."""
         in_parts = any(not sharding.is_fully_replicated for sharding in _shardings(factors))
-        storage = storage_of(init, params) if in_parts else None
-        return cls(_on_one_device(params), in_parts, storage)
+        return cls(_on_one_device(params), in_parts)
 
-    def with_data(self, arrays: Sequence[Any]) -> Placement:
-        """Return what a program is made for that is given these data."""
-        if self.in_parts:
-            return Placement(False, _sharding_of_examples(arrays), self.storage)
-        return Placement(self.alone and _on_one_device(arrays))
+    def with_data(self, arrays: Sequence[Any], args: Any) -> Placement:
+        """Return what a program is made for that is given these arrays, those of ``args`` too."""
+        alone = self.alone and _on_one_device(arrays)
+        return Placement(alone, _sharding_of_examples(args) if self.in_parts else None)
 
 
 def _on_one_device(arrays: Any) -> bool:

@@ -86,9 +86,8 @@ def train_step(
         ``max_positions``, ``max_cost``, ``axis_name``, ``fisher``, ``likelihood``, ``storage``,
         ``batch_sharding``, ``outer_products``. The last is on by default where all arrays are on
         one device. Over a mesh it would add a sum over the devices to each step.
-        Where factors rest in parts, ``batch_sharding`` is by default that of the first axis of
-        ``args``, if all sharded arrays among ``args`` and ``extras`` have the same, and
-        ``storage`` what the methods keep, if all keep the same. None gives none.
+        ``batch_sharding`` is by default that of the first axis of ``args``, where factors rest in
+        parts and all sharded arrays among ``args`` have the same; None gives none.
 
     Returns:
       ``step(params, state, *args, extras=None, key=None)``, which returns ``(params, state,
@@ -130,10 +129,10 @@ def train_step(
 
     @functools.cache
     def evaluate(at: Placement) -> Callable[..., Any]:
-        found = {"outer_products": at.alone, "batch_sharding": at.batch, "storage": at.storage}
-        return value_grad_and_extras(loss_fn, has_aux=has_aux, **(found | capture))
+        options = {"outer_products": at.alone, "batch_sharding": at.batch, **capture}
+        return value_grad_and_extras(loss_fn, has_aux=has_aux, **options)
 
-    evaluate(Placement(alone=True))  # so that what is wrong is said at once
+    evaluate(Placement(alone=True, batch=None))  # so that what is wrong is said at once
     tx = taking_extras(tx)
     return TrainStep(evaluate, tx, donate=donate, read_every=read_every, options=compiler_options)
 
@@ -160,7 +159,7 @@ class TrainStep:
         self._surveys: dict[Any, Survey] = {}
         self._mirror: Mirror | None = None
         self._last: _Identity | None = None
-        self._carried = Carried(alone=True)
+        self._carried = Carried.of((), ())
         self._told: dict[Told, Survey] = {}
 
     @property
@@ -176,17 +175,20 @@ class TrainStep:
         leaves, treedef = jax.tree.flatten(state)
         known = self._survey(state, treedef)
         mirror = self._mirror
-        if mirror is None or self._last is None or not self._last.is_of(leaves, treedef):
+        is_new = self._last is None or not self._last.is_of(leaves, treedef)
+        if mirror is None or is_new:
             mirror = Mirror(known, leaves, self._read_every)
-            # What a step returns stays where it is: one look at many parameters is enough.
-            self._carried = Carried.of(params, known.factors_of(leaves), self._tx.init)
+            self._carried = Carried.of(params, known.factors_of(leaves))
         # Until this call has returned, no state is known.
         self._mirror = self._last = None
         told = mirror.next_told()
-        program = told, call, self._carried.with_data(arrays)
+        program = told, call, self._carried.with_data(arrays, args)
         params, state, value = self._jitted(program, (params, state), arrays)
         self._told.setdefault(told, known)
         leaves = jax.tree.leaves(state)
+        if is_new:
+            # The first step may move what it gets; then it stays, and one look is enough.
+            self._carried = Carried.of(params, known.factors_of(leaves))
         mirror.advance(told, leaves)
         self._mirror, self._last = mirror, _Identity(known, leaves, treedef)
         return params, state, value
@@ -204,8 +206,8 @@ class TrainStep:
         """Return the program of one kind of step, lowered and not compiled.
 
         Args:
-          params: the parameters, or their shapes.
-          state: the state, or its shapes.
+          params: the parameters, or their shapes, with shardings where a mesh has them.
+          state: the state, or its shapes, likewise.
           *args: the loss's further arguments.
           kind: ``"plain"``, ``"probing"``, ``"measuring"``, ``"refreshing"``, ``"repairing"``,
             ``"gathering"``, ``"blend"``, ``"second"`` or ``"traced"``.
@@ -219,8 +221,8 @@ class TrainStep:
         leaves, treedef = jax.tree.flatten(state)
         known = self._survey(state, treedef)
         told = (ASK,) * len(known.places) if kind == "traced" else _told_in(known, kind)
-        carried = Carried.of(params, known.factors_of(leaves), self._tx.init)
-        program = told, call, carried.with_data(arrays)
+        carried = Carried.of(params, known.factors_of(leaves))
+        program = told, call, carried.with_data(arrays, args)
         traced = self._jitted.trace(program, (params, state), arrays)
         return traced.lower(lowering_platforms=None if platforms is None else tuple(platforms))
 

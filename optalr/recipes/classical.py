@@ -60,7 +60,16 @@ def classical(
       >>> bool(jnp.linalg.norm(params) < 0.1), float(optalr.metrics(state)["learning_rate"]) < 0.02
       (True, True)
 
-    Reference: Raschka, "Common Optimization Algorithms", STAT 479 lecture 12, 2019.
+    Reference: Raschka, "Common Optimization Algorithms", STAT 479 lecture 12, 2019. Our departures
+    from the sources: what they do; what we do, and why: what it changes (an MLP on digits, 200
+    steps, five seeds; docs/lecture.md):
+
+    * AMSGrad (Reddi, Kale & Kumar, Algorithm 2) corrects no bias and has no ε; ours is optax's,
+      both moments corrected and ε = 1e-8, since all rules here are optax's own: test loss 0.0712
+      for 0.0975 to the letter at 1e-2, 0.110 for 0.0730 at 1e-3. ``optalr.paper.amsgrad`` runs the
+      algorithm as it is printed.
+    * no guard; ours drops or shortens a bad gradient, since one batch must not end a run: not
+      measured.
     """
     if isinstance(rule, str):
         check_choice("rule", rule, tuple(CLASSICAL_RULES))

@@ -69,9 +69,21 @@ def lipschitz_sgd(
       (2.8284, True)
 
     Reference: Yedida, Saha, "A novel adaptive learning rate scheduler for deep neural networks",
-      and their follow-up with momentum. ``optalr.paper.lipschitz_sgd`` runs the first as it is
-      printed. Our departures: each minibatch's own K_z for one of a pass before the epoch, decay of
-      all leaves, and the guards. What they change is measured in docs/lipschitz_rate.md.
+    and their follow-up with momentum. ``optalr.paper.lipschitz_sgd`` runs the first as it is
+    printed. Our departures: what the paper does; what we do, and why: the test loss of the paper's
+    way (an MLP on digits, five seeds; ours 0.0787; docs/lipschitz_rate.md):
+
+    * one K_z an epoch, from a pass before it; ours each minibatch's own, since that needs no pass
+      and is never an epoch old: to the letter (no guard either) 4 of 5 seeds diverge, 2.84 with the
+      other; with ``steps_per_epoch=n, guards="off"`` 2.3 to 50; one rate for the whole run 2.29.
+    * no guard; ours on the length of a step once the loss has risen, since the rate is too large
+      for nets with hidden layers: test accuracy 8 to 20 % without it, 95.0 to 97.8 % with it.
+    * nothing against a bad gradient; ours drops or shortens it, since one batch must not end a run:
+      not measured.
+    * decay of kernels only; ours of all leaves, as ``optax.add_decayed_weights`` has it: not
+      measured.
+    * ‖y‖ subtracted (eq. 9); ours added (in ``optalr.paper`` too), since the printed sign, an
+      erratum, can make the rate negative: not measured.
     """
     links = _penalty(weight_decay)
     if momentum is not None:

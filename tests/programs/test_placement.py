@@ -3,15 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optalr
 from optalr.programs.placement import Carried
-from optalr.signals.moments import FactorStorage
-from optalr.transforms.shared.telling import storage_of
 from tests.sharding import net
 
 MESH = net.mesh_of(8)
@@ -24,13 +21,8 @@ def array(spec, mesh=MESH):
 
 
 def batch_of(*arrays):
-    found = IN_PARTS.with_data(arrays).batch
+    found = IN_PARTS.with_data(arrays, arrays).batch
     return None if found is None else found.spec
-
-
-def no_state(params):
-    del params
-    return ()
 
 
 HOST = np.ones((8, 8))
@@ -67,40 +59,31 @@ def test_a_batch_of_another_mesh_than_that_of_the_context_is_left_to_the_compile
 def test_factors_on_all_devices_ask_for_no_sharding_of_examples():
     params = {"w": array(REST)}
     for factors, in_parts in (([array(DATA)], True), ([array(REST)], False), ([], False)):
-        carried = Carried.of(params, factors, no_state)
+        carried = Carried.of(params, factors)
         assert carried == Carried(alone=False, in_parts=in_parts)
-        assert (carried.with_data([array(DATA)]).batch is not None) == in_parts
+        assert (carried.with_data([], [array(DATA)]).batch is not None) == in_parts
 
 
 def test_one_device_is_told_by_all_arrays():
     alone, split = {"w": jnp.ones(8), "v": HOST}, [array(DATA)]
-    assert Carried.of(alone, [], no_state).with_data([HOST]).alone
-    assert not Carried.of(alone, [], no_state).with_data(split).alone
-    assert not Carried.of({"w": array(REST)}, [], no_state).with_data([HOST]).alone
+    assert Carried.of(alone, []).with_data([HOST], ()).alone
+    assert not Carried.of(alone, []).with_data(split, ()).alone
+    assert not Carried.of({"w": array(REST)}, []).with_data([HOST], ()).alone
 
 
-PARAMS = {"w": jnp.ones((4, 4))}
-BLOCKS = {"block_size": 2, "spectrum": "measured"}
-WHOLE = FactorStorage()
-LIPSCHITZ = optalr.scale_by_lipschitz_rate("binary_cross_entropy")  # reads signals otherwise
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tx", "storage"),
-    [
-        (optalr.scale_by_kronecker(), WHOLE),
-        (optalr.tso_alra(1e-2, options=BLOCKS), FactorStorage(**BLOCKS)),
-        (optalr.multi_steps(optalr.guard(optalr.tso_alra(1e-2, options=BLOCKS)), 2),
-         FactorStorage(**BLOCKS)),
-        (optax.chain(optalr.scale_by_kronecker(), optalr.scale_by_kronecker(damping=1)), WHOLE),
-        (optax.chain(optalr.scale_by_kronecker(), optalr.scale_by_kronecker(options=BLOCKS)), None),
-        (optax.chain(optalr.scale_by_kronecker(), LIPSCHITZ), None),
-        (optax.adam(1e-3), None),
-    ],
-)  # fmt: skip
-def test_what_all_methods_keep_is_told_by_the_making_of_their_states(tx, storage):
-    assert storage_of(tx.init, PARAMS) == storage
-    assert storage_of(tx.init, PARAMS) == storage  # nor is it forgotten
+    "place", [np.asarray, lambda a: jax.device_put(a, NamedSharding(MESH, REST))]
+)
+def test_a_state_that_was_restored_elsewhere_is_looked_at_again(place):
+    """Its factors come to rest in parts in the first step."""
+    tx = optalr.tso_alra(1e-2, mesh=MESH, options={"sharded_factors": True})
+    params = jax.device_put(net.make_params((8, 16, 8)), NamedSharding(MESH, REST))
+    state = jax.tree.map(place, tx.init(params))
+    batch = [jax.device_put(np.ones((16, 8)), NamedSharding(MESH, DATA))] * 2
+    step = optalr.train_step(net.loss_fn, tx)
+    step(params, state, *batch)
+    assert step._carried == IN_PARTS
 
 
 @pytest.mark.slow

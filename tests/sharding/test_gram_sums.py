@@ -112,11 +112,12 @@ def test_a_measurement_receives_a_share_of_what_it_did():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["measuring", "traced"])
 def test_of_blocks_each_device_receives_its_rows(kind):
-    """A step finds out what is kept; without that, rows of whole sums come of a backward pass."""
-    sizes = (8, 16, 48, 32, 8)
-    case = {"positions": (32,), "sizes": sizes, "options": {"block_size": 16}}
+    """A step that is told what is kept; else rows of whole sums come of a backward pass."""
+    sizes, options = (8, 16, 48, 32, 8), {"block_size": 16}
+    case = {"positions": (32,), "sizes": sizes, "options": options}
     blocks, whole = {(3, 2, 16), (2, 2, 16)}, {(6, 48), (4, 32)}
-    for storage, wanted, other in (({}, blocks, whole), ({"storage": None}, whole, blocks)):
+    told = {"storage": optalr.KroneckerOptions(**options)}
+    for storage, wanted, other in ((told, blocks, whole), ({}, whole, blocks)):
         text = compiled("data parallel", kind, **case, **storage)
         received = set(shapes_in(text, "reduce-scatter"))
         assert wanted <= received

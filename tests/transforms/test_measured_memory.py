@@ -183,3 +183,19 @@ def test_signals_in_another_shape_than_the_states_are_refused():
     tx = optalr.scale_by_kronecker()
     with pytest.raises(ValueError, match=r"hold a Diagonal\(11\), but its state a Full\(11\)"):
         tx.update(grads, tx.init(params), params, **extras)
+
+
+def test_blocks_of_another_matrix_view_ask_for_a_layout():
+    """A stack of layers, whose state was made by its shape alone."""
+    params, x = {"w": jnp.ones((3, 8, 8)) / 8}, jnp.ones((4, 16, 8))
+
+    def stacked(params, x):
+        hidden, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])
+        return jnp.mean(hidden**2)
+
+    options = optalr.KroneckerOptions(block_size=4)
+    evaluate = optalr.value_grad_and_extras(stacked, storage=options)
+    _, grads, extras = evaluate(params, x)
+    tx = optalr.scale_by_kronecker(options=options)
+    with pytest.raises(ValueError, match=r"shapes \(3, 8, 8\) and .*Pass layout="):
+        tx.update(grads, tx.init(params), params, **extras)

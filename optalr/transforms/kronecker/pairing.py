@@ -124,18 +124,15 @@ def _missing(plan: Kernel, moments: Mapping[str, LayerMoments]) -> str:
 def _check_fit(plan: Kernel, moments: LayerMoments) -> None:
     """Raise unless the moments' Gram matrices are those of the leaf's matrix view."""
     for side, measured in zip(plan.sides, (moments.rows, moments.cols), strict=True):
-        if isinstance(measured, Structured) and not measured.is_like(side):
+        of_that_size = isinstance(measured, Structured) and measured.size == side.size
+        if of_that_size and not measured.is_like(side):
             raise ValueError(
                 f"The signals of leaf {plan.path} hold a {measured.label}, but its state a "
                 f"{side.label}. Pass the method's options to value_grad_and_extras(..., storage=)."
             )
     stack, m, n = plan.view.matrix_shape(plan.shape)
     wanted = ((*stack, m, m), (*stack, n, n))
-    # What was measured in the form of the state fits it.
-    got = tuple(
-        expected if isinstance(measured, Structured) else tuple(measured.shape)
-        for expected, measured in zip(wanted, (moments.rows, moments.cols), strict=True)
-    )
+    got = tuple(map(_shape_seen, (moments.rows, moments.cols), plan.sides, wanted))
     if wanted != got:
         raise ValueError(
             f"The signals of leaf {plan.path} (shape {plan.shape}) have Gram matrices of shapes "
@@ -143,3 +140,12 @@ def _check_fit(plan: Kernel, moments: LayerMoments) -> None:
             "Pass layout=optalr.coverage(loss_fn, params, *args), which says how each leaf is seen "
             "as a matrix."
         )
+
+
+def _shape_seen(measured: Any, side: Structured, expected: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the Gram matrices of which a side was measured."""
+    if not isinstance(measured, Structured):
+        return tuple(measured.shape)
+    # What was measured in the form of the state fits it.
+    fits = measured.size == side.size
+    return expected if fits else (*measured.stack, measured.size, measured.size)

@@ -38,7 +38,6 @@ from optalr.transforms.shared.gradient_watch import WATCHED, admit_unless, start
 from optalr.transforms.shared.making import transformation
 from optalr.transforms.shared.rescaling import untouched
 from optalr.transforms.shared.subtrees import check_places
-from optalr.transforms.shared.telling import tell
 
 
 def scale_by_kronecker(
@@ -215,10 +214,10 @@ class _Kronecker:
         return SPECTRA[self.options.spectrum](rule, self.options.root_method)
 
     def init(self, params: Any) -> KroneckerState:
-        tell(self.options)
         plans = zip(self.plan(params), jax.tree.leaves(params), strict=True)
-        other, resting = self.options.graft, self.options.root_dtype
+        resting = self.options.root_dtype
         memories = [init_leaf(self.spectrum(), *plan, resting=resting) for plan in plans]
+        other = self.options.graft
         return KroneckerState(
             told=asking(),
             periods=self.periods(),
