@@ -54,8 +54,8 @@ def test_what_a_page_shows_as_python_is_python(page):
 
 # The nav's "Methods" but for the page on the papers' claims.
 METHODS = (
-    "exponentially_decaying_flows", "learned_rate", "lecture", "lipschitz_rate", "tso_alra",
-    "untuned",
+    "exponentially_decaying_flows", "learned_rate", "lecture", "lipschitz_rate", "swats",
+    "tso_alra", "untuned",
 )  # fmt: skip
 
 
