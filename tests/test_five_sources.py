@@ -1,4 +1,4 @@
-"""Every function, test and experiment that the page on the five sources names is there."""
+"""The page on the five sources names what is there, and says of every row what came of it."""
 
 import ast
 import functools
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 
 import optalr
+from optalr.experiments.configs.files import load_config
+from optalr.experiments.configs.methods import RECIPES
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -89,8 +91,28 @@ def test_every_cell_says_something(row):
     assert all(row.cells.values())
 
 
+@every_row
+def test_a_row_has_its_verdict_and_what_it_rests_on(row):
+    """A link may lead to more, and does not take the place of a number or a word."""
+    assert not re.search(r"\bsee\b|\]\(|^–$", row.cells["holds"])
+    beside = re.sub(r"\[the table\]\([^)]*\)", "", row.cells["measured"]).strip()
+    assert beside
+    if beside == "–":
+        assert row.cells["holds"].startswith("not run")
+
+
+@every_row
+def test_an_experiment_trains_by_the_recipe_that_its_row_names(row):
+    recipes = set(row.names("function")) & set(RECIPES)
+    for name in row.names("experiment"):
+        path = ROOT / name
+        files = sorted(path.glob("*.toml")) or [path]
+        if recipes and path.suffix != ".py":
+            assert recipes & {load_config(file).method.name for file in files}, name
+
+
 def test_links_to_other_pages_lead_to_headings():
-    for page, anchor in re.findall(r"\]\((\w+\.md)#([\w-]+)\)", PAGE.read_text()):
+    for page, anchor in re.findall(r"\]\(([\w/]+\.md)#([\w-]+)\)", PAGE.read_text()):
         assert anchor in headings(page), f"{page}#{anchor}"
 
 

@@ -122,6 +122,10 @@ def tso_alra(
     * statistics at every step; ours at a tenth, since they cost as much as the roots: 0.0570.
     * damping by ε = 1e-6, absolute; ours 1e-3 of the mean eigenvalue, since a factor's size
       follows the loss's: 0.0564.
+    * the whole batch measured; ours a sample where that costs more than 1e8 flops and a quarter of
+      the gradients' (``value_grad_and_extras(max_cost=0.25)``): not measured.
+    * whole factors; ours in blocks from sides of 1153 rows on, since a root costs the cube of a
+      side: not measured.
     * averages that start at zero; ours corrected for it, since the zeros make an update
       1/(1 − decay^t) times as long, 8 % longer at t = 50: not measured alone.
     * no guards; ours against gradients, measurements and roots that are out of proportion, since
